@@ -1,0 +1,176 @@
+"""Settings of a search."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from sculpt.scoring.reward import Objective, RewardConfig
+from sculpt.training.config import FinetuneConfig
+
+Method = Literal["agent", "random", "uniform", "magnitude", "evolution"]
+
+_LARGE_BATCH_FROM = 2048
+
+
+def _require(fine: bool, message: str) -> None:
+    if not fine:
+        raise ValueError(message)
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"SearchConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """The size of the agent.
+
+    Raises:
+      ValueError: on a number below 1, or a width that the heads do not divide.
+    """
+
+    hidden: int = 64
+    """Features of a node embedding and width of the hidden layers."""
+    layers: int = 2
+    """GATv2 layers: how many edges away a site sees."""
+    heads: int = 4
+    """Attention heads; must divide `hidden`."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "heads"):
+            _require(getattr(self, name) >= 1, f"AgentConfig.{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.hidden % self.heads == 0,
+            f"AgentConfig.hidden must be a multiple of heads, got hidden={self.hidden}, heads={self.heads}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """What to search for, how long, and how.
+
+    Raises:
+      ValueError: on a value out of range, or a value that the other settings would ignore.
+    """
+
+    method: Method = "agent"
+    """"agent": the graph attention network trained by PPO. Controls, under the same projection and the same number of
+    evaluations: "random", "evolution" (aging evolution), and the two fixed rules "uniform" and "magnitude"."""
+    budget: float = 0.5
+    """MACs kept / dense MACs that the policy found must not exceed, in (0, 1]."""
+    evaluations: int = 2000
+    """Policies scored, repeats included; rounded down to whole batches (times `rounds`)."""
+    batch_size: int | None = None
+    """Policies per update. None: 32, or 64 from 2,048 evaluations on, or all evaluations where those are fewer."""
+    objective: Objective = "accuracy"
+    """What a policy is scored by, after BatchNorm recalibration: "accuracy", or "loss" (minus the cross-entropy)."""
+    reward: RewardConfig = RewardConfig()
+    """How cost enters the reward; other kinds than "budget" need `projection=False`."""
+    projection: bool = True
+    """Project every sampled policy onto the budget, so that each scored policy meets it. False: the reward has to do it."""
+    score_images: int = 256
+    """Images of the train split that a policy is scored on; drawn by the search's key."""
+    calibration_images: int = 128
+    """Further images of the train split, for the BatchNorm statistics of each pruned network; 0: no recalibration."""
+    rerank: int = 8
+    """At the end the best so many distinct policies are fine-tuned briefly and compared on the validation split; 0: off."""
+    rerank_finetune: FinetuneConfig = FinetuneConfig(max_steps=100)
+    """How each of them is fine-tuned."""
+    agent: AgentConfig = AgentConfig()
+    """The size of the agent."""
+    learning_rate: float = 3e-3
+    """Adam's, for the agent."""
+    epochs: int = 6
+    """Full-batch PPO epochs per update."""
+    clip_ratio: float = 0.2
+    """PPO clips each site's probability ratio to 1 -+ this."""
+    entropy: float = 0.06
+    """Weight of the entropy bonus, per nat of the mean entropy of a site."""
+    rounds: int = 1
+    """Refinement rounds per episode: each sees the assignment of the round before. 1: a one-shot bandit."""
+    discount: float = 0.0
+    """Discount from round to round, in [0, 1]; above 0 advantages are GAE with the critic. Needs `rounds` > 1."""
+    gae_lambda: float = 0.95
+    """The lambda of GAE, in [0, 1]; only with a `discount` above 0."""
+    checkpoint_every: int = 10
+    """Updates between two checkpoints (and two looks at the metrics), where the search has a directory."""
+
+    def __post_init__(self) -> None:
+        _require_choice("method", self.method, get_args(Method))
+        _require_choice("objective", self.objective, get_args(Objective))
+        _require(0.0 < self.budget <= 1.0, f"SearchConfig.budget must be in (0, 1], got {self.budget}")
+        for name in ("evaluations", "score_images", "epochs", "rounds", "checkpoint_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"SearchConfig.{name} must be at least 1, got {value}")
+        for name in ("calibration_images", "rerank", "entropy"):
+            value = getattr(self, name)
+            _require(value >= 0, f"SearchConfig.{name} must not be negative, got {value}")
+        _require(
+            0.0 < self.learning_rate < math.inf,
+            f"SearchConfig.learning_rate must be a number above 0, got {self.learning_rate}",
+        )
+        _require(0.0 < self.clip_ratio < 1.0, f"SearchConfig.clip_ratio must be in (0, 1), got {self.clip_ratio}")
+        for name in ("discount", "gae_lambda"):
+            value = getattr(self, name)
+            _require(0.0 <= value <= 1.0, f"SearchConfig.{name} must be in [0, 1], got {value}")
+        self._check_batch()
+        self._check_combinations()
+
+    def _check_batch(self) -> None:
+        if self.batch_size is not None:
+            _require(
+                self.batch_size >= 2, f"SearchConfig.batch_size must be at least 2, got {self.batch_size}"
+            )
+        _require(
+            self.updates >= 1,
+            f"SearchConfig.evaluations={self.evaluations} is less than one update of batch_size * rounds = "
+            f"{self.policies_per_update}: raise evaluations or lower batch_size",
+        )
+
+    def _check_combinations(self) -> None:
+        _require(
+            self.rounds == 1 or self.method == "agent",
+            f"SearchConfig.rounds={self.rounds} needs method='agent': method={self.method!r} does not refine",
+        )
+        _require(
+            self.discount == 0.0 or self.rounds > 1,
+            f"SearchConfig.discount={self.discount} needs rounds > 1: a one-shot episode has nothing to discount",
+        )
+        _require(
+            self.gae_lambda == 0.95 or self.discount > 0.0,
+            f"SearchConfig.gae_lambda={self.gae_lambda} needs a discount above 0, which switches GAE on",
+        )
+        _require(
+            self.reward.kind == "budget" or not self.projection,
+            f"RewardConfig.kind={self.reward.kind!r} weighs how far a policy exceeds the budget, which the projection "
+            "never lets it: set projection=False, or kind='budget'",
+        )
+        _require(
+            self.projection or self.reward.kind != "budget",
+            "SearchConfig.projection=False with RewardConfig.kind='budget' would ignore the budget: choose the reward "
+            "kind 'lagrangian' or 'schedule'",
+        )
+        _require(
+            self.projection or self.method == "agent",
+            f"SearchConfig.projection=False needs method='agent': method={self.method!r} has only the projection to "
+            "keep the budget",
+        )
+
+    @property
+    def batch(self) -> int:
+        """Policies per round of an update."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return max(2, min(64 if self.evaluations >= _LARGE_BATCH_FROM else 32, self.evaluations // self.rounds))
+
+    @property
+    def policies_per_update(self) -> int:
+        """Policies that one update scores."""
+        return self.batch * self.rounds
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole search."""
+        return self.evaluations // self.policies_per_update

@@ -1,0 +1,107 @@
+"""Playing episodes: observe, choose, project onto the budget, step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from sculpt.agents import distributions
+from sculpt.agents.actor_critic import ActorCritic, SiteInputs, forward
+from sculpt.pruning import Space, project
+from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
+
+if TYPE_CHECKING:
+    import jraph
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Episodes of `rounds` (R) steps in each of n environments."""
+
+    graphs: jraph.GraphsTuple
+    """Observations: nodes `[R * n, N, F]`, globals `[R * n, 1, K]`; with one round they are all alike and only one is kept."""
+    policies: jax.Array
+    """int32 `[R, n, sites]`: the actions executed, that is, after projection."""
+    prices: jax.Array
+    """float32 `[R, n]`: the price of each projection."""
+    log_probs: jax.Array
+    """float32 `[R, n, sites]`: log-probability of each executed action at its own price, when it was drawn."""
+    values: jax.Array
+    """float32 `[R + 1, n]`: the critic's values, the last one of the state after the cut."""
+    rewards: jax.Array
+    """float32 `[R, n]`."""
+    continues: jax.Array
+    """float32 `[R, n]`: 0 where an episode terminated, else 1 (a cut is not an end)."""
+    info: StepInfo
+    """Measurements, `[R, n]` each."""
+
+
+def act(
+    space: Space, logits: jax.Array, budget: jax.Array, key: jax.Array, projection: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Draws one policy per row of `logits` float32 `[n, sites, options]`.
+
+    Returns:
+      Policies int32 `[n, sites]` and prices float32 `[n]`; without projection plain samples and prices 0.
+    """
+    number = logits.shape[0]
+    if not projection:
+        return distributions.sample(logits, key), jnp.zeros(number, jnp.float32)
+    projected = jax.vmap(lambda row, k: project(space, row, budget, k))(logits, jax.random.split(key, number))
+    return projected.policy, projected.price
+
+
+def play(
+    agent: ActorCritic,
+    agent_params: dict,
+    env: PruningEnv,
+    env_params: EnvParams,
+    state: EnvState,
+    sites: SiteInputs,
+    key: jax.Array,
+    projection: bool,
+) -> tuple[EnvState, Rollout]:
+    """One episode in every environment of `env`, from the dense network on."""
+    reset_key, key = jax.random.split(key)
+    start, state = env.reset(reset_key, env_params, state)
+
+    def turn(carry: tuple, key: jax.Array) -> tuple[tuple, tuple]:
+        graphs, state = carry
+        act_key, step_key = jax.random.split(key)
+        # In a one-shot episode all environments are in the same state: one forward pass serves the batch.
+        seen = select_state(graphs, slice(0, 1)) if env.rounds == 1 else graphs
+        logits, values = forward(agent, agent_params, seen, sites)
+        logits = jnp.broadcast_to(logits, (env.num_envs, *logits.shape[1:]))
+        values = jnp.broadcast_to(values, (env.num_envs,))
+        policies, prices = act(env.space, logits, env_params.budget, act_key, projection)
+        log_probs = distributions.log_prob(distributions.at_price(logits, prices, sites.cost), policies)
+        graphs, state, rewards, terminated, _, info = env.step(step_key, state, policies, env_params)
+        continues = 1.0 - terminated.astype(jnp.float32)
+        step = (policies, prices, log_probs, values, rewards, continues, info)
+        return (graphs, state), (seen.nodes, seen.globals, step)
+
+    (last, state), (nodes, shared, steps) = jax.lax.scan(
+        turn, (start, state), jax.random.split(key, env.rounds)
+    )
+    policies, prices, log_probs, values, rewards, continues, info = steps
+    _, final = forward(agent, agent_params, last, sites)
+    return state, Rollout(
+        graphs=start._replace(nodes=nodes.reshape(-1, *nodes.shape[2:]), globals=shared.reshape(-1, *shared.shape[2:])),
+        policies=policies,
+        prices=prices,
+        log_probs=log_probs,
+        values=jnp.concatenate([values, final[None]]),
+        rewards=rewards,
+        continues=continues,
+        info=info,
+    )
+
+
+def select_state(graphs: jraph.GraphsTuple, index: slice) -> jraph.GraphsTuple:
+    """The states `index` of a batch of states."""
+    return graphs._replace(nodes=graphs.nodes[index], globals=graphs.globals[index])
+

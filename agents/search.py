@@ -1,0 +1,239 @@
+"""Searching for a policy: `search`, and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.agents.actor_critic import site_inputs
+from sculpt.agents.config import SearchConfig
+from sculpt.agents.controls import fixed_policy
+from sculpt.agents.rerank import Referee
+from sculpt.agents.update import Program, SearchState, Task, init_state, make_program, ranking, update
+from sculpt.model import Model
+from sculpt.pruning import Space, check_budget
+from sculpt.scoring.archive import Archive
+from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
+from sculpt.scoring.evaluate import make_problem, score_policies
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.training.checkpoint import Checkpoints
+from sculpt.training.data import Splits
+
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """What a search found."""
+
+    policy: np.ndarray
+    """int32 `[sites]`: the chosen policy."""
+    score: float
+    """Its reward in the search: accuracy (or minus the loss) on the score images, before any fine-tuning."""
+    macs_ratio: float
+    """Its theoretical MACs kept / dense."""
+    validation_accuracy: float
+    """Its accuracy on the validation split after the re-rank's brief fine-tuning (with `rerank=0`: before any)."""
+    history: tuple[Metrics, ...]
+    """One row per update: "update", "evaluations", "unique", "best", "mean_reward", "mean_accuracy", "budget_error",
+    "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
+    "explained_variance" (critic), "credit_explained" (per-site regression)."""
+    pareto: tuple[tuple[float, float, np.ndarray], ...]
+    """(MACs ratio, accuracy on the score images, policy) of the archived policies that no other one beats in both."""
+    evaluations: int
+    """Policies scored, repeats included."""
+    unique_evaluations: int
+    """Distinct policies scored."""
+    seconds: float
+    """Wall time of the updates, compilation included, re-rank not; summed over resumed runs."""
+    policies_per_second: float
+    """Evaluations per second, repeats included; the first block of updates, which compiles, is left out if it can be."""
+    method: str
+    """Which method proposed the policies."""
+
+
+def search(
+    model: Model,
+    space: Space,
+    splits: Splits,
+    config: SearchConfig,
+    key: jax.Array,
+    *,
+    directory: str | Path | None = None,
+    on_metrics: Callable[[Metrics], None] | None = None,
+    plan: EvaluationPlan | None = None,
+    scorer: Scorer = score_policies,
+) -> SearchResult:
+    """Looks for the policy that keeps the most quality within a budget of MACs.
+
+    Policies are scored on images of the train split, after BatchNorm recalibration; the last choice among the best is made
+    on the validation split, after brief fine-tuning. The test split is never read. All randomness comes from `key` and the
+    number of the update, so an interrupted search that is resumed gives exactly the result of an uninterrupted one.
+
+    Args:
+      model: the trained, dense network.
+      space: sites and patterns of that network.
+      splits: data; `train` needs `config.score_images + config.calibration_images` images.
+      config: what to search for, and how.
+      key: `jax.random.key`.
+      directory: where to keep checkpoints, and to resume from if there are any; None keeps none.
+      on_metrics: called with each new row of the history.
+      plan: sizes of the pieces in which policies are evaluated; None: the defaults.
+      scorer: what scores policies; another one than the network itself is for experiments.
+
+    Raises:
+      ValueError: if the budget cannot be reached, the train split is too small, or `directory` holds another search.
+    """
+    check_budget(space, config.budget)
+    data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)
+    images, labels, calibration = _draw_images(splits, config, data_key)
+    task = Task(
+        env=EnvParams(
+            make_problem(model, space, images, labels, calibration, plan), jnp.float32(config.budget)
+        ),
+        sites=site_inputs(space, model.params),
+        rule=fixed_policy(config.method, space, model.params, config.budget),
+    )
+    env = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)
+    program = make_program(env, config)
+    keeper = None if directory is None else Checkpoints(directory, _fingerprint(model, space, config, key))
+    run = _Run.start(program, task, init_key, config)
+    referee = Referee(model, space, splits, config, calibration, rerank_key)
+    try:
+        if keeper is not None and (found := keeper.restore_latest(run.tree())) is not None:
+            run.load(found[1])
+        while run.done < config.updates:
+            run.advance(update_key, on_metrics)
+            if keeper is not None:
+                keeper.save(run.done, run.tree())
+        order, rewards = ranking(run.state.env, config.budget, config.objective)
+        archive = jax.device_get(run.state.env.archive)
+        candidates = order[: max(config.rerank, 1)]
+        for place, row in enumerate(candidates):
+            if np.isnan(run.judged[place]):
+                run.judged[place] = referee.judge(archive.policies[row])
+                if keeper is not None:
+                    keeper.save(config.updates + place + 1, run.tree())
+    finally:
+        if keeper is not None:
+            keeper.close()
+    best = int(np.argmax(run.judged[: len(candidates)]))  # the earlier, that is the better scored, where they tie
+    return SearchResult(
+        policy=archive.policies[candidates[best]],
+        score=float(rewards[best]),
+        macs_ratio=float(archive.macs_ratio[candidates[best]]),
+        validation_accuracy=float(run.judged[best]),
+        history=tuple(run.row(i) for i in range(config.updates)),
+        pareto=_pareto(archive),
+        evaluations=int(archive.total),
+        unique_evaluations=int(archive.count),
+        seconds=float(run.seconds.sum()),
+        policies_per_second=run.speed(),
+        method=config.method,
+    )
+
+
+@dataclasses.dataclass
+class _Run:
+    """A search under way: the device's state, and what the host keeps beside it."""
+
+    program: Program
+    task: Task
+    config: SearchConfig
+    state: SearchState
+    done: int
+    seconds: np.ndarray
+    """float32 `[updates]`."""
+    judged: np.ndarray
+    """float32 `[rerank or 1]`: validation accuracies of the re-ranked, NaN where still to come."""
+
+    @staticmethod
+    def start(program: Program, task: Task, key: jax.Array, config: SearchConfig) -> _Run:
+        state = init_state(program, task, key)
+        judged = np.full(max(config.rerank, 1), np.nan, np.float32)
+        return _Run(program, task, config, state, 0, np.zeros(config.updates, np.float32), judged)
+
+    def tree(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"state": self.state, "seconds": self.seconds, "judged": self.judged}
+
+    def load(self, tree: dict[str, Any]) -> None:
+        """Takes over the contents of a checkpoint."""
+        self.state = jax.tree.map(jnp.asarray, tree["state"])
+        self.seconds, self.judged = np.array(tree["seconds"]), np.array(tree["judged"])
+        self.done = int(self.state.update)
+
+    def advance(self, key: jax.Array, on_metrics: Callable[[Metrics], None] | None) -> None:
+        """One block of updates; between blocks the host reads the metrics."""
+        block = range(self.done, min(self.done + self.config.checkpoint_every, self.config.updates))
+        begin = time.perf_counter()
+        for _ in block:
+            self.state = update(self.program, self.task, self.state, key)
+        jax.block_until_ready(self.state)
+        self.seconds[block.start : block.stop] = (time.perf_counter() - begin) / len(block)
+        self.done = block.stop
+        for index in block:
+            if on_metrics is not None:
+                on_metrics(self.row(index))
+
+    def row(self, index: int) -> Metrics:
+        """The history's row of one update."""
+        measured = {name: float(rows[index]) for name, rows in jax.device_get(self.state.metrics).items()}
+        return {"update": float(index + 1), **measured, "seconds": float(self.seconds[index])}
+
+    def speed(self) -> float:
+        """Evaluations per second, without the first block if there is another."""
+        skip = self.config.checkpoint_every if self.config.updates > self.config.checkpoint_every else 0
+        timed = self.seconds[skip:]
+        return self.config.policies_per_update * len(timed) / max(float(timed.sum()), 1e-9)
+
+
+def _draw_images(
+    splits: Splits, config: SearchConfig, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Images and labels to score on and images to calibrate on: disjoint parts of the train split."""
+    train = splits.train
+    need, have = config.score_images + config.calibration_images, len(train.labels)
+    if need > have:
+        raise ValueError(
+            f"the search needs score_images + calibration_images = {config.score_images} + "
+            f"{config.calibration_images} = {need} images of the train split, which has {have}: lower them"
+        )
+    drawn = np.asarray(jax.random.permutation(key, have))[:need]
+    score, calibrate = np.sort(drawn[: config.score_images]), np.sort(drawn[config.score_images :])
+    images = jnp.asarray(splits.normalise(train.images[score]))
+    labels = jnp.asarray(np.asarray(train.labels)[score], jnp.int32)
+    if not config.calibration_images:
+        return images, labels, None
+    return images, labels, jnp.asarray(splits.normalise(train.images[calibrate]))
+
+
+def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
+    """Archived policies not dominated in (lower MACs ratio, higher accuracy), by rising MACs ratio."""
+    count = int(archive.count)
+    macs_ratio, accuracy = archive.macs_ratio[:count], archive.accuracy[:count]
+    front, highest = [], -1.0
+    for row in np.lexsort((-accuracy, macs_ratio)):
+        if accuracy[row] > highest:
+            highest = float(accuracy[row])
+            front.append((float(macs_ratio[row]), highest, np.asarray(archive.policies[row])))
+    return tuple(front)
+
+
+def _fingerprint(model: Model, space: Space, config: SearchConfig, key: jax.Array) -> str:
+    """Tells one search from another: settings, key, sites and weights."""
+    digest = hashlib.sha256(repr(config).encode())
+    digest.update(np.asarray(jax.random.key_data(key)).tobytes())
+    for site in space.sites:
+        digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())
+    for leaf in jax.tree.leaves(jax.device_get((model.params, model.state))):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+"""One update of a search, from proposing policies to learning from their scores, as one compiled function."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.agents import ppo
+from sculpt.agents.actor_critic import ActorCritic, SiteInputs
+from sculpt.agents.config import SearchConfig
+from sculpt.agents.controls import propose
+from sculpt.agents.credit import init_credit
+from sculpt.agents.rollout import play
+from sculpt.scoring.archive import Archive
+from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
+from sculpt.scoring.reward import Objective, quality, reward, violation
+from sculpt.training.config import FinetuneConfig
+
+METRICS = (
+    "evaluations", "unique", "best", "mean_reward", "mean_accuracy", "budget_error", "reward_weight",
+)  # fmt: skip
+"""What every method measures, once an update."""
+AGENT_METRICS = (
+    "entropy", "kl", "clip_fraction", "value_loss", "explained_variance", "credit_explained",
+)  # fmt: skip
+"""What the agent measures besides."""
+TOLERANCE = 1e-5
+"""A policy counts as within the budget up to this, in units of dense MACs (float32 rounding)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The arrays of a search that do not change."""
+
+    env: EnvParams
+    """Network, images and budget."""
+    sites: SiteInputs
+    """What the agent knows of the sites."""
+    rule: jax.Array
+    """int32 `[sites]`: the policy that a fixed rule proposes."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SearchState:
+    """Everything that changes; what a checkpoint holds."""
+
+    update: jax.Array
+    """int32 scalar: updates done."""
+    env: EnvState
+    """Archive and adaptive reward."""
+    agent: Any
+    """Parameters of the actor-critic; `{}` for a control."""
+    optimizer: Any
+    """State of the agent's optimizer; `{}` for a control."""
+    credit: Any
+    """`CreditState` of the per-site regression; `{}` for a control."""
+    metrics: dict[str, jax.Array]
+    """float32 `[updates]` each: measurements of every update so far."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The static half of a search. Hash and compare by value, so that equal searches share compiled code."""
+
+    env: PruningEnv
+    """The environment."""
+    config: SearchConfig
+    """The settings, less those that only matter outside the update (they are set to fixed values)."""
+
+
+def make_program(env: PruningEnv, config: SearchConfig) -> Program:
+    """The program of a search with this environment; budget and sizes of arrays are not part of it."""
+    outside = {"budget": 1.0, "rerank": 0, "rerank_finetune": FinetuneConfig(), "checkpoint_every": 1}
+    return Program(env, dataclasses.replace(config, score_images=1, calibration_images=0, **outside))
+
+
+def init_state(program: Program, task: Task, key: jax.Array) -> SearchState:
+    """The state before the first update; `key` initialises the agent."""
+    config, space = program.config, program.env.space
+    env_state = program.env.init(config.updates * config.policies_per_update)
+    agent, optimizer, credit = {}, {}, {}
+    if config.method == "agent":
+        agent = _init_agent(program, task, env_state, key)
+        optimizer = ppo.make_optimizer(config).init(agent)
+        credit = init_credit(space.num_sites, space.max_options)
+    names = METRICS + (AGENT_METRICS if config.method == "agent" else ())
+    metrics = {name: jnp.zeros(config.updates, jnp.float32) for name in names}
+    return SearchState(jnp.int32(0), env_state, agent, optimizer, credit, metrics)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_agent(program: Program, task: Task, env_state: EnvState, key: jax.Array) -> Any:
+    graphs = program.env.observe(env_state, task.env)
+    one = graphs._replace(nodes=graphs.nodes[0], globals=graphs.globals[0])
+    return ActorCritic(program.config.agent).init(key, one, task.sites)["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def update(program: Program, task: Task, state: SearchState, key: jax.Array) -> SearchState:
+    """One update: propose a batch, score what is new of it, learn. `key` is the search's: it is folded with the update."""
+    after, measured = _update(program, task, state, key)
+    row = state.update
+    metrics = {name: rows.at[row].set(measured[name]) for name, rows in state.metrics.items()}
+    return dataclasses.replace(after, metrics=metrics)
+
+
+def _update(
+    program: Program, task: Task, state: SearchState, key: jax.Array
+) -> tuple[SearchState, dict[str, jax.Array]]:
+    config, env = program.config, program.env
+    key = jax.random.fold_in(key, state.update)
+    if config.method == "agent":
+        env_state, learnt, rewards, info, measured = _agent_turn(program, task, state, key)
+    else:
+        env_state, rewards, info = _control_turn(program, task, state, key)
+        learnt, measured = {}, {}
+    done = state.update + 1
+    progress = done.astype(jnp.float32) / config.updates
+    measured |= {
+        "evaluations": env_state.archive.total.astype(jnp.float32),
+        "unique": env_state.archive.count.astype(jnp.float32),
+        "best": best_quality(env_state.archive, task.env.budget, config.objective),
+        "mean_reward": jnp.mean(rewards),
+        "mean_accuracy": jnp.mean(info.accuracy),
+        "budget_error": jnp.max(jnp.abs(info.macs_ratio - task.env.budget)),
+        "reward_weight": env_state.reward.weight,
+    }
+    env_state = env.adapt(env_state, info.macs_ratio, task.env, progress)
+    return dataclasses.replace(state, update=done, env=env_state, **learnt), measured
+
+
+def _agent_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> tuple:
+    config, env = program.config, program.env
+    agent = ActorCritic(config.agent)
+    env_state, rollout = play(
+        agent, state.agent, env, task.env, state.env, task.sites, key, config.projection
+    )
+    batch, credit, credited = ppo.prepare(config, rollout, state.credit, env.space.max_options)
+    free = np.flatnonzero(env.space.num_options > 1)
+    params, optimizer, measured = ppo.learn(
+        state.agent, state.optimizer, agent, batch, task.sites, free, config
+    )
+    critic = rollout.values[:-1].reshape(-1)
+    measured |= {
+        "explained_variance": ppo.explained_variance(batch.returns, critic),
+        "credit_explained": credited,
+    }
+    learnt = {"agent": params, "optimizer": optimizer, "credit": credit}
+    return env_state, learnt, rollout.rewards, rollout.info, measured
+
+
+def _control_turn(
+    program: Program, task: Task, state: SearchState, key: jax.Array
+) -> tuple[EnvState, jax.Array, StepInfo]:
+    config, env = program.config, program.env
+    propose_key, step_key = jax.random.split(key)
+    policies = propose(
+        config.method,
+        env.space,
+        env.num_envs,
+        task.env.budget,
+        task.rule,
+        state.env.archive,
+        config.objective,
+        propose_key,
+    )
+    _, env_state = env.reset(step_key, task.env, state.env)
+    _, env_state, rewards, _, _, info = env.step(step_key, env_state, policies, task.env)
+    return env_state, rewards, info
+
+
+def best_quality(archive: Archive, budget: jax.Array, objective: Objective) -> jax.Array:
+    """Best quality within the budget so far, float32 scalar; -inf while no policy has met it."""
+    met = (jnp.arange(archive.accuracy.size) < archive.count) & (archive.macs_ratio <= budget + TOLERANCE)
+    return jnp.max(jnp.where(met, quality(archive.accuracy, archive.loss, objective), -jnp.inf))
+
+
+def ranking(state: EnvState, budget: float, objective: Objective) -> tuple[np.ndarray, np.ndarray]:
+    """Archived policies from best to worst.
+
+    Those within the budget come first; then the higher reward; then, since accuracies on few images tie, the lower loss.
+
+    Returns:
+      Rows of the archive int64 `[count]` in that order, and the reward float32 `[count]` of each.
+    """
+    archive = jax.device_get(state.archive)
+    count = int(archive.count)
+    macs_ratio, loss = archive.macs_ratio[:count], archive.loss[:count]
+    worth = quality(archive.accuracy[:count], loss, objective)
+    rewards = np.asarray(reward(state.reward, jnp.asarray(worth), jnp.asarray(macs_ratio), jnp.float32(budget)))
+    excess = np.asarray(violation(jnp.asarray(macs_ratio), jnp.float32(budget + TOLERANCE)))
+    met = excess <= 0
+    # Outside the budget the least violation comes first: it is what is left if nothing has met the budget.
+    order = np.lexsort((loss, -rewards, np.where(met, 0.0, excess)))
+    return order, rewards[order]

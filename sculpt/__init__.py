@@ -1,0 +1,143 @@
+"""Sculpt: automatic pattern pruning of JAX networks.
+
+The public names live here and load on first use, so that importing this package costs nothing and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sculpt import agents, nets
+    from sculpt.agents import AgentConfig, RewardConfig, SearchConfig, SearchResult, search
+    from sculpt.deploy import (
+        Latency,
+        compare_latency,
+        export_stablehlo,
+        load_params,
+        load_stablehlo,
+        measure_latency,
+        save_params,
+    )
+    from sculpt.model import Model, from_function, from_linen, from_nnx
+    from sculpt.pruning import (
+        Cost,
+        Space,
+        apply_masks,
+        check_budget,
+        compact,
+        cost,
+        count_cost,
+        layer_macs,
+        magnitude_policy,
+        make_masks,
+        make_space,
+        random_policies,
+        to_graph,
+        uniform_policy,
+    )
+    from sculpt.scoring import EvaluationPlan, Scores, evaluate, evaluate_policies, recalibrate
+    from sculpt.tracing import Trace, trace
+    from sculpt.training import FinetuneConfig, Split, Splits, finetune, from_arrays, load_data, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "sculpt.agents": ("AgentConfig", "RewardConfig", "SearchConfig", "SearchResult", "search"),
+    "sculpt.deploy": (
+        "Latency",
+        "compare_latency",
+        "export_stablehlo",
+        "load_params",
+        "load_stablehlo",
+        "measure_latency",
+        "save_params",
+    ),
+    "sculpt.model": ("Model", "from_function", "from_linen", "from_nnx"),
+    "sculpt.pruning": (
+        "Cost",
+        "Space",
+        "apply_masks",
+        "check_budget",
+        "compact",
+        "cost",
+        "count_cost",
+        "layer_macs",
+        "magnitude_policy",
+        "make_masks",
+        "make_space",
+        "random_policies",
+        "to_graph",
+        "uniform_policy",
+    ),
+    "sculpt.scoring": ("EvaluationPlan", "Scores", "evaluate", "evaluate_policies", "recalibrate"),
+    "sculpt.tracing": ("Trace", "trace"),
+    "sculpt.training": ("FinetuneConfig", "Split", "Splits", "finetune", "from_arrays", "load_data", "train"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_SUBPACKAGES = ("agents", "nets")
+
+__all__ = [
+    "AgentConfig",
+    "Cost",
+    "EvaluationPlan",
+    "FinetuneConfig",
+    "Latency",
+    "Model",
+    "RewardConfig",
+    "Scores",
+    "SearchConfig",
+    "SearchResult",
+    "Space",
+    "Split",
+    "Splits",
+    "Trace",
+    "__version__",
+    "agents",
+    "apply_masks",
+    "check_budget",
+    "compact",
+    "compare_latency",
+    "cost",
+    "count_cost",
+    "evaluate",
+    "evaluate_policies",
+    "export_stablehlo",
+    "finetune",
+    "from_arrays",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "layer_macs",
+    "load_data",
+    "load_params",
+    "load_stablehlo",
+    "magnitude_policy",
+    "make_masks",
+    "make_space",
+    "measure_latency",
+    "nets",
+    "random_policies",
+    "recalibrate",
+    "save_params",
+    "search",
+    "to_graph",
+    "trace",
+    "train",
+    "uniform_policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"sculpt.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'sculpt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

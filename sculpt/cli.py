@@ -1,0 +1,283 @@
+"""The command line: `sculpt train | search | finetune | compact | evaluate | export | report | info | prune`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_STAGES = {
+    "train": "train the dense network, or take pretrained weights",
+    "search": "search a policy within the budget",
+    "finetune": "fine-tune the pruned network, its zeros held",
+    "compact": "take the zeros out: smaller arrays, the same function",
+    "evaluate": "read the test split, once, and write result.json",
+    "export": "write the compact network as StableHLO",
+    "report": "write plots and report.html",
+}
+_COMMANDS = {
+    **_STAGES,
+    "info": "say what a network offers to prune, what a run holds, or what there is",
+    "prune": "all of it, into one run directory; run again to resume",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, no usage text."""
+        raise SystemExit(_fail(f"{message} (see {self.prog} --help)"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for bad input, 130 when interrupted.
+
+    A mistake of the user is one line on stderr; `--debug` shows where it came from.
+    """
+    options = vars(make_parser().parse_args(arguments))
+    command, debug = options.pop("command"), options.pop("debug")
+    _use_compilation_cache()
+    try:
+        if command == "info":
+            _info(options)
+        else:
+            _run(command, options)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command resumes")
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"sculpt: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line. Options that are not given are absent from the result."""
+    parser = _Parser(prog="sculpt", description="Automatic pattern pruning for JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="|".join(_COMMANDS), parser_class=_Parser
+    )
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        command.add_argument("--run", type=Path, required=name != "info", help="the run directory")
+        command.add_argument("--debug", action="store_true", default=False, help="show tracebacks of errors")
+        if name in ("train", "info", "prune"):
+            _train_options(command, name)
+        if name in ("search", "info", "prune"):
+            _search_options(command)
+        if name in ("finetune", "prune"):
+            _finetune_options(command)
+    return parser
+
+
+def _train_options(command: argparse.ArgumentParser, name: str) -> None:
+    group = command.add_argument_group("the dense network")
+    group.add_argument("--model", help="name of a network (`sculpt info` lists them)")
+    group.add_argument("--dataset", help="name of a data set, such as digits or cifar10")
+    group.add_argument("--data-dir", dest="data_dir", help="folder of the data set")
+    group.add_argument(
+        "--weights", help="safetensors file of pretrained weights; without it the network is trained"
+    )
+    group.add_argument("--seed", type=int, help="of every random draw (0)")
+    if name != "info":
+        own = ["--epochs"] if name == "train" else []
+        group.add_argument(
+            "--train-epochs", *own, dest="train_epochs", type=int, help="epochs of dense training (20)"
+        )
+        group.add_argument(
+            "--train-learning-rate", dest="train_learning_rate", type=float, help="its peak (0.1)"
+        )
+
+
+def _search_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("the search")
+    group.add_argument("--budget", type=float, help="MACs kept / dense, at the most (0.5)")
+    group.add_argument(
+        "--families", type=_names, help="pattern families, separated by commas (channels,rect)"
+    )
+    group.add_argument("--method", help="agent, evolution, random, uniform or magnitude (agent)")
+    group.add_argument("--evaluations", type=int, help="policies scored (512)")
+    group.add_argument("--rerank", type=int, help="policies fine-tuned briefly for the last choice (4)")
+    group.add_argument("--round-to", dest="round_to", type=int, help="kept channels are multiples of it (1)")
+
+
+def _finetune_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("fine-tuning")
+    group.add_argument("--finetune-epochs", "--epochs", dest="finetune_epochs", type=int, help="epochs (15)")
+    group.add_argument(
+        "--finetune-learning-rate", dest="finetune_learning_rate", type=float, help="its peak (0.03)"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _version() -> str:
+    from sculpt import __version__
+
+    return f"sculpt {__version__}"
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, in `$SCULPT_CACHE_DIR` or `~/.cache/sculpt`."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = os.environ.get("SCULPT_CACHE_DIR") or str(Path.home() / ".cache" / "sculpt")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _run(command: str, options: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from sculpt.pipeline import STAGES, Pipeline
+    from sculpt.pipeline.closing import caption_of, rows_of
+    from sculpt.report import RunDirectory, closing_table
+
+    folder = options.pop("run")
+    begins = command in ("train", "prune")
+    run = RunDirectory.open(folder) if begins else RunDirectory.existing(folder)
+    console = Console()
+    with _watching(console) as watcher:
+        pipeline = Pipeline(run, options, watcher)
+        pipeline.execute(STAGES if command == "prune" else (command,))
+    if command in ("prune", "evaluate", "report"):
+        record = run.record("evaluate")
+        console.print(closing_table(rows_of(record), caption_of(record, pipeline.train_settings.seed)))
+    if command in ("prune", "report"):
+        console.print(f"report: {run.path / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+class _RichWatcher:
+    """Shows stages as progress bars, and a line for each one that is complete."""
+
+    def __init__(self, console: Console, bars: Progress) -> None:
+        self._console = console
+        self._bars = bars
+        self._task: Any = None
+
+    def start(self, stage: str) -> None:
+        self._task = self._bars.add_task(stage, total=None, unit="", note="")
+
+    def progress(self, done: int, total: int, unit: str, note: str) -> None:
+        self._bars.update(self._task, completed=done, total=total, unit=unit, note=note)
+
+    def finish(self, stage: str, seconds: float | None) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        text = "done before" if seconds is None else f"{seconds:.1f} s"
+        self._console.print(f"{stage:<9} {text}", highlight=False)
+
+
+@contextmanager
+def _watching(console: Console) -> Iterator[_RichWatcher]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Steps or policies per second."""
+
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else "")
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bars:
+        yield _RichWatcher(console, bars)
+
+
+def _info(options: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if "run" in options:
+        _info_run(console, options["run"])
+    elif "model" in options:
+        _info_model(console, options)
+    else:
+        from sculpt import nets
+        from sculpt.deploy import device_name, versions
+        from sculpt.pruning import FAMILIES
+
+        console.print(f"networks   {', '.join(nets.list_models())}", highlight=False)
+        console.print(f"families   {', '.join(FAMILIES)}", highlight=False)
+        console.print(f"device     {device_name()}", highlight=False)
+        console.print(f"versions   {', '.join(f'{k} {v}' for k, v in versions().items())}", highlight=False)
+
+
+def _info_run(console: Console, folder: Path) -> None:
+    from sculpt.pipeline import STAGES
+    from sculpt.pipeline.closing import caption_of, rows_of
+    from sculpt.report import RunDirectory, closing_table
+
+    run = RunDirectory.existing(folder)
+    for section, settings in run.config.items():
+        console.print(f"{section:<9} {', '.join(f'{k}={v}' for k, v in settings.items())}", highlight=False)
+    done = [stage for stage in STAGES if run.done(stage)]
+    console.print(f"complete  {', '.join(done) or 'nothing yet'}", highlight=False)
+    if "evaluate" in done:
+        record = run.record("evaluate")
+        console.print(closing_table(rows_of(record), caption_of(record, run.config["train"]["seed"])))
+
+
+def _info_model(console: Console, options: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from sculpt.pipeline.stages import describe
+
+    space = describe(options)
+    trace = space.trace
+    table = Table("site", "family", "options", box=box.SIMPLE_HEAD)
+    for site in space.sites:
+        table.add_row(site.name, site.family, " ".join(option.label for option in site.options))
+    console.print(table)
+    low, high = space.reachable
+    console.print(
+        f"{trace.macs:,} MACs per image, {trace.num_params:,} weights, {len(trace.layers)} layers, {space.num_sites} sites; "
+        f"budgets from {low:.4f} to {high:.0f} can be reached",
+        highlight=False,
+    )
+    for frozen in trace.frozen:
+        console.print(f"frozen: {frozen.name} ({frozen.size}): {frozen.reason}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Leaving for an engine: portable programs, arrays in files, measured latency."""
+
+from sculpt.deploy.environment import device_name, versions
+from sculpt.deploy.latency import Latency, compare_latency, measure_latency
+from sculpt.deploy.params import load_metadata, load_params, save_params
+from sculpt.deploy.stablehlo import ExportedModel, export_stablehlo, load_stablehlo
+
+__all__ = [
+    "ExportedModel",
+    "Latency",
+    "compare_latency",
+    "device_name",
+    "export_stablehlo",
+    "load_metadata",
+    "load_params",
+    "load_stablehlo",
+    "measure_latency",
+    "save_params",
+    "versions",
+]

@@ -1,0 +1,34 @@
+"""Where a number was measured: the device and the versions of what ran on it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the packages that numbers depend on; "absent" for what is not installed."""
+    found = {"sculpt": _version("autosculpt"), "python": platform.python_version()}
+    return found | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def device_name() -> str:
+    """The default device in words, such as "cpu (x86_64, 2 cores)" or "gpu (NVIDIA H200)"."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    return f"{device.platform} ({device.device_kind})"

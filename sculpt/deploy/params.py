@@ -1,0 +1,162 @@
+"""Pytrees of arrays in safetensors files: parameters, states, masks, policies; bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.tracing.trace import leaf_paths
+
+_DIGEST = "sculpt_sha256"
+_KEYS = "sculpt_prng_keys"
+_ROOT = "array"
+"""Name of the array of a tree that is a single leaf."""
+
+
+def save_params(tree: Any, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a pytree of arrays as safetensors, under its tree paths joined by "/" ("conv1/kernel").
+
+    Linen dictionaries, NNX states, a whole `Model` and trees of masks all work; random keys are stored as their data.
+    The file appears under its name only when it is complete.
+
+    Args:
+      tree: pytree of arrays of any dtype.
+      path: the file; its folder is made if need be.
+      metadata: strings stored beside the arrays.
+
+    Raises:
+      ValueError: if two leaves have the same path, or there is no leaf.
+    """
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, np.ndarray] = {}
+    keys: dict[str, str] = {}
+    for name, leaf in zip(_names(tree), jax.tree.leaves(tree)):
+        if _is_key(leaf):
+            keys[name] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        arrays[name] = np.asarray(jax.device_get(leaf), order="C")
+    about = dict(metadata or {}) | {_DIGEST: _digest(arrays)} | ({_KEYS: json.dumps(keys)} if keys else {})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(arrays, temporary, about)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_params(path: str | Path, template: Any = None) -> Any:
+    """Reads what `save_params` wrote.
+
+    Args:
+      path: the file.
+      template: pytree of arrays or `ShapeDtypeStruct`s that says what is expected; the result has its structure.
+        None: nested dictionaries along the paths, which need not be the structure that was saved.
+
+    Raises:
+      ValueError: if the file is absent or damaged, or its arrays are not those of the template (the first few mismatches
+        are named).
+    """
+    arrays, about = _read(Path(path))
+    keys = json.loads(about.get(_KEYS, "{}"))
+    leaves = {
+        name: jax.random.wrap_key_data(jnp.asarray(array), impl=keys[name])
+        if name in keys
+        else jnp.asarray(array)
+        for name, array in arrays.items()
+    }
+    if template is None:
+        return _nested(leaves)
+    names = _names(template)
+    _check_like(Path(path), dict(zip(names, jax.tree.leaves(template))), leaves)
+    return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in names])
+
+
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """The strings stored beside the arrays.
+
+    Raises:
+      ValueError: if the file is absent or damaged.
+    """
+    _, about = _read(Path(path))
+    return {name: text for name, text in about.items() if name not in (_DIGEST, _KEYS)}
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); write it again") from error
+    if _DIGEST in about and about[_DIGEST] != _digest(arrays):
+        raise ValueError(f"{path} is damaged: its arrays do not match their checksum; write it again")
+    return arrays, about
+
+
+def _names(tree: Any) -> list[str]:
+    names = [path or _ROOT for path in leaf_paths(tree)]
+    if not names:
+        raise ValueError("expected a pytree with at least one array, got an empty one")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"these tree paths name more than one array: {', '.join(twice[:3])}")
+    return names
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _check_like(path: Path, expected: Mapping[str, Any], found: Mapping[str, jax.Array]) -> None:
+    wrong = [*_missing(expected, found)]
+    wrong += [f"{name} is not expected" for name in found if name not in expected]
+    for name, leaf in expected.items():
+        if name not in found:
+            continue
+        want, have = (f"{x.dtype}{list(x.shape)}" for x in (leaf, found[name]))
+        if want != have:
+            wrong.append(f"{name}: expected {want}, got {have}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path} does not fit: {'; '.join(wrong[:3])}{more}")
+
+
+def _missing(expected: Iterable[str], found: Mapping[str, Any]) -> Iterable[str]:
+    return (f"{name} is missing" for name in expected if name not in found)
+
+
+def _nested(leaves: Mapping[str, Any]) -> Any:
+    if set(leaves) == {_ROOT}:
+        return leaves[_ROOT]
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,124 @@
+"""StableHLO: a model as one portable file, parameters inside, that any JAX (or PJRT engine) runs without this library."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from sculpt.model import Model
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-5
+"""Largest difference between the model's logits and the reloaded program's, relative to the largest logit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedModel:
+    """A program read from a file. Called with images it gives logits; parameters are part of it."""
+
+    program: export.Exported
+    """The deserialised program."""
+
+    @property
+    def batch(self) -> int | None:
+        """The batch size that it takes, or None for any."""
+        size = self.program.in_avals[0].shape[0]
+        return size if isinstance(size, int) else None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return tuple(self.program.in_avals[0].shape[1:])
+
+    def __call__(self, x: Any) -> jax.Array:
+        """Logits `[batch, classes]` of `x` `[batch, ...]`.
+
+        Raises:
+          ValueError: if `x` has another shape or dtype than the program takes.
+        """
+        shape, dtype = tuple(np.shape(x)), jax.dtypes.result_type(x)
+        expected = self.program.in_avals[0]
+        if shape[1:] != self.input_shape or dtype != expected.dtype or self.batch not in (None, *shape[:1]):
+            want = f"{expected.dtype}[{', '.join(map(str, expected.shape))}]"
+            raise ValueError(f"the exported program takes {want}, got {dtype}{list(shape)}")
+        return self.program.call(x)
+
+
+def export_stablehlo(model: Model, path: str | Path, example_input: Any) -> ExportedModel:
+    """Writes a model as a serialised StableHLO program (`jax.export`) for CPU, CUDA and TPU.
+
+    Parameters and state are constants of the program. The batch size stays open where the model's own code allows it, and
+    is that of `example_input` otherwise (`ExportedModel.batch` tells). The program is read back and compared with the
+    model before the file gets its name.
+
+    Args:
+      model: the model, dense or compact.
+      path: the file; its folder is made if need be.
+      example_input: array `[batch, ...]` that the model takes.
+
+    Returns:
+      The program as read back.
+
+    Raises:
+      ValueError: if the model cannot be exported, or the reloaded program's logits differ; no file is left then.
+    """
+    path, x = Path(path), jnp.asarray(example_input)
+    if not x.shape:
+        raise ValueError("export_stablehlo expected an example input [batch, ...], got a scalar")
+    data = _export(model, x).serialize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        loaded = load_stablehlo(temporary)
+        expected = np.asarray(jax.jit(model.apply)(model.params, model.state, x))
+        difference = np.abs(np.asarray(loaded(x)) - expected).max() / max(1.0, np.abs(expected).max())
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"the exported program differs from the model by {difference:.2e} of the largest logit (at most "
+                f"{TOLERANCE} expected); nothing was written to {path}"
+            )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return loaded
+
+
+def _export(model: Model, x: jax.Array) -> export.Exported:
+    program = jax.jit(lambda images: model.apply(model.params, model.state, images))
+    (batch,) = export.symbolic_shape("batch")
+    problems = []
+    for size in (batch, x.shape[0]):
+        argument = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+        # What an open batch size trips over is up to the model's code: any exception may come out of it.
+        try:
+            return export.export(program, platforms=PLATFORMS)(argument)
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
+    raise ValueError(f"this model cannot be exported: {problems[-1]}")
+
+
+def load_stablehlo(path: str | Path) -> ExportedModel:
+    """Reads a program that `export_stablehlo` wrote.
+
+    Raises:
+      ValueError: if the file is absent or is no such program.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        program = export.deserialize(bytearray(path.read_bytes()))
+    # The flatbuffer reader raises whatever the damaged bytes lead it to (struct.error, AssertionError, TypeError, ...).
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a readable StableHLO program ({type(error).__name__}: {error})"
+        ) from error
+    return ExportedModel(program)

@@ -1,0 +1,211 @@
+"""A network as Sculpt sees it: two pure functions and two pytrees.
+
+Adapters turn a Flax Linen module, a Flax NNX module or any JAX function into a `Model`. The callables they build are
+frozen dataclasses that compare by value, so that adapting the same module twice hits the same compiled programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+Params = Any
+"""A pytree of floating-point arrays, the leaves that training changes and masks cover."""
+State = Any
+"""A pytree of everything else a network carries: BatchNorm statistics, counters, keys of random streams."""
+ApplyFn = Callable[[Params, State, jax.Array], jax.Array]
+TrainFn = Callable[[Params, State, jax.Array, jax.Array], tuple[jax.Array, State]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network: `apply` to evaluate it, `apply_train` to train it, and the arrays that both take.
+
+    A pytree whose leaves are `params` and `state`; the two functions are static and should be hashable.
+    """
+
+    apply: ApplyFn = dataclasses.field(metadata={"static": True})
+    """`(params, state, x) -> logits`: evaluation mode; x is `[batch, ...]`, logits `[batch, classes]`."""
+    apply_train: TrainFn = dataclasses.field(metadata={"static": True})
+    """`(params, state, x, key) -> (logits, new_state)`: training mode (batch statistics, dropout drawn from `key`)."""
+    params: Params
+    """Pytree of floating-point arrays."""
+    state: State
+    """Pytree of the remaining arrays; `{}` where there are none."""
+
+    def replace(self, **changes: Any) -> Model:
+        """Returns a copy with the named fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Evaluation-mode logits `[batch, classes]` of `x` with this model's own arrays."""
+        return self.apply(self.params, self.state, x)
+
+
+jax.tree_util.register_dataclass(
+    Model, data_fields=["params", "state"], meta_fields=["apply", "apply_train"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenApply:
+    module: Any
+    train_argument: str | None
+
+    def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
+        options = {} if self.train_argument is None else {self.train_argument: False}
+        return self.module.apply({"params": params, **state}, x, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenTrain:
+    module: Any
+    train_argument: str | None
+    mutable: tuple[str, ...]
+
+    def __call__(
+        self, params: Params, state: State, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, State]:
+        options = {} if self.train_argument is None else {self.train_argument: True}
+        logits, updated = self.module.apply(
+            {"params": params, **state}, x, mutable=list(self.mutable), rngs={"dropout": key}, **options
+        )
+        return logits, {**state, **updated}
+
+
+def from_linen(module: Any, variables: Mapping[str, Any], train_argument: str | None = "train") -> Model:
+    """Adapts a Flax Linen module.
+
+    Args:
+      module: a `flax.linen.Module` whose `__call__(x, train=False)` returns logits.
+      variables: what `module.init` returned: a mapping with "params" and, perhaps, further collections.
+      train_argument: name of the boolean keyword that switches training mode on; None if the module has none.
+
+    Raises:
+      ValueError: if `variables` has no "params" collection, or the module does not take `train_argument`.
+    """
+    if "params" not in variables:
+        raise ValueError(
+            f"from_linen expected variables with a 'params' collection (what module.init returns), got {sorted(variables)}"
+        )
+    train_argument = _accepted_argument(module, train_argument)
+    state = {name: value for name, value in variables.items() if name != "params"}
+    return Model(
+        apply=_LinenApply(module, train_argument),
+        apply_train=_LinenTrain(module, train_argument, tuple(state)),
+        params=variables["params"],
+        state=state,
+    )
+
+
+def _accepted_argument(module: Any, name: str | None) -> str | None:
+    import inspect
+
+    parameters = inspect.signature(type(module).__call__).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if name is None or name in parameters or takes_any:
+        return name
+    if name == "train" and not {"training", "deterministic", "is_training"} & set(parameters):
+        return None
+    raise ValueError(
+        f"{type(module).__name__}.__call__ takes {[p for p in parameters if p != 'self']}, not {name!r}: "
+        "pass train_argument=<the keyword that switches training mode on>, or None if it has no such mode"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _NnxApply:
+    graphdef: Any
+
+    def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
+        from flax import nnx
+
+        return nnx.merge(self.graphdef, params, state["rest"], copy=True)(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NnxTrain:
+    graphdef: Any
+
+    def __call__(
+        self, params: Params, state: State, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, State]:
+        from flax import nnx
+
+        module = nnx.merge(self.graphdef, params, state["rest"], copy=True)
+        nnx.reseed(module, default=key, dropout=key)
+        logits = module(x)
+        return logits, {"rest": nnx.state(module, nnx.Not(nnx.Param))}
+
+
+def from_nnx(module: Any) -> Model:
+    """Adapts a Flax NNX module whose `__call__(x)` returns logits.
+
+    Its `nnx.Param` leaves become `params`; every other variable becomes `state`. The module itself is not changed.
+
+    Raises:
+      ValueError: if the module holds no `nnx.Param`.
+    """
+    from flax import nnx
+
+    evaluation = nnx.view(module, deterministic=True, use_running_average=True, raise_if_not_found=False)
+    training = nnx.view(module, deterministic=False, use_running_average=False, raise_if_not_found=False)
+    graphdef, params, rest = nnx.split(evaluation, nnx.Param, ...)
+    train_graphdef, _, _ = nnx.split(training, nnx.Param, ...)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"from_nnx found no nnx.Param in {type(module).__name__}: nothing there to prune")
+    return Model(_NnxApply(graphdef), _NnxTrain(train_graphdef), params, {"rest": rest})
+
+
+@dataclasses.dataclass(frozen=True)
+class _FunctionApply:
+    function: Callable[..., jax.Array]
+    stateful: bool
+
+    def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
+        return self.function(params, state, x) if self.stateful else self.function(params, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FunctionTrain:
+    apply: _FunctionApply
+    train: Callable[..., Any] | None
+
+    def __call__(
+        self, params: Params, state: State, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, State]:
+        if self.train is None:
+            return self.apply(params, state, x), state
+        if self.apply.stateful:
+            return self.train(params, state, x, key)
+        return self.train(params, x, key), state
+
+
+def from_function(
+    apply: Callable[..., jax.Array],
+    params: Params,
+    state: State | None = None,
+    apply_train: Callable[..., Any] | None = None,
+) -> Model:
+    """Adapts a plain JAX function.
+
+    Args:
+      apply: `apply(params, x) -> logits`, or `apply(params, state, x) -> logits` where `state` is given.
+      params: pytree of floating-point arrays that `apply` reads; arrays it closes over cannot be pruned.
+      state: pytree of non-trained arrays, if any.
+      apply_train: training mode; `(params, x, key) -> logits`, or with a state `(params, state, x, key) ->
+        (logits, new_state)`. Without it training runs `apply`.
+
+    Raises:
+      ValueError: if `params` holds no array.
+    """
+    if not jax.tree.leaves(params):
+        raise ValueError(
+            "from_function expected params with at least one array, got an empty pytree; "
+            "pass the arrays as an argument instead of closing over them"
+        )
+    evaluate = _FunctionApply(apply, state is not None)
+    return Model(evaluate, _FunctionTrain(evaluate, apply_train), params, {} if state is None else state)

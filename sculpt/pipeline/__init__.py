@@ -1,0 +1,14 @@
+"""From a name to a pruned network: the stages of `sculpt prune` on a run directory."""
+
+from sculpt.pipeline.settings import SECTIONS, FinetuneSettings, SearchSettings, TrainSettings
+from sculpt.pipeline.stages import STAGES, Pipeline, Watcher
+
+__all__ = [
+    "SECTIONS",
+    "STAGES",
+    "FinetuneSettings",
+    "Pipeline",
+    "SearchSettings",
+    "TrainSettings",
+    "Watcher",
+]

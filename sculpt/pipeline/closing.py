@@ -1,0 +1,225 @@
+"""The end of a run: the one look at the test split, `result.json`, plots and `report.html`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from sculpt.deploy import compare_latency, device_name, versions
+from sculpt.pruning import Space, apply_masks
+from sculpt.report import (
+    Number,
+    Report,
+    Row,
+    graph_plot,
+    kept_plot,
+    pareto_plot,
+    reward_plot,
+    write_html,
+)
+from sculpt.scoring import evaluate, recalibrate
+
+if TYPE_CHECKING:
+    from sculpt.pipeline.stages import Pipeline
+    from sculpt.tracing.axes import Atom
+
+_CALIBRATION = 512
+
+
+def theoretical_macs(space: Space, policy: Any) -> int:
+    """Exact multiply-accumulates per image that a policy leaves, in whole numbers (`cost` is float32)."""
+    kept: dict[Atom, int] = {}
+    for site in space.sites:
+        kept.update(zip(site.atoms, site.options[int(policy[site.index])].counts))
+    total = 0
+    for layer in space.trace.layers:
+        for coefficient, atoms in layer.monomials:
+            for atom in atoms:
+                coefficient *= kept.get(atom, space.trace.axes.atom_size(atom))
+            total += coefficient
+    return total
+
+
+def measure(p: Pipeline) -> dict[str, Any]:
+    """Everything that the closing table says. The only place of a run that reads the test split, once."""
+    test = p.splits.test
+    images, labels = p.splits.normalise(test.images), test.labels
+    train_images = p.splits.train.images
+    masked = recalibrate(apply_masks(p.dense, p.masks), p.splits.normalise(train_images[:_CALIBRATION]))
+    networks = {"dense": p.dense, "masked": masked, "fine-tuned": p.tuned, "compact": p.small}
+    accuracy = {name: float(evaluate(m, images, labels).accuracy) for name, m in networks.items()}
+    timed = {name: networks[name] for name in ("dense", "fine-tuned", "compact")}
+    latency = compare_latency(timed, p.example)
+    trace, compacted = p.space.trace, p.run.record("compact")
+    left = sum(int(np.asarray(m).sum()) for m in jax.tree.leaves(p.masks))
+    costs = {
+        "dense": (trace.macs, trace.macs, trace.num_params),
+        "masked": (theoretical_macs(p.space, p.policy), trace.macs, left),
+        "compact": (theoretical_macs(p.space, p.policy), compacted["macs"], compacted["params"]),
+    }
+    costs["fine-tuned"] = costs["masked"]
+    rows = []
+    for name in networks:
+        seconds = latency.get(name)
+        median = None if seconds is None else 1e3 * seconds.median
+        spread = None if seconds is None else tuple(1e3 * s for s in seconds.spread)
+        rows.append(
+            {
+                "name": name,
+                "accuracy": accuracy[name],
+                **_costs(costs[name]),
+                "latency_ms": median,
+                "spread": spread,
+            }
+        )
+    return {
+        "rows": rows,
+        "device": device_name(),
+        "versions": versions(),
+        "n_test": len(labels),
+        "n_latency": latency["dense"].n,
+        "latency_batch": latency["dense"].batch,
+        "n_calibration": min(_CALIBRATION, len(train_images)),
+        "splits": {
+            "train": len(train_images),
+            "validation": len(p.splits.validation.labels),
+            "test": len(labels),
+        },
+    }
+
+
+def _costs(values: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(("macs_theoretical", "macs_realised", "params"), values))
+
+
+def result(p: Pipeline, record: dict[str, Any]) -> dict[str, Any]:
+    """The contents of `result.json`. Latencies are of one call on `latency_batch` images."""
+    rows = {row["name"]: row for row in record["rows"]}
+    dense, small, found = rows["dense"], rows["compact"], p.run.record("search")
+    return {
+        "model": p.train_settings.model,
+        "dataset": p.train_settings.dataset,
+        "seed": p.train_settings.seed,
+        "device": record["device"],
+        "versions": record["versions"],
+        "splits": record["splits"],
+        "dense": {
+            "test_accuracy": dense["accuracy"],
+            "macs": dense["macs_theoretical"],
+            "params": dense["params"],
+            "latency_ms": dense["latency_ms"],
+        },
+        "pruned": {
+            "test_accuracy": small["accuracy"],
+            "test_accuracy_before_finetune": rows["masked"]["accuracy"],
+            "macs_theoretical": small["macs_theoretical"],
+            "macs_realised": small["macs_realised"],
+            "params": small["params"],
+            "latency_ms": small["latency_ms"],
+        },
+        "search": {name: found[name] for name in ("evaluations", "seconds", "policies_per_second")},
+        "compact_max_abs_diff": p.run.record("compact")["max_abs_diff"],
+        "policy": found["policy"],
+    }
+
+
+def rows_of(record: dict[str, Any]) -> list[Row]:
+    """The closing table of a finished `evaluate` stage."""
+    return [
+        Row(
+            name=row["name"],
+            accuracy=row["accuracy"],
+            macs_theoretical=row["macs_theoretical"],
+            macs_realised=row["macs_realised"],
+            params=row["params"],
+            latency_ms=row["latency_ms"],
+            latency_spread_ms=None if row["spread"] is None else tuple(row["spread"]),
+        )
+        for row in record["rows"]
+    ]
+
+
+def caption_of(record: dict[str, Any], seed: int) -> str:
+    """What the closing table was taken over."""
+    return (
+        f"Accuracy: n = {record['n_test']} test images; masked: BatchNorm recalibrated on {record['n_calibration']} train "
+        f"images, not fine-tuned. Latency: median [quartiles] of n = {record['n_latency']} calls of "
+        f"{record['latency_batch']} images. Seed {seed}, {record['device']}, jax {record['versions']['jax']}."
+    )
+
+
+def write_report(p: Pipeline) -> list[str]:
+    """Writes plots and `report.html`; returns the names of the plots."""
+    found, record = p.run.record("search"), p.run.record("evaluate")
+    chosen = (found["macs_ratio"], found["score"])
+    plots = {
+        "reward": ("Reward over the policies scored", reward_plot(found["history"])),
+        "pareto": (
+            "Accuracy against theoretical MACs, before fine-tuning",
+            pareto_plot(found["pareto"], chosen, p.search_settings.budget, found["n_score"]),
+        ),
+        "kept": ("Theoretical MACs kept in each layer", kept_plot(p.space, p.policy)),
+        "graph": ("The network and the pattern chosen at each site", graph_plot(p.space, p.policy)),
+    }
+    folder = p.run.path / "plots"
+    folder.mkdir(exist_ok=True)
+    for name, (_, svg) in plots.items():
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(svg, encoding="utf-8")
+        os.replace(temporary, folder / f"{name}.svg")
+    settings = p.train_settings
+    report = Report(
+        title=f"{settings.model} on {settings.dataset}, pruned to {p.search_settings.budget:.0%} of its MACs",
+        seed=settings.seed,
+        device=record["device"],
+        versions=record["versions"],
+        rows=rows_of(record),
+        caption=caption_of(record, settings.seed),
+        numbers=_numbers(p, found, record),
+        sites=[(s.name, s.family, s.options[int(p.policy[s.index])].label) for s in p.space.sites],
+        arrays=p.run.record("compact")["arrays"],
+        config=p.run.config,
+        plots={caption: svg for caption, svg in plots.values()},
+    )
+    write_html(report, p.run.path / "report.html")
+    return sorted(plots)
+
+
+def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list[Number]:
+    numbers = []
+    for row in rows_of(record):
+        test = f"{record['n_test']} test images"
+        numbers.append(Number(f"accuracy, {row.name}", f"{row.accuracy:.4f}", "measured", test))
+        numbers.append(
+            Number(f"MACs per image, {row.name}", f"{row.macs_theoretical:,}", "theoretical", "closed form")
+        )
+        numbers.append(
+            Number(
+                f"MACs per image, {row.name}", f"{row.macs_realised:,}", "realised", "counted in the program"
+            )
+        )
+        numbers.append(Number(f"weights, {row.name}", f"{row.params:,}", "theoretical", "counted"))
+        if row.latency_ms is not None:
+            calls = f"{record['n_latency']} calls of {record['latency_batch']} images"
+            numbers.append(Number(f"latency, {row.name}", f"{row.latency_ms:.3f} ms", "measured", calls))
+    compacted, images = p.run.record("compact"), "validation images"
+    numbers.append(
+        Number(
+            "largest difference of masked and compact logits",
+            f"{compacted['max_abs_diff']:.2e}",
+            "measured",
+            f"{compacted['n_images']} {images}",
+        )
+    )
+    for stage in ("train", "search", "finetune"):
+        stage_record = p.run.record(stage)
+        text = f"{stage_record['n_validation']} {images}"
+        value = f"{stage_record['validation_accuracy']:.4f}"
+        numbers.append(Number(f"validation accuracy after {stage}", value, "measured", text))
+    policies = f"{found['evaluations']} policies, {found['unique_evaluations']} distinct, {found['n_score']} train images each"
+    numbers.append(Number("policies per second", f"{found['policies_per_second']:.2f}", "measured", policies))
+    numbers.append(Number("search", f"{found['seconds']:.1f} s", "measured", policies))
+    return numbers

@@ -1,0 +1,45 @@
+"""What can go, what it costs, and taking it out."""
+
+from sculpt.pruning.budget import (
+    Projection,
+    check_budget,
+    energy_logits,
+    magnitude_policy,
+    project,
+    random_policies,
+    uniform_policy,
+)
+from sculpt.pruning.compact import compact
+from sculpt.pruning.cost import Cost, cost, count_cost, layer_macs, macs_ratio
+from sculpt.pruning.features import SiteFeatures, site_features, to_graph
+from sculpt.pruning.masks import apply_masks, make_masks, mask_params
+from sculpt.pruning.patterns import FAMILIES, Option, Site
+from sculpt.pruning.space import Space, make_choices, make_space
+
+__all__ = [
+    "FAMILIES",
+    "Cost",
+    "Option",
+    "Projection",
+    "Site",
+    "SiteFeatures",
+    "Space",
+    "apply_masks",
+    "check_budget",
+    "compact",
+    "cost",
+    "count_cost",
+    "energy_logits",
+    "layer_macs",
+    "macs_ratio",
+    "magnitude_policy",
+    "make_choices",
+    "make_masks",
+    "make_space",
+    "mask_params",
+    "project",
+    "random_policies",
+    "site_features",
+    "to_graph",
+    "uniform_policy",
+]

@@ -1,0 +1,186 @@
+"""The budget projection: every policy that is scored meets the target by construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.model import Params
+from sculpt.pruning.cost import macs_ratio
+from sculpt.pruning.space import Space, make_choices
+
+_BISECTIONS = 48
+_INVALID = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A policy within the budget, and the price that made it so."""
+
+    policy: jax.Array
+    """int32 `[sites]`."""
+    price: jax.Array
+    """float32 scalar: what one unit of MACs ratio costs in logits."""
+
+
+jax.tree_util.register_dataclass(Projection, ["policy", "price"], [])
+
+
+def check_budget(space: Space, budget: float) -> None:
+    """Raises ValueError unless some policy meets the budget (kept MACs / dense)."""
+    low, high = space.reachable
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is the share of MACs that is kept, in (0, 1]; got {budget}")
+    if budget < low:
+        raise ValueError(
+            f"budget {budget} cannot be reached: with families {', '.join(space.families)} this network can keep "
+            f"{low:.4f} to {high:.4f} of its MACs; raise the budget or add a family"
+        )
+
+
+def project(space: Space, logits: jax.Array, budget: Any, key: jax.Array | None = None) -> Projection:
+    """Turns preferences into a policy that meets the budget.
+
+    Chooses `argmax(logits + gumbel - price * cost)` at every site, with one price for the whole network, found by
+    bisection on the exact cost of the policy (a Lagrange multiplier; negative where the preferences leave slack). What
+    slack the price cannot express is filled greedily, each time by the costlier option that is liked most. Everything is
+    jit- and vmap-able.
+
+    Args:
+      space: the search space.
+      logits: float32 `[sites, max_options]`; entries of options that do not exist are ignored.
+      budget: largest MACs ratio, a number or a scalar array, within `space.reachable`.
+      key: draws the Gumbel noise, so that without a binding budget the policy is a sample of `softmax(logits)`; None
+        takes the most liked policy.
+    """
+    valid = jnp.asarray(space.valid)
+    liked = logits
+    if key is not None:
+        liked = liked + jax.random.gumbel(key, logits.shape, logits.dtype)
+    liked = jnp.where(valid, liked, _INVALID)
+    cost = jnp.asarray(space.option_cost)
+    budget = jnp.asarray(budget, jnp.float32) + 1e-6
+
+    def choose(price: jax.Array) -> jax.Array:
+        return jnp.argmax(jnp.where(valid, liked - price * cost, _INVALID * 1e3), axis=1).astype(jnp.int32)
+
+    # A price beyond this outweighs every preference at every site.
+    spread = jnp.max(jnp.where(valid, liked, -jnp.inf)) - jnp.min(jnp.where(valid, liked, jnp.inf))
+    limit = (spread + 1.0) / _smallest_step(space)
+
+    # The policy that fits is carried along: choosing it again from its price could round a tie the other way.
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        low, high, fitting = bounds
+        middle = (low + high) / 2
+        policy = choose(middle)
+        fits = macs_ratio(space, policy) <= budget
+        return jnp.where(fits, low, middle), jnp.where(fits, middle, high), jnp.where(fits, policy, fitting)
+
+    _, price, policy = jax.lax.fori_loop(0, _BISECTIONS, halve, (-limit, limit, choose(limit)))
+    return Projection(fill(space, policy, liked, budget), price)
+
+
+def _smallest_step(space: Space) -> float:
+    steps = np.abs(np.diff(np.where(space.valid, space.option_cost, np.nan), axis=1))
+    steps = steps[np.isfinite(steps) & (steps > 1e-7)]
+    return float(steps.min()) if steps.size else 1.0
+
+
+def fill(space: Space, policy: jax.Array, liked: jax.Array, budget: Any) -> jax.Array:
+    """Spends the slack: takes the best-liked costlier option that still fits, until none does.
+
+    Args:
+      policy: int32 `[sites]`, within the budget.
+      liked: float32 `[sites, max_options]`.
+      budget: largest MACs ratio.
+    """
+    sites, options = space.num_sites, space.max_options
+    valid, cost = jnp.asarray(space.valid), jnp.asarray(space.option_cost)
+    site_index = np.repeat(np.arange(sites, dtype=np.int32), options)
+    option_index = np.tile(np.arange(options, dtype=np.int32), sites)
+
+    def step(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        policy, _, count = state
+        changed = jnp.tile(policy[None], (sites * options, 1))
+        changed = changed.at[np.arange(sites * options), site_index].set(option_index)
+        ratios = macs_ratio(space, changed).reshape(sites, options)
+        rows = np.arange(sites, dtype=np.int32)
+        fits = valid & (ratios <= budget) & (cost > cost[rows, policy][:, None])
+        gain = jnp.where(fits, liked - liked[rows, policy][:, None], -jnp.inf).reshape(-1)
+        best = jnp.argmax(gain)
+        found = gain[best] > -jnp.inf
+        return jnp.where(found, changed[best], policy), found, count + 1
+
+    start = (policy, jnp.asarray(True), jnp.int32(0))
+    filled, _, _ = jax.lax.while_loop(lambda s: s[1] & (s[2] < 4 * sites), step, start)
+    return filled
+
+
+def random_policies(space: Space, key: jax.Array, n: int, budget: float | None = None) -> jax.Array:
+    """Draws policies int32 `[n, sites]`: every option alike, or with a budget its projection.
+
+    Raises:
+      ValueError: if n < 1 or the budget cannot be reached.
+    """
+    if n < 1:
+        raise ValueError(f"random_policies needs n >= 1, got {n}")
+    if budget is not None:
+        check_budget(space, budget)
+    logits = jnp.zeros((space.num_sites, space.max_options), jnp.float32)
+    keys = jax.random.split(key, n)
+    if budget is None:
+        masked = jnp.where(jnp.asarray(space.valid), logits, _INVALID)
+        return jax.vmap(lambda k: jax.random.categorical(k, masked, axis=1).astype(jnp.int32))(keys)
+    return _project_batch(space, logits, jnp.float32(budget), keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _project_batch(space: Space, logits: jax.Array, budget: jax.Array, keys: jax.Array) -> jax.Array:
+    return jax.vmap(lambda key: project(space, logits, budget, key).policy)(keys)
+
+
+def uniform_policy(space: Space, budget: float) -> jax.Array:
+    """int32 `[sites]`: the same keep fraction everywhere, the largest that meets the budget, slack filled.
+
+    Only the first family of the space is pruned where that is enough; the others stay dense.
+    """
+    check_budget(space, budget)
+    kept = jnp.where(jnp.asarray(space.valid), jnp.asarray(space.kept), jnp.inf)
+    first = np.asarray([site.family == space.families[0] for site in space.sites])
+    candidates = []
+    for others in (False, True):
+        for fraction in np.linspace(0.0, 1.0, 129, dtype=np.float32):
+            nearest = jnp.argmin(jnp.abs(kept - fraction), axis=1).astype(jnp.int32)
+            candidates.append(nearest if others else jnp.where(jnp.asarray(first), nearest, 0))
+    policies = jnp.stack(candidates)
+    ratios = macs_ratio(space, policies)
+    fits = ratios <= budget + 1e-6
+    pruned_first_only = jnp.arange(len(candidates)) < len(candidates) // 2
+    score = jnp.where(fits, ratios + pruned_first_only.astype(jnp.float32), -1.0)
+    best = jnp.where(score.max() >= 0, policies[jnp.argmax(score)], jnp.asarray(space.num_options - 1))
+    liked = jnp.where(jnp.asarray(first)[:, None], -kept, _INVALID)
+    return fill(space, best, liked, jnp.float32(budget + 1e-6))
+
+
+def magnitude_policy(space: Space, params: Params, budget: float) -> jax.Array:
+    """int32 `[sites]`: the policy that keeps the most weight energy per MAC, one global threshold for all sites.
+
+    Maximises the sum over sites of log retained energy minus price times cost.
+    """
+    check_budget(space, budget)
+    return project(space, energy_logits(space, params), budget).policy
+
+
+def energy_logits(space: Space, params: Params) -> jax.Array:
+    """float32 `[sites, max_options]`: 3 log(retained energy), a prior that favours what loses little."""
+    options = space.max_options
+    rows = []
+    for choice in make_choices(space, params):
+        logs = 3.0 * jnp.log(jnp.maximum(choice.retained, 1e-6))
+        rows.append(jnp.pad(logs, (0, options - logs.shape[0]), constant_values=_INVALID))
+    return jnp.stack(rows)

@@ -1,0 +1,91 @@
+"""What a policy costs: multiply-accumulates and parameters, theoretical and realised."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.model import Model
+from sculpt.pruning.masks import check_policies
+from sculpt.pruning.space import Polynomial, Space
+from sculpt.tracing import trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cost of one policy (scalars) or of several (`[n]`); float32."""
+
+    macs: jax.Array
+    """Theoretical multiply-accumulates per image: only weights that stay are counted."""
+    macs_ratio: jax.Array
+    """`macs` / dense."""
+    macs_realised: jax.Array
+    """Multiply-accumulates per image after compaction: zeros that no smaller array can express are counted."""
+    macs_realised_ratio: jax.Array
+    """`macs_realised` / dense."""
+    params: jax.Array
+    """Number of weights that stay."""
+    params_ratio: jax.Array
+    """`params` / dense."""
+
+
+jax.tree_util.register_dataclass(Cost, [f.name for f in dataclasses.fields(Cost)], [])
+
+
+def _kept(space: Space, policies: jax.Array) -> jax.Array:
+    """Kept fraction of every atom, float32 `[..., atoms + 1]`."""
+    columns = np.arange(len(space.atoms), dtype=np.int32)
+    fractions = jnp.asarray(space.fractions)[columns, policies[..., space.atom_site]]
+    return jnp.concatenate([fractions, jnp.ones((*policies.shape[:-1], 1), jnp.float32)], axis=-1)
+
+
+def _evaluate(polynomial: Polynomial, kept: jax.Array) -> jax.Array:
+    products = jnp.prod(kept[..., polynomial.atoms], axis=-1)
+    return products @ jnp.asarray(polynomial.share)
+
+
+def macs_ratio(space: Space, policies: jax.Array) -> jax.Array:
+    """Theoretical MACs / dense, float32 `[...]`, of policies int32 `[..., sites]` (jit- and vmap-able)."""
+    return _evaluate(space.macs, _kept(space, policies))
+
+
+def cost(space: Space, policies: Any) -> Cost:
+    """Costs of policies `[..., sites]`; every field is `[...]`. Closed form: no network is run. jit- and vmap-able.
+
+    Raises:
+      ValueError: if the policies do not fit the space.
+    """
+    kept = _kept(space, check_policies(space, policies))
+    realised = jnp.where(jnp.asarray(space.compacts), kept, jnp.ones((), jnp.float32))
+    ratio, realised_ratio = _evaluate(space.macs, kept), _evaluate(space.macs, realised)
+    params_ratio = _evaluate(space.params, kept)
+    return Cost(
+        macs=ratio * space.macs.total,
+        macs_ratio=ratio,
+        macs_realised=realised_ratio * space.macs.total,
+        macs_realised_ratio=realised_ratio,
+        params=params_ratio * space.params.total,
+        params_ratio=params_ratio,
+    )
+
+
+def layer_macs(space: Space, policy: Any) -> np.ndarray:
+    """Theoretical multiply-accumulates of each layer under one policy, float64 `[layers]`."""
+    policy = np.asarray(check_policies(space, policy))
+    kept = np.ones(len(space.atoms) + 1)
+    kept[:-1] = space.fractions[np.arange(len(space.atoms)), policy[space.atom_site]]
+    values = space.macs.share.astype(np.float64) * kept[space.macs.atoms].prod(axis=1) * space.macs.total
+    return np.bincount(space.macs.owner, values, minlength=len(space.trace.layers))
+
+
+def count_cost(model: Model, example_input: Any) -> tuple[int, int]:
+    """Exact multiply-accumulates per image and number of parameters of a model as it stands.
+
+    Counted on the model's own program: what a compacted model really does. Nothing is run.
+    """
+    traced = trace(model, example_input)
+    return traced.macs, traced.num_params

@@ -1,0 +1,96 @@
+"""Policy -> masks, by table look-up, under jit and vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.model import Model, Params
+from sculpt.pruning.patterns import Choice
+from sculpt.pruning.space import Space, make_choices
+
+
+def check_policies(space: Space, policies: Any) -> jax.Array:
+    """Returns policies as int32 `[..., sites]`.
+
+    Raises:
+      ValueError: for a wrong length or dtype, or (where the values are known) an option that does not exist.
+    """
+    shape, dtype = jnp.shape(policies), jax.dtypes.result_type(policies)
+    if not shape or shape[-1] != space.num_sites or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"expected policies as integers [..., {space.num_sites}], got {dtype}{list(shape)}")
+    if not isinstance(policies, jax.core.Tracer):
+        values = np.asarray(policies)
+        bad = np.argwhere((values < 0) | (values >= space.num_options))
+        if len(bad):
+            site = space.sites[int(bad[0][-1])]
+            value = int(values[tuple(bad[0])])
+            raise ValueError(f"site {site.name!r} has options 0..{len(site.options) - 1}, the policy asks for {value}")
+    return jnp.asarray(policies, jnp.int32)
+
+
+def masks_from_choices(space: Space, choices: Sequence[Choice], policy: jax.Array) -> list[jax.Array]:
+    """Boolean masks, one per parameter leaf, of a policy `[sites]` on choices made before."""
+    kept: dict[int, jax.Array] = {}
+    for site, choice in zip(space.sites, choices):
+        for atom, table in zip(site.atoms, choice.keeps):
+            kept[atom] = table[policy[site.index]]
+    axes, masks = space.trace.axes, []
+    for leaf in space.trace.leaves:
+        mask = jnp.ones((1,) * len(leaf.shape), bool)
+        for dim, axis in enumerate(space.trace.leaf_term(leaf.index)):
+            if any(atom in kept for atom in axes.atoms(axis)):
+                shape = [1] * len(leaf.shape)
+                shape[dim] = leaf.shape[dim]
+                mask = mask & jnp.reshape(axes.keep(axis, kept, jnp), shape)
+        masks.append(jnp.broadcast_to(mask, leaf.shape))
+    return masks
+
+
+def make_masks(space: Space, params: Params, policy: Any) -> Any:
+    """The masks of a policy: a pytree like `params`, boolean, True where a weight stays.
+
+    Which channels or windows go is decided by retained energy on `params`. On parameters that already carry the zeros of
+    the policy the same units are chosen again.
+
+    Args:
+      space: the search space.
+      params: pytree that the trace was made of.
+      policy: integers `[sites]`.
+
+    Raises:
+      ValueError: if the policy or the parameters do not fit the space.
+    """
+    policy = check_policies(space, policy)
+    if policy.ndim != 1:
+        raise ValueError(f"make_masks takes one policy [{space.num_sites}], got {list(policy.shape)}; use jax.vmap")
+    masks = masks_from_choices(space, make_choices(space, params), policy)
+    return jax.tree.unflatten(jax.tree.structure(params), masks)
+
+
+def mask_params(params: Params, masks: Any) -> Params:
+    """`params` with exact zeros where `masks` is False."""
+    return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros((), w.dtype)), params, masks)
+
+
+def apply_masks(model: Model, masks: Any) -> Model:
+    """A model whose zeros are in place.
+
+    Raises:
+      ValueError: if the masks are not a pytree of booleans like `model.params`.
+    """
+    if jax.tree.structure(masks) != jax.tree.structure(model.params):
+        raise ValueError(
+            f"masks must be a pytree like params ({len(jax.tree.leaves(model.params))} leaves), got one of "
+            f"{len(jax.tree.leaves(masks))} leaves"
+        )
+    for weight, mask in zip(jax.tree.leaves(model.params), jax.tree.leaves(masks)):
+        if jnp.shape(weight) != jnp.shape(mask) or jax.dtypes.result_type(mask) != jnp.bool_:
+            raise ValueError(
+                f"expected a boolean mask {jnp.shape(weight)}, got {jax.dtypes.result_type(mask)}{jnp.shape(mask)}"
+            )
+    return model.replace(params=mask_params(model.params, masks))

@@ -1,0 +1,165 @@
+"""Pattern families: what can be taken out of a network, as choices at sites.
+
+A site is a place of the network with a short list of options, the first of which keeps everything. Both families here
+are separable: an option keeps some units of one or two atoms, and a mask is the outer product of what its axes keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sculpt.pruning.importance import unit_energy, window_energy
+from sculpt.tracing import Trace
+from sculpt.tracing.axes import Atom
+
+LEVELS = 8
+"""Keep fractions of the `channels` family are eighths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One choice at a site."""
+
+    label: str
+    """"6/8" (six of eight channels kept), "2x2" (window of the kernel)."""
+    kept: float
+    """Fraction of the site's units that stay, in (0, 1]."""
+    counts: tuple[int, ...]
+    """Kept units of each of the site's atoms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place where one option is chosen."""
+
+    index: int
+    name: str
+    family: str
+    atoms: tuple[Atom, ...]
+    """Atoms of the trace that the options act on."""
+    sizes: tuple[int, ...]
+    """Their sizes."""
+    owner: int
+    """Index of the group (`channels`) or layer (`rect`) that the site belongs to."""
+    options: tuple[Option, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The options of one site worked out on given parameters."""
+
+    keeps: tuple[jax.Array, ...]
+    """Boolean `[options, atom size]` for each atom of the site: the units that stay."""
+    retained: jax.Array
+    """float32 `[options]`: share of the site's weight energy that stays, in [0, 1]."""
+
+
+jax.tree_util.register_dataclass(Choice, data_fields=["keeps", "retained"], meta_fields=[])
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of pattern."""
+
+    sites: Callable[[Trace, int, int], list[Site]]
+    """`(trace, round_to, min_keep) -> sites` (numbered later)."""
+    choose: Callable[[Trace, Site, Sequence[Any]], Choice]
+    """`(trace, site, parameter leaves) -> Choice`; jit-able: which units each option keeps."""
+    compacts: bool
+    """Whether compaction turns its zeros into smaller arrays, that is, whether its savings are realised."""
+
+
+def _channel_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+    sites = []
+    for group in trace.groups:
+        counts: dict[int, str] = {group.size: f"{LEVELS}/{LEVELS}"}
+        for level in range(LEVELS - 1, 0, -1):
+            exact = group.size * level / LEVELS
+            count = max(round(exact / round_to) * round_to, min(min_keep, group.size), 1)
+            if count < group.size:
+                counts.setdefault(count, f"{level}/{LEVELS}")
+        options = tuple(Option(label, count / group.size, (count,)) for count, label in counts.items())
+        if len(options) > 1:
+            sites.append(Site(0, group.name, "channels", (group.atom,), (group.size,), group.index, options))
+    return sites
+
+
+def _choose_channels(trace: Trace, site: Site, leaves: Sequence[Any]) -> Choice:
+    energy = unit_energy(trace, trace.groups[site.owner], leaves)
+    order = jnp.argsort(-energy, stable=True)
+    rank = jnp.zeros(energy.shape, jnp.int32).at[order].set(jnp.arange(energy.shape[0], dtype=jnp.int32))
+    counts = jnp.asarray([option.counts[0] for option in site.options], jnp.int32)
+    keep = rank[None, :] < counts[:, None]
+    total = jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
+    return Choice((keep,), jnp.where(keep, energy[None, :], 0.0).sum(axis=1) / total)
+
+
+def window_shapes(kernel: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The windows offered for a kernel, largest first: (3, 3) gives 3x3, 2x3, 3x2, 2x2, 3x1, 1x3, 1x1.
+
+    Each side may keep all, about two thirds, or about one third of its length. Of the shapes that mix two thirds with one
+    third (2x1) none is offered: the measured gain over their neighbours is nil.
+    """
+    sides = [tuple(dict.fromkeys((n, -(-2 * n // 3), -(-n // 3)))) for n in kernel]
+    shapes: list[tuple[int, ...]] = [()]
+    for side in sides:
+        shapes = [(*shape, n) for shape in shapes for n in side]
+    level = [{n: i for i, n in enumerate(side)} for side in sides]
+    offered = [s for s in shapes if {level[d][n] for d, n in enumerate(s)} != {1, 2}]
+    return sorted(offered, key=lambda s: (-_product(s), max(s) - s[-1], s))
+
+
+def _product(numbers: Sequence[int]) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+def _rect_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+    sites, seen = [], set()
+    uses: dict[int, int] = {}
+    for layer in trace.layers:
+        uses[layer.leaf] = uses.get(layer.leaf, 0) + 1
+    for layer in trace.layers:
+        # A kernel used twice, or used other than by a convolution, keeps its window.
+        if not layer.window or layer.leaf in seen or uses[layer.leaf] > 1:
+            continue
+        seen.add(layer.leaf)
+        sizes = tuple(trace.axes.atom_size(a) for a in layer.window)
+        options = tuple(
+            Option("x".join(map(str, shape)), _product(shape) / _product(sizes), shape) for shape in window_shapes(sizes)
+        )
+        if len(options) > 1:
+            sites.append(Site(0, layer.name, "rect", layer.window, sizes, layer.index, options))
+    return sites
+
+
+def _choose_window(trace: Trace, site: Site, leaves: Sequence[Any]) -> Choice:
+    layer = trace.layers[site.owner]
+    energy = window_energy(leaves[layer.leaf], layer.window_axes)
+    total = jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
+    keeps: list[list[jax.Array]] = [[] for _ in site.atoms]
+    retained = []
+    for option in site.options:
+        # Energy of every position of the window; the first of the best is taken.
+        positions = jax.lax.reduce_window(
+            energy, jnp.float32(0), jax.lax.add, option.counts, (1,) * energy.ndim, "VALID"
+        )
+        best = jnp.unravel_index(jnp.argmax(positions), positions.shape)
+        for atom, (start, count, size) in enumerate(zip(best, option.counts, site.sizes)):
+            unit = jnp.arange(size, dtype=start.dtype)
+            keeps[atom].append((unit >= start) & (unit < start + count))
+        retained.append(jnp.max(positions) / total)
+    return Choice(tuple(jnp.stack(k) for k in keeps), jnp.clip(jnp.stack(retained), 0.0, 1.0))
+
+
+FAMILIES: dict[str, Family] = {
+    "channels": Family(_channel_sites, _choose_channels, compacts=True),
+    "rect": Family(_rect_sites, _choose_window, compacts=True),
+}

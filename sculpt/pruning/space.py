@@ -1,0 +1,188 @@
+"""The search space: sites times patterns. A policy is one option index per site, int32 `[sites]`; 0 keeps everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from sculpt.pruning.patterns import FAMILIES, Choice, Site
+from sculpt.tracing import Trace
+from sculpt.tracing.axes import Atom
+
+
+@dataclasses.dataclass(frozen=True)
+class Polynomial:
+    """A cost as a sum of products of kept fractions: `sum_m share[m] * prod_d fraction[atoms[m, d]]`."""
+
+    total: float
+    """Its value when everything is kept."""
+    share: np.ndarray
+    """float32 `[monomials]`: part of the dense total; sums to one."""
+    atoms: np.ndarray
+    """int32 `[monomials, degree]`: columns of the space's atoms, padded with the column that is always 1."""
+    owner: np.ndarray
+    """int32 `[monomials]`: layer or leaf that the monomial belongs to."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Space:
+    """All choices for one trace. Compares and hashes by identity: jitted code takes it as a static argument."""
+
+    trace: Trace
+    families: tuple[str, ...]
+    sites: tuple[Site, ...]
+    atoms: tuple[Atom, ...]
+    """The atoms that options act on; each belongs to one site."""
+    fractions: np.ndarray
+    """float32 `[atoms + 1, max_options]`: fraction of the atom kept under each option of its site; last row 1."""
+    compacts: np.ndarray
+    """bool `[atoms + 1]`: whether compaction removes what is not kept."""
+    atom_site: np.ndarray
+    """int32 `[atoms]`."""
+    num_options: np.ndarray
+    """int32 `[sites]`."""
+    macs: Polynomial
+    params: Polynomial
+    option_cost: np.ndarray
+    """float32 `[sites, max_options]`: MACs kept / dense if this site alone takes that option; 1 where invalid."""
+    reachable: tuple[float, float]
+    """Smallest and largest MACs ratio of any policy."""
+    site_nodes: np.ndarray
+    """int32 `[sites]`: node of the graph that each site belongs to."""
+
+    @property
+    def num_sites(self) -> int:
+        return len(self.sites)
+
+    @property
+    def max_options(self) -> int:
+        return max(len(site.options) for site in self.sites)
+
+    @property
+    def valid(self) -> np.ndarray:
+        """bool `[sites, max_options]`: which option indices exist."""
+        return np.arange(self.max_options)[None, :] < self.num_options[:, None]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """float32 `[sites, max_options]`: fraction of the site's units kept; 0 where invalid."""
+        table = np.zeros((self.num_sites, self.max_options), np.float32)
+        for site in self.sites:
+            table[site.index, : len(site.options)] = [o.kept for o in site.options]
+        return table
+
+    def describe(self, policy: Sequence[int]) -> list[str]:
+        """One line per site: its name, family and the chosen option."""
+        choices = np.asarray(policy)
+        return [f"{s.name} {s.family} {s.options[int(choices[s.index])].label}" for s in self.sites]
+
+
+def make_space(
+    trace: Trace, families: Sequence[str] = ("channels", "rect"), round_to: int = 1, min_keep: int = 1
+) -> Space:
+    """Lists the sites of a traced network and the options of each.
+
+    Args:
+      trace: what `sculpt.trace` returned.
+      families: names of pattern families, each one of `FAMILIES`.
+      round_to: kept channel counts are multiples of it where the level is not "all" (engines like 8 or 16).
+      min_keep: least number of channels that stay in a group.
+
+    Raises:
+      ValueError: for an unknown family, a number below 1, or a network without any site.
+    """
+    families = tuple(families)
+    for name in families:
+        if name not in FAMILIES:
+            close = difflib.get_close_matches(name, FAMILIES, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown pattern family {name!r}, expected one of {sorted(FAMILIES)}{hint}")
+    if not families or len(set(families)) != len(families):
+        raise ValueError(f"families must be distinct names out of {sorted(FAMILIES)}, got {families}")
+    for name, number in (("round_to", round_to), ("min_keep", min_keep)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    found = [site for name in families for site in FAMILIES[name].sites(trace, round_to, min_keep)]
+    if not found:
+        reasons = sorted({f.reason for f in trace.frozen})[:3]
+        raise ValueError(f"nothing to prune with families {families}: every axis is frozen ({'; '.join(reasons)})")
+    sites = tuple(dataclasses.replace(site, index=i) for i, site in enumerate(found))
+
+    from sculpt.tracing.graph import group_node, layer_node
+
+    atoms = tuple(atom for site in sites for atom in site.atoms)
+    column = {atom: i for i, atom in enumerate(atoms)}
+    options = max(len(site.options) for site in sites)
+    fractions = np.ones((len(atoms) + 1, options), np.float32)
+    for site in sites:
+        for atom, size, position in zip(site.atoms, site.sizes, range(len(site.atoms))):
+            for i, option in enumerate(site.options):
+                fractions[column[atom], i] = option.counts[position] / size
+    atom_site = np.asarray([site.index for site in sites for _ in site.atoms], np.int32)
+    compacts = np.asarray([FAMILIES[sites[s].family].compacts for s in atom_site] + [True])
+    macs = _polynomial(trace, [layer.monomials for layer in trace.layers], column)
+    params = _polynomial(trace, trace.leaf_monomials, column)
+    num_options = np.asarray([len(site.options) for site in sites], np.int32)
+
+    def ratio(policies: np.ndarray) -> np.ndarray:
+        chosen = np.concatenate([policies[:, atom_site], np.zeros((len(policies), 1), np.int32)], axis=1)
+        kept = fractions[np.arange(len(atoms) + 1), chosen]
+        return (macs.share * kept[:, macs.atoms].prod(axis=2)).sum(axis=1)
+
+    single = np.zeros((len(sites), options, len(sites)), np.int32)
+    for site in sites:
+        single[site.index, : len(site.options), site.index] = np.arange(len(site.options))
+    option_cost = ratio(single.reshape(-1, len(sites))).reshape(len(sites), options).astype(np.float32)
+    lowest = float(ratio((num_options - 1)[None].astype(np.int32))[0])
+    node = {"channels": group_node, "rect": layer_node}
+    site_nodes = np.asarray([node[s.family](trace, s.owner) for s in sites], np.int32)
+    return Space(
+        trace, families, sites, atoms, fractions, compacts, atom_site, num_options, macs, params, option_cost,
+        (lowest, 1.0), site_nodes,
+    )  # fmt: skip
+
+
+def _polynomial(
+    trace: Trace, owners: Sequence[Sequence[tuple[int, tuple[Atom, ...]]]], column: dict[Atom, int]
+) -> Polynomial:
+    rows: dict[tuple[int, tuple[int, ...]], int] = {}
+    for owner, monomials in enumerate(owners):
+        for coefficient, atoms in monomials:
+            value = coefficient
+            for atom in atoms:
+                value *= trace.axes.atom_size(atom)
+            key = (owner, tuple(sorted(column[a] for a in atoms if a in column)))
+            rows[key] = rows.get(key, 0) + value
+    degree = max((len(columns) for _, columns in rows), default=0) or 1
+    table = np.full((len(rows), degree), len(column), np.int32)
+    for row, (_, columns) in enumerate(rows):
+        table[row, : len(columns)] = columns
+    values = np.asarray(list(rows.values()), np.float64)
+    return Polynomial(
+        total=float(values.sum()),
+        share=(values / values.sum()).astype(np.float32),
+        atoms=table,
+        owner=np.asarray([owner for owner, _ in rows], np.int32),
+    )
+
+
+def make_choices(space: Space, params: object) -> tuple[Choice, ...]:
+    """Works out, for every site, which units each option keeps on these parameters (jit-able).
+
+    Computed once per network, then policies are applied by indexing.
+    """
+    leaves = jax.tree.leaves(params)
+    shapes = [tuple(np.shape(leaf)) for leaf in leaves]
+    expected = [leaf.shape for leaf in space.trace.leaves]
+    if shapes != expected:
+        names = [leaf.path for leaf in space.trace.leaves]
+        wrong = [f"{n}: {e} expected, got {s}" for n, e, s in zip(names, expected, shapes) if e != s][:3]
+        raise ValueError(
+            f"params do not fit the traced network ({len(expected)} leaves expected, got {len(shapes)}) {wrong}; "
+            "trace the model that these parameters belong to"
+        )
+    return tuple(FAMILIES[site.family].choose(space.trace, site, leaves) for site in space.sites)

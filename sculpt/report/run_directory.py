@@ -1,0 +1,256 @@
+"""A run directory: configuration, finished stages, metrics and the result; every file complete or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+RESULT_FIELDS: dict[str, tuple[str, ...] | None] = {
+    "model": None,
+    "dataset": None,
+    "seed": None,
+    "device": None,
+    "versions": None,
+    "splits": ("train", "validation", "test"),
+    "dense": ("test_accuracy", "macs", "params", "latency_ms"),
+    "pruned": (
+        "test_accuracy",
+        "test_accuracy_before_finetune",
+        "macs_theoretical",
+        "macs_realised",
+        "params",
+        "latency_ms",
+    ),
+    "search": ("evaluations", "seconds", "policies_per_second"),
+    "compact_max_abs_diff": None,
+    "policy": None,
+}
+"""The fields of `result.json`, and of the objects in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """One run on disk.
+
+    `config.json` holds sections of settings, each fixed when it is first written; `stages/NAME.json` says that a stage is
+    complete and what came out; `metrics.jsonl` grows by a line per step; `result.json` ends the run.
+    """
+
+    path: Path
+    """The folder."""
+
+    @staticmethod
+    def open(path: str | Path) -> RunDirectory:
+        """The run directory at `path`, which need not exist yet; nothing is written.
+
+        Raises:
+          ValueError: if `path` is a file, or a folder with other contents.
+        """
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, expected a run directory")
+        if folder.is_dir() and not (folder / "config.json").exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and is no run directory; choose another --run")
+        return RunDirectory(folder)
+
+    @staticmethod
+    def existing(path: str | Path) -> RunDirectory:
+        """The run directory at `path`.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"{path} is no run directory: it has no config.json")
+        return RunDirectory(Path(path))
+
+    @property
+    def config(self) -> dict[str, Record]:
+        """Section name -> settings.
+
+        Raises:
+          ValueError: if the file is damaged.
+        """
+        file = self.path / "config.json"
+        if not file.exists():
+            return {}
+        content = read_json(file)
+        sections = content.get("sections")
+        if not isinstance(sections, dict) or content.get("fingerprint") != fingerprint(sections):
+            raise ValueError(
+                f"{file} is damaged: it does not match its fingerprint; start a new run directory"
+            )
+        return sections
+
+    def merged(self, section: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Record:
+        """The settings of a section: those on disk, or else `defaults` with what is given. Writes nothing.
+
+        Args:
+          section: such as "search".
+          given: settings asked for explicitly; where the section is on disk they have to agree with it.
+          defaults: every setting that has a default.
+
+        Raises:
+          ValueError: if a given setting differs from the one on disk; all that differ are named.
+        """
+        found = self.config.get(section)
+        if found is None:
+            return _plain({**defaults, **given})
+        differ = [
+            f"{name} is {found.get(name)!r} there, {value!r} was asked for"
+            for name, value in _plain(given).items()
+            if found.get(name) != value
+        ]
+        if differ:
+            raise ValueError(
+                f"{self.path} holds a run with another configuration: {'; '.join(differ)}; choose another --run"
+            )
+        return found
+
+    def settle(self, section: str, settings: Mapping[str, Any]) -> None:
+        """Writes the settings of a section, from now on fixed; a section on disk stays as it is."""
+        sections = self.config
+        if section not in sections:
+            sections = {**sections, section: _plain(settings)}
+            write_json(
+                self.path / "config.json", {"fingerprint": fingerprint(sections), "sections": sections}
+            )
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage is complete."""
+        return self._stage(stage).is_file()
+
+    def complete(self, stage: str, record: Mapping[str, Any]) -> Record:
+        """Marks a stage as complete and returns what came out of it, as it will be read back."""
+        plain = _plain(record)
+        write_json(self._stage(stage), plain)
+        return plain
+
+    def record(self, stage: str) -> Record:
+        """What came out of a complete stage.
+
+        Raises:
+          ValueError: if the stage is not complete, or its file is damaged.
+        """
+        if not self.done(stage):
+            raise ValueError(f"{self.path} has no finished stage {stage!r}: run `sculpt {stage}` on it first")
+        return read_json(self._stage(stage))
+
+    def _stage(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
+
+    def log(self, stage: str, row: Mapping[str, Any]) -> None:
+        """Adds a line to `metrics.jsonl`."""
+        file = self.path / "metrics.jsonl"
+        with file.open("a+b") as out:
+            # A run that was killed while it wrote leaves half a line; end it, so that it harms no other.
+            if out.tell() and not _ends_line(out):
+                out.write(b"\n")
+            out.write((json.dumps({"stage": stage, **_plain(row)}) + "\n").encode())
+
+    def metrics(self, stage: str) -> list[Record]:
+        """The rows that one stage logged; lines cut short by a kill are left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [row for row in _rows(lines) if row.get("stage") == stage]
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes `result.json`.
+
+        Raises:
+          ValueError: if it has not exactly the fields of `RESULT_FIELDS`.
+        """
+        check_result(result)
+        write_json(self.path / "result.json", _plain(result))
+
+    def result(self) -> Record:
+        """What `result.json` says.
+
+        Raises:
+          ValueError: if it is absent, damaged, or has other fields.
+        """
+        file = self.path / "result.json"
+        if not file.is_file():
+            raise ValueError(f"{self.path} has no result.json yet: run `sculpt evaluate` on it first")
+        result = read_json(file)
+        check_result(result)
+        return result
+
+
+def check_result(result: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a result has exactly the fields of `RESULT_FIELDS`."""
+    _check_fields("result.json", result, tuple(RESULT_FIELDS))
+    for name, fields in RESULT_FIELDS.items():
+        if fields is not None:
+            _check_fields(f"result.json, {name}", result[name], fields)
+
+
+def _check_fields(what: str, found: Any, expected: Sequence[str]) -> None:
+    names = set(found) if isinstance(found, Mapping) else {type(found).__name__}
+    if names != set(expected):
+        missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
+        raise ValueError(f"{what}: missing fields {missing}, unexpected fields {extra}")
+
+
+def fingerprint(sections: Mapping[str, Any]) -> str:
+    """SHA-256 of settings in canonical JSON."""
+    return hashlib.sha256(json.dumps(_plain(sections), sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object under a temporary name and then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Record:
+    """Reads a JSON object.
+
+    Raises:
+      ValueError: if the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to have it made again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (no JSON object); remove it to have it made again")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, numpy scalars, tuples and paths as what JSON has for them."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(v) for v in value]
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _rows(lines: Sequence[str]) -> Iterator[Record]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue

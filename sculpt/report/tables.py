@@ -1,0 +1,83 @@
+"""The closing table: what the network was, what it became, and what each number is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("network", "test accuracy", "MACs, theoretical", "MACs, realised", "weights", "latency, measured")
+"""Theoretical: zeros are not counted. Realised: counted in the program that really runs. Measured: on this device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One state of the network."""
+
+    name: str
+    """"dense", "masked", "fine-tuned" or "compact"."""
+    accuracy: float
+    """Share of the test images classified correctly, in [0, 1]."""
+    macs_theoretical: int
+    """Multiply-accumulates per image, products with masked weights left out."""
+    macs_realised: int
+    """Multiply-accumulates per image of the arrays as they stand."""
+    params: int
+    """Weights that are not masked."""
+    latency_ms: float | None
+    """Milliseconds per batch (median), None where it was not measured."""
+    latency_spread_ms: tuple[float, float] | None
+    """First and third quartile."""
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table as text, one tuple per row in the order of `COLUMNS`; ratios are to the first row."""
+    dense = rows[0]
+    return [
+        (
+            row.name,
+            f"{100 * row.accuracy:.2f} %",
+            _with_ratio(row.macs_theoretical, dense.macs_theoretical),
+            _with_ratio(row.macs_realised, dense.macs_realised),
+            _with_ratio(row.params, dense.params),
+            _latency(row),
+        )
+        for row in rows
+    ]
+
+
+def _with_ratio(value: int, dense: int) -> str:
+    return f"{value:,} ({100 * value / dense:.1f} %)"
+
+
+def _latency(row: Row) -> str:
+    if row.latency_ms is None or row.latency_spread_ms is None:
+        return "-"
+    low, high = row.latency_spread_ms
+    return f"{row.latency_ms:.2f} ms [{low:.2f}, {high:.2f}]"
+
+
+def closing_table(rows: Sequence[Row], caption: str) -> Table:
+    """The table for a terminal.
+
+    Args:
+      rows: the dense network first.
+      caption: sample sizes, seed and device of the numbers.
+
+    Raises:
+      ValueError: if there is no row.
+    """
+    from rich import box
+    from rich.table import Table
+
+    if not rows:
+        raise ValueError("expected at least one row, the dense network, got none")
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, caption_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for row in cells(rows):
+        table.add_row(*row)
+    return table

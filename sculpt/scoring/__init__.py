@@ -1,0 +1,27 @@
+"""How good a policy is: batched evaluation, rewards, the environment of the agent."""
+
+from sculpt.scoring.evaluate import (
+    Problem,
+    Scores,
+    evaluate,
+    evaluate_policies,
+    make_problem,
+    score_params,
+    score_policies,
+    score_policy,
+)
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.recalibrate import recalibrate
+
+__all__ = [
+    "EvaluationPlan",
+    "Problem",
+    "Scores",
+    "evaluate",
+    "evaluate_policies",
+    "make_problem",
+    "recalibrate",
+    "score_params",
+    "score_policies",
+    "score_policy",
+]

@@ -1,0 +1,79 @@
+"""BatchNorm recalibration: statistics of the pruned network itself, in one pass, for any kind of model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sculpt.model import Model, State, TrainFn
+
+
+def batch_statistics(apply_train: TrainFn, params: Any, state: State, images: jax.Array) -> State:
+    """The state that training on `images` for ever would lead to.
+
+    Running statistics move as `new = m * old + (1 - m) * batch` with a momentum m that only the network knows. This is
+    affine in the old state, so one forward pass with a tangent on the state alone gives both: at `old = 0` the value is
+    `(1 - m) * batch` and the derivative is m. Leaves of the state that are not floating-point, or that do not follow this
+    law (m = 1: nothing moved), stay as they are.
+
+    Args:
+      images: float32 `[batches, batch, ...]`, normalised. Statistics are averaged over the batches.
+    """
+    leaves, treedef = jax.tree.flatten(state)
+    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    if not any(floating):
+        return state
+    zeros = [jnp.zeros_like(leaf) for leaf, moves in zip(leaves, floating) if moves]
+
+    def new_leaves(old: list[jax.Array], x: jax.Array) -> list[jax.Array]:
+        values = iter(old)
+        merged = [next(values) if moves else leaf for leaf, moves in zip(leaves, floating)]
+        _, new_state = apply_train(params, jax.tree.unflatten(treedef, merged), x, jax.random.key(0))
+        return [leaf for leaf, moves in zip(jax.tree.leaves(new_state), floating) if moves]
+
+    def one_batch(total: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        value, momentum = jax.jvp(
+            functools.partial(new_leaves, x=x), (zeros,), ([jnp.ones_like(z) for z in zeros],)
+        )
+        return [t + v for t, v in zip(total, value)], momentum
+
+    totals, momenta = jax.lax.scan(one_batch, zeros, images)
+    count = images.shape[0]
+    statistics = []
+    for total, momentum, old in zip(totals, momenta, [v for v, m in zip(leaves, floating) if m]):
+        moved = 1.0 - momentum[0]
+        mean = total / count / jnp.where(moved > 1e-6, moved, 1.0)
+        statistics.append(jnp.where(moved > 1e-6, mean, old))
+    values = iter(statistics)
+    return jax.tree.unflatten(treedef, [next(values) if m else v for v, m in zip(leaves, floating)])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _recalibrated(apply_train: TrainFn, params: Any, state: State, images: jax.Array) -> State:
+    return batch_statistics(apply_train, params, state, images)
+
+
+def recalibrate(model: Model, images: Any, images_per_batch: int = 64) -> Model:
+    """A copy of `model` with BatchNorm statistics of these images instead of its running ones.
+
+    Args:
+      images: float32 `[n, ...]`, normalised as the model expects; what does not fill a batch is left out.
+
+    Raises:
+      ValueError: if there is no image.
+    """
+    batches = into_batches(jnp.asarray(images), images_per_batch)
+    return model.replace(state=_recalibrated(model.apply_train, model.params, model.state, batches))
+
+
+def into_batches(images: jax.Array, images_per_batch: int) -> jax.Array:
+    """Whole batches `[batches, batch, ...]` of images `[n, ...]`; one smaller batch if n is below the batch size."""
+    n = images.shape[0]
+    if n < 1:
+        raise ValueError("expected at least one calibration image, got none")
+    size = min(images_per_batch, n)
+    count = n // size
+    return images[: count * size].reshape(count, size, *images.shape[1:])

@@ -1,0 +1,221 @@
+"""One step of masked training, and the compiled loops around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sculpt.model import ApplyFn, Params, State, TrainFn
+from sculpt.pruning.masks import mask_params
+from sculpt.training.augment import AUGMENTATIONS
+from sculpt.training.config import FinetuneConfig
+from sculpt.training.data import normalise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes; what a checkpoint holds."""
+
+    step: jax.Array
+    """int32 scalar: steps done."""
+    params: Params
+    """Weights, exactly zero where masked."""
+    state: State
+    """The network's other arrays: BatchNorm statistics and the like."""
+    optimizer: Any
+    """Optax state; its moments are zero where weights are masked."""
+    average: Any
+    """`(params, state)`, moving averages of both; None without."""
+    loss: jax.Array
+    """float32 scalar: sum of the losses of this epoch's steps."""
+    right: jax.Array
+    """float32 scalar: training images of this epoch classified correctly."""
+    diverged: jax.Array
+    """int32 scalar: the first step whose loss or weights were not finite; -1 so far none."""
+
+    @property
+    def weights(self) -> tuple[Params, State]:
+        """What is validated and returned."""
+        return (self.params, self.state) if self.average is None else self.average
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The static half of a training run. Compares by value: equal runs share compiled code, whatever their masks."""
+
+    apply_train: TrainFn
+    config: FinetuneConfig
+    steps_per_epoch: int
+    total_steps: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def learning_rate(self, step: Any) -> jax.Array:
+        """float32: linear warm-up to the peak, then half a cosine to zero at `total_steps`."""
+        warm = min(round(self.config.warmup * self.total_steps), self.total_steps - 1)
+        # optax's own schedules do not pass strict dtype promotion.
+        now = jnp.asarray(step, jnp.float32)
+        decayed = jnp.clip((now - warm) / (self.total_steps - warm), 0.0, 1.0)
+        return self.config.learning_rate * jnp.minimum((now + 1) / (warm + 1), (1 + jnp.cos(jnp.pi * decayed)) / 2)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optax chain of this configuration."""
+        config = self.config
+        chain = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+        decay = optax.add_decayed_weights(
+            config.weight_decay, mask=lambda params: jax.tree.map(lambda w: jnp.ndim(w) >= 2, params)
+        )
+        if config.optimizer == "sgd":
+            momentum = optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
+            chain += [decay, momentum]
+        else:
+            chain += [optax.scale_by_adam(b1=config.momentum, nesterov=config.nesterov), decay]
+        return optax.chain(*chain, optax.scale_by_learning_rate(self.learning_rate))
+
+
+def start(program: Program, params: Params, state: State, masks: Any) -> TrainState:
+    """The state before the first step; owns copies of all arrays, since steps overwrite theirs."""
+    params = params if masks is None else mask_params(params, masks)
+    params, state = _copy((params, state))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        state=state,
+        optimizer=_copy(program.optimizer().init(params)),
+        average=_copy((params, state)) if program.config.ema else None,
+        loss=jnp.float32(0),
+        right=jnp.float32(0),
+        diverged=jnp.int32(-1),
+    )
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def epoch_order(key: jax.Array, images: int, epoch: jax.Array) -> jax.Array:
+    """int32 `[images]`: the order in which this epoch visits them."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), images)
+
+
+def one_step(
+    program: Program,
+    train: TrainState,
+    masks: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    key: jax.Array,
+) -> TrainState:
+    """One step: mask in the forward pass, update, project (CORRECTNESS 1). Randomness from `key` and the step alone."""
+    config = program.config
+    place = train.step % program.steps_per_epoch
+    rows = jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size)
+    augment_key, model_key = jax.random.split(jax.random.fold_in(key, train.step))
+    raw = AUGMENTATIONS[config.augment](augment_key, images[rows])
+    x, y = normalise(raw, program.mean, program.std), labels[rows]
+
+    def objective(params: Params) -> tuple[jax.Array, tuple[jax.Array, State]]:
+        used = params if masks is None else mask_params(params, masks)
+        logits, new_state = program.apply_train(used, train.state, x, model_key)
+        logits = logits.astype(jnp.float32)
+        right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == y).astype(jnp.float32).sum()
+        return cross_entropy(logits, y, config.label_smoothing), (right, new_state)
+
+    (loss, (right, state)), gradients = jax.value_and_grad(objective, has_aux=True)(train.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
+        updates, optimizer = program.optimizer().update(gradients, train.optimizer, train.params)
+    params: Params = optax.apply_updates(train.params, updates)
+    if masks is not None:
+        params = mask_params(params, masks)
+    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(params))
+    first = place == 0
+    return TrainState(
+        step=train.step + 1,
+        params=params,
+        state=state,
+        optimizer=optimizer,
+        average=None if train.average is None else _averaged(config.ema, train, (params, state)),
+        loss=jnp.where(first, 0.0, train.loss) + loss,
+        right=jnp.where(first, 0.0, train.right) + right,
+        diverged=jnp.where(sound | (train.diverged >= 0), train.diverged, train.step),
+    )
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Mean cross-entropy (nats) of float32 `[n, classes]` with int32 `[n]`, targets smoothed (arXiv 1512.00567, section 7)."""
+    log_p = jax.nn.log_softmax(logits)
+    loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
+    return loss if not smoothing else (1 - smoothing) * loss - smoothing * log_p.mean()
+
+
+def _averaged(decay: float, train: TrainState, new: Any) -> Any:
+    # A low decay at first, so that a short run is not stuck at its start.
+    done = train.step.astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + done) / (10 + done))
+
+    def mix(old: jax.Array, leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return old + share.astype(leaf.dtype) * (leaf - old)
+
+    return jax.tree.map(mix, train.average, new)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def run_step(
+    program: Program,
+    train: TrainState,
+    masks: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    key: jax.Array,
+) -> tuple[TrainState, jax.Array]:
+    """`one_step`, compiled by itself: what CPUs want. Also returns `diverged` in a buffer that the next call leaves alone."""
+    train = one_step(program, train, masks, images, labels, order, key)
+    return train, train.diverged
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def run_steps(
+    program: Program,
+    train: TrainState,
+    masks: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    key: jax.Array,
+    count: jax.Array,
+) -> tuple[TrainState, jax.Array]:
+    """`count` steps (int32 scalar, traced) of one epoch in one compiled loop: what accelerators want."""
+    train = jax.lax.fori_loop(
+        0, count, lambda _, t: one_step(program, t, masks, images, labels, order, key), train
+    )
+    return train, train.diverged
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def validate(
+    apply: ApplyFn,
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+    params: Params,
+    state: State,
+    images: jax.Array,
+    labels: jax.Array,
+) -> jax.Array:
+    """Accuracy (float32 scalar) on raw images `[batches, batch, ...]`; labels int32 `[batches, batch]`, -1 for padding."""
+
+    def one_batch(total: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        logits = apply(params, state, normalise(batch[0], *normalisation))
+        return total + (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch[1]).sum(dtype=jnp.int32), None
+
+    right, _ = jax.lax.scan(one_batch, jnp.int32(0), (images, labels))
+    return right.astype(jnp.float32) / (labels >= 0).sum().astype(jnp.float32)

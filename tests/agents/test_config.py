@@ -1,0 +1,67 @@
+"""Settings: sensible defaults, and one clear refusal for what makes no sense."""
+
+from __future__ import annotations
+
+import pytest
+
+from sculpt.agents import AgentConfig, RewardConfig, SearchConfig
+
+LAGRANGIAN = RewardConfig(kind="lagrangian")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"method": "guess"}, "method must be one of agent, random"),
+        ({"objective": "speed"}, "objective must be one of"),
+        ({"budget": 0.0}, "budget must be in"),
+        ({"budget": 1.5}, "budget must be in"),
+        ({"budget": float("nan")}, "budget must be in"),
+        ({"evaluations": 0}, "evaluations must be at least 1"),
+        ({"evaluations": 10, "batch_size": 16}, "raise evaluations or lower batch_size"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"score_images": 0}, "score_images"),
+        ({"calibration_images": -1}, "calibration_images"),
+        ({"rerank": -1}, "rerank"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"epochs": 0}, "epochs"),
+        ({"clip_ratio": 1.0}, "clip_ratio"),
+        ({"entropy": -0.1}, "entropy"),
+        ({"rounds": 0}, "rounds"),
+        ({"rounds": 2, "discount": 1.5}, "discount"),
+        ({"rounds": 2, "discount": 0.5, "gae_lambda": -1.0}, "gae_lambda"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        # settings that the others would ignore
+        ({"discount": 0.9}, "needs rounds > 1"),
+        ({"gae_lambda": 0.5}, "needs a discount"),
+        ({"rounds": 2, "method": "random"}, "needs method='agent'"),
+        ({"reward": LAGRANGIAN}, "set projection=False"),
+        ({"projection": False}, "would ignore the budget"),
+        ({"projection": False, "reward": LAGRANGIAN, "method": "random"}, "needs method='agent'"),
+    ],
+)
+def test_refusals(wrong: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        SearchConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"hidden": 10}, {"layers": 0}, {"heads": 0}])
+def test_refusals_of_agent_sizes(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="AgentConfig"):
+        AgentConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "updates"),
+    [
+        ({"evaluations": 2000}, 32, 62),
+        ({"evaluations": 2048}, 64, 32),
+        ({"evaluations": 4096, "batch_size": 16}, 16, 256),
+        ({"evaluations": 12}, 12, 1),
+        ({"evaluations": 512, "rounds": 4}, 32, 4),
+    ],
+)
+def test_evaluations_are_never_exceeded(settings: dict, batch: int, updates: int) -> None:
+    config = SearchConfig(**settings)
+    assert (config.batch, config.updates) == (batch, updates)
+    assert config.updates * config.policies_per_update <= config.evaluations

@@ -1,0 +1,62 @@
+"""What every test runs under: CPU, strict numerics, a compilation cache; and the fixtures that several files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+if TYPE_CHECKING:
+    from sculpt.model import Model
+    from sculpt.training import Splits
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and pretrained weights; tests that need it are skipped where it is absent."""
+    named = os.environ.get("SCULPT_TEST_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(
+            f"no test data at {folder}: set SCULPT_TEST_DATA to the folder that holds cifar10/ and weights/"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_digits(request: pytest.FixtureRequest) -> tuple[Model, Splits]:
+    """A ResNet-8 trained on digits, and those splits. Trained once, then read back from pytest's cache."""
+    import sculpt
+
+    splits = sculpt.load_data("digits")
+    model = untrained_digits()
+    assert request.config.cache is not None
+    file = request.config.cache.mkdir("trained_digits") / "resnet8-1.safetensors"
+    if not file.exists():
+        config = sculpt.FinetuneConfig(epochs=8, learning_rate=0.05, batch_size=64)
+        model = sculpt.train(model, splits, config, jax.random.key(0))
+        sculpt.save_params({"params": model.params, "state": model.state}, file)
+    arrays = sculpt.load_params(file, {"params": model.params, "state": model.state})
+    return model.replace(params=arrays["params"], state=arrays["state"]), splits
+
+
+def untrained_digits(seed: int = 0) -> Model:
+    """A freshly initialised ResNet-8 for 8x8 digits."""
+    import sculpt
+
+    module = sculpt.nets.create("resnet8", num_classes=10)
+    variables = module.init(jax.random.key(seed), jax.numpy.zeros((1, 8, 8, 1)))
+    return sculpt.from_linen(module, variables)

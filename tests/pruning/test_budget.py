@@ -1,0 +1,98 @@
+"""The budget is met by construction, and spent."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sculpt
+from sculpt.pruning.budget import magnitude_policy, project, uniform_policy
+from tests.networks import network, traced
+
+
+@pytest.fixture(scope="module")
+def space() -> sculpt.Space:
+    return sculpt.make_space(traced("residual"))
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.5, 0.8, 1.0])
+def test_correctness_17_every_projection_meets_its_budget_and_spends_it(space: sculpt.Space, budget: float) -> None:
+    def one(key: jax.Array) -> jax.Array:
+        logit_key, noise_key = jax.random.split(key)
+        logits = 4.0 * jax.random.normal(logit_key, (space.num_sites, space.max_options))
+        return project(space, logits, budget, noise_key).policy
+
+    policies = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 200))
+    ratios = np.asarray(sculpt.cost(space, policies).macs_ratio)
+    assert ratios.max() <= budget + 2e-6
+    # No single step up would still fit.
+    for policy, ratio in list(zip(np.asarray(policies), ratios))[:5]:
+        for site in space.sites:
+            for option in range(len(site.options)):
+                changed = policy.copy()
+                changed[site.index] = option
+                value = float(sculpt.cost(space, changed).macs_ratio)
+                better = space.option_cost[site.index, option] > space.option_cost[site.index, policy[site.index]]
+                assert not (better and ratio < value <= budget)
+
+
+def test_strong_preferences_within_the_budget_are_kept(space: sculpt.Space) -> None:
+    wanted = jnp.asarray([1] * space.num_sites)
+    ratio = float(sculpt.cost(space, wanted).macs_ratio)
+    logits = 50.0 * jax.nn.one_hot(wanted, space.max_options)
+    policy = project(space, logits, ratio).policy
+    assert float(sculpt.cost(space, policy).macs_ratio) <= ratio + 2e-6
+    assert float((policy == wanted).mean()) > 0.8
+
+
+@pytest.mark.parametrize("policy_of", ["uniform", "magnitude"])
+@pytest.mark.parametrize("budget", [0.2, 0.5])
+def test_deterministic_controls_meet_the_budget(space: sculpt.Space, policy_of: str, budget: float) -> None:
+    make = {
+        "uniform": functools.partial(uniform_policy, space),
+        "magnitude": functools.partial(magnitude_policy, space, network("residual").params),
+    }[policy_of]
+    ratio = float(sculpt.cost(space, make(budget)).macs_ratio)
+    assert 0.8 * budget <= ratio <= budget + 2e-6
+
+
+def test_uniform_keeps_one_fraction_everywhere(space: sculpt.Space) -> None:
+    policy = np.asarray(uniform_policy(space, 0.5))
+    kept = [s.options[policy[s.index]].kept for s in space.sites if s.family == "channels"]
+    assert max(kept) - min(kept) <= 0.5 and all(policy[s.index] == 0 for s in space.sites if s.family == "rect")
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"), [(0.0, r"in \(0, 1\]"), (1.5, r"in \(0, 1\]"), (1e-6, "can keep 0.0"), (-1, r"in \(0, 1\]")]
+)
+def test_impossible_budgets_are_refused_with_the_reachable_range(
+    space: sculpt.Space, budget: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sculpt.random_policies(space, jax.random.key(0), 2, budget)
+
+
+def test_random_policies_without_a_budget_use_every_option(space: sculpt.Space) -> None:
+    policies = np.asarray(sculpt.random_policies(space, jax.random.key(0), 400))
+    assert policies.shape == (400, space.num_sites)
+    for site in space.sites:
+        assert set(policies[:, site.index]) == set(range(len(site.options)))
+    again = np.asarray(sculpt.random_policies(space, jax.random.key(0), 400))
+    assert np.array_equal(policies, again)
+
+
+def test_cost_agrees_one_by_one_in_batches_and_under_jit(space: sculpt.Space) -> None:
+    policies = sculpt.random_policies(space, jax.random.key(1), 8)
+    batch = sculpt.cost(space, policies)
+    mapped = jax.jit(jax.vmap(lambda p: sculpt.cost(space, p)))(policies)
+    for i, policy in enumerate(policies):
+        one = sculpt.cost(space, policy)
+        for a, b, c in zip(*map(jax.tree.leaves, (one, batch, mapped))):
+            assert float(a) == pytest.approx(float(b[i])) == pytest.approx(float(c[i]))
+    dense = sculpt.cost(space, np.zeros(space.num_sites, np.int32))
+    assert float(dense.macs) == pytest.approx(space.trace.macs, rel=1e-6)
+    assert float(dense.params) == pytest.approx(space.trace.num_params, rel=1e-6)

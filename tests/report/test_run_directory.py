@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sculpt.report import RESULT_FIELDS, RunDirectory, check_result
+
+DEFAULTS = {"budget": 0.5, "families": ("channels", "rect"), "weights": None}
+
+
+def result() -> dict:
+    return {name: 1 if fields is None else dict.fromkeys(fields, 1) for name, fields in RESULT_FIELDS.items()}
+
+
+def test_settings_are_fixed_when_first_written(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path / "deep" / "run")
+    merged = run.merged("search", {"budget": 0.3}, DEFAULTS)
+    assert merged == {"budget": 0.3, "families": ["channels", "rect"], "weights": None}
+    assert not run.path.exists()
+    run.settle("search", merged)
+    run.settle("search", {"budget": 0.9})
+    again = RunDirectory.open(tmp_path / "deep" / "run")
+    assert again.merged("search", {}, DEFAULTS) == merged
+    assert again.merged("search", {"families": ("channels", "rect")}, DEFAULTS) == merged
+    assert again.config == {"search": merged}
+
+
+def test_a_foreign_configuration_says_which_fields_differ(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    run.settle("search", DEFAULTS)
+    with pytest.raises(
+        ValueError, match=r"budget is 0.5 there, 0.3 was asked for; weights is None there, 'w' was"
+    ):
+        run.merged("search", {"budget": 0.3, "weights": "w"}, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[]", b'{"sections": {}}', b"\xff\xfe", None],
+    ids=["empty", "cut", "list", "bare", "bytes", "edit"],
+)
+def test_a_damaged_configuration_is_noticed(tmp_path: Path, damage: bytes | None) -> None:
+    run = RunDirectory.open(tmp_path)
+    run.settle("search", DEFAULTS)
+    file = tmp_path / "config.json"
+    file.write_bytes(file.read_bytes().replace(b"0.5", b"0.6") if damage is None else damage)
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        RunDirectory.open(tmp_path).merged("search", {}, DEFAULTS)
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        RunDirectory.open(tmp_path / "file")
+    with pytest.raises(ValueError, match="is not empty and is no run directory"):
+        RunDirectory.open(tmp_path)
+    with pytest.raises(ValueError, match="has no config.json"):
+        RunDirectory.existing(tmp_path / "absent")
+
+
+def test_stages(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    assert not run.done("search")
+    with pytest.raises(ValueError, match="run `sculpt search`"):
+        run.record("search")
+    record = run.complete(
+        "search", {"policy": jnp.asarray([1, 2]), "score": np.float32(0.5), "folder": tmp_path}
+    )
+    assert record == run.record("search") == {"policy": [1, 2], "score": 0.5, "folder": str(tmp_path)}
+    (tmp_path / "stages" / "search.json").write_text('{"policy": [1,')
+    with pytest.raises(ValueError, match="search.json is damaged"):
+        run.record("search")
+
+
+def test_metrics_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    run.log("search", {"best": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "search", "be')
+    run.log("search", {"best": jnp.float32(0.75)})
+    run.log("finetune", {"epoch": 1})
+    assert run.metrics("search") == [{"stage": "search", "best": 0.5}, {"stage": "search", "best": 0.75}]
+    assert run.metrics("finetune") == [{"stage": "finetune", "epoch": 1}]
+    assert run.metrics("train") == []
+
+
+def test_the_result_has_exactly_the_agreed_fields(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    with pytest.raises(ValueError, match="no result.json yet"):
+        run.result()
+    run.write_result(result())
+    assert run.result() == json.loads((tmp_path / "result.json").read_text()) == result()
+    lacking = result()
+    del lacking["pruned"]["macs_realised"]
+    with pytest.raises(ValueError, match=r"pruned: missing fields \['macs_realised'\]"):
+        check_result(lacking)
+    with pytest.raises(ValueError, match=r"unexpected fields \['extra'\]"):
+        run.write_result({**result(), "extra": 1})
+    with pytest.raises(ValueError, match="splits"):
+        check_result({**result(), "splits": 3})
+
+
+def test_nothing_temporary_is_left_behind_by_a_failure(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        run.complete("search", {"score": float("nan")})
+    assert not run.done("search")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -1,0 +1,150 @@
+"""What `trace` finds, and what it refuses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import sculpt
+from tests.networks import NETWORKS, Residual, network, traced
+
+EXPECTED_GROUPS = {
+    "plain": [8, 12],
+    "biased": [6, 8, 10],
+    "residual": [8, 8, 12, 4, 4, 12],
+    "concatenated": [8, 4, 4, 6, 4],
+    "dilated": [8, 8],
+    "nnx": [8, 6],
+    "function": [8, 6],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED_GROUPS)
+def test_groups_have_the_sizes_that_follow_from_the_architecture(name: str) -> None:
+    assert sorted(g.size for g in traced(name).groups) == sorted(EXPECTED_GROUPS[name])
+
+
+def test_residual_stream_is_one_group_over_all_its_layers() -> None:
+    trace = traced("residual")
+    stream = max(trace.groups, key=lambda g: len(g.slots))
+    paths = {trace.leaves[leaf].path for leaf, _ in stream.slots}
+    assert {"Conv_6/kernel", "Conv_5/kernel", "Conv_4/kernel", "Dense_0/kernel"} <= paths
+
+
+def test_every_frozen_axis_has_a_reason_and_standard_widths_are_prunable() -> None:
+    for name in NETWORKS:
+        trace = traced(name)
+        assert all(f.reason for f in trace.frozen)
+        free = {slot for g in trace.groups for slot in g.slots}
+        for layer in trace.layers:
+            out_axis = (layer.leaf, len(trace.leaves[layer.leaf].shape) - 1)
+            last = layer.index == max(la.index for la in trace.layers if la.kind == "dense")
+            assert out_axis in free or last, f"{name}: width of {layer.name} is frozen"
+
+
+def test_input_and_output_are_frozen_with_their_own_reason() -> None:
+    reasons = {f.name: f.reason for f in traced("plain").frozen}
+    assert reasons["Conv_0/kernel:2"] == "network input"
+    assert reasons["Dense_0/kernel:1"] == "network output"
+
+
+def test_macs_of_closed_form_cases() -> None:
+    layers = {la.name: la for la in traced("plain").layers}
+    assert layers["Conv_0"].macs == 8 * 8 * 9 * 3 * 8
+    assert layers["Conv_1"].macs == 8 * 8 * 9 * 8 * 12
+    assert layers["Dense_0"].macs == 12 * 5
+    depthwise = next(la for la in traced("separable").layers if la.name == "Conv_2")
+    assert depthwise.macs == 8 * 8 * 9 * 16
+
+
+def test_tracing_allocates_and_runs_nothing() -> None:
+    module = Residual()
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    trace = sculpt.trace(sculpt.from_linen(module, shapes), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+    assert [g.size for g in trace.groups] == [g.size for g in traced("residual").groups]
+
+
+def test_renaming_parameters_changes_nothing_but_names() -> None:
+    model = network("function")
+    order = ["head", "second", "bias", "first"]
+    renamed = {f"p{i}": model.params[n] for i, n in enumerate(order)}
+
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return model.apply({n: params[f"p{i}"] for i, n in enumerate(order)}, {}, x)
+
+    trace = sculpt.trace(sculpt.from_function(apply, renamed), jnp.zeros((1, 8, 8, 3)))
+    assert [g.size for g in trace.groups] == [g.size for g in traced("function").groups]
+    assert trace.macs == traced("function").macs
+
+
+@pytest.mark.parametrize(
+    ("mix", "reason"),
+    [
+        (lambda y: jax.nn.softmax(y, axis=-1), "reduced over"),
+        (lambda y: jnp.exp(y).sum(-1, keepdims=True) * y, "summed over while not zero"),
+        (lambda y: jnp.sort(y, axis=-1), "no rule for this operation"),
+        (lambda y: jnp.cumsum(y, axis=-1), "running over"),
+        (lambda y: y[..., ::-1], "order reversed"),
+        (lambda y: y * jnp.arange(8, dtype=y.dtype), "positions counted"),
+    ],
+    ids=["softmax", "exp", "sort", "cumsum", "reversed", "positions"],
+)
+def test_channels_that_are_mixed_unsoundly_are_frozen(mix: object, reason: str) -> None:
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return mix(x @ params["first"]) @ params["second"]
+
+    params = {"first": jnp.ones((3, 8)), "second": jnp.ones((8, 5))}
+    with jax.numpy_rank_promotion("allow"):
+        trace = sculpt.trace(sculpt.from_function(apply, params), jnp.zeros((1, 3)))
+    assert not trace.groups
+    assert any(reason in f.reason for f in trace.frozen if f.name == "first:1")
+
+
+def test_unknown_operation_names_itself_and_its_line() -> None:
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.sort(x @ params["w"], axis=-1) @ params["v"]
+
+    params = {"w": jnp.ones((3, 8)), "v": jnp.ones((8, 5))}
+    trace = sculpt.trace(sculpt.from_function(apply, params), jnp.zeros((1, 3)))
+    assert any("sort at test_trace.py" in f.reason for f in trace.frozen)
+
+
+def test_closed_over_parameters_are_refused() -> None:
+    weights = jnp.ones((3, 5))
+    model = sculpt.from_function(lambda params, x: x @ weights, {"unused": jnp.ones(2)})
+    with pytest.raises(ValueError, match="closing over"):
+        sculpt.trace(model, jnp.zeros((1, 3)))
+
+
+def test_output_must_be_logits() -> None:
+    model = sculpt.from_function(lambda params, x: (x @ params["w"]).sum(), {"w": jnp.ones((3, 5))})
+    with pytest.raises(ValueError, match=r"one output \[batch, classes\]"):
+        sculpt.trace(model, jnp.zeros((1, 3)))
+
+
+def test_correctness_14_graph_has_skip_edges_shapes_and_couplings() -> None:
+    from sculpt.tracing.graph import EDGE_KINDS, topology
+
+    trace = traced("residual")
+    graph = topology(trace)
+    kinds = [EDGE_KINDS[k] for k in graph.kinds]
+    adds = [n for n in graph.nodes if n.kind == "add"]
+    assert len(adds) == 3 and kinds.count("skip") >= 2 and kinds.count("skip") == kinds.count("skip back")
+    assert [n.owner for n in graph.nodes if n.kind == "axis"] == [g.index for g in trace.groups]
+    assert len([n for n in graph.nodes if n.kind in ("conv", "dense")]) == len(trace.layers)
+    for sender, receiver, kind in zip(graph.senders, graph.receivers, kinds):
+        if kind in ("flow", "skip"):
+            assert graph.nodes[sender].depth < graph.nodes[receiver].depth
+
+
+def test_linen_without_a_training_mode() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(5)(nn.relu(nn.Dense(8)(x)))
+
+    module = Net()
+    model = sculpt.from_linen(module, module.init(jax.random.key(0), jnp.zeros((1, 3))))
+    assert [g.size for g in sculpt.trace(model, jnp.zeros((1, 3))).groups] == [8]
