@@ -27,7 +27,9 @@ import numpy as np
 import sculpt
 from sculpt.model import Model
 
-RECIPE = sculpt.FinetuneConfig(epochs=5, batch_size=64, learning_rate=0.02, weight_decay=5e-4, augment="crop_flip")
+RECIPE = sculpt.FinetuneConfig(
+    epochs=5, batch_size=64, learning_rate=0.02, weight_decay=5e-4, augment="crop_flip"
+)
 EVALUATIONS = 512
 SCORE_IMAGES = 256
 
@@ -64,7 +66,9 @@ def tuned(model: Model, splits: Any, seed: int, directory: Path) -> dict[str, An
     return {"test_accuracy": test_accuracy(trained, splits), "epochs": progress}
 
 
-def searched(model: Model, space: Any, splits: Any, seed: int, budget: float, directory: Path) -> dict[str, Any]:
+def searched(
+    model: Model, space: Any, splits: Any, seed: int, budget: float, directory: Path
+) -> dict[str, Any]:
     """The agent's policy at this budget."""
     config = sculpt.SearchConfig(
         budget=budget,
@@ -82,9 +86,43 @@ def searched(model: Model, space: Any, splits: Any, seed: int, budget: float, di
     }
 
 
+def run_stage(
+    name: str, seed: int, model: Model, space: Any, splits: Any, options: argparse.Namespace
+) -> None:
+    """One of the three stages for one seed."""
+    folder = options.run / f"seed{seed}"
+    if name == "dense":
+        stage(folder / "dense.json", lambda: tuned(model, splits, seed, folder / "dense"))
+    elif name == "search":
+        stage(
+            folder / "search.json",
+            lambda: searched(model, space, splits, seed, options.budget, folder / "search"),
+        )
+    else:
+        policy = np.asarray(json.loads((folder / "search.json").read_text())["policy"], np.int32)
+        stage(folder / "pruned.json", lambda: pruned(model, space, splits, policy, seed, folder / "pruned"))
+
+
+def pruned(
+    model: Model, space: Any, splits: Any, policy: np.ndarray, seed: int, directory: Path
+) -> dict[str, Any]:
+    """Masks, compacts, fine-tunes and tests one policy."""
+    masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
+    small = sculpt.compact(masked, space, policy)
+    macs, params = sculpt.count_cost(small, jnp.zeros((1, 32, 32, 3)))
+    recalibrated = sculpt.recalibrate(small, splits.normalise(splits.train.images[:1024]))
+    before = test_accuracy(recalibrated, splits)
+    result = tuned(small, splits, seed, directory)
+    return {**result, "macs": macs, "params": params, "before_finetune": before}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="holds train_jpeg.parquet and test_jpeg.parquet")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, required=True, help="holds train_jpeg.parquet and test_jpeg.parquet"
+    )
     parser.add_argument("--weights", type=Path, required=True, help="cifar10_resnet20.safetensors")
     parser.add_argument("--run", type=Path, default=Path("runs/prune_cifar_jpeg"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -98,29 +136,10 @@ def main() -> None:
     trace = sculpt.trace(model, image)
     space = sculpt.make_space(trace, families=("channels",))
     untuned = stage(options.run / "untuned.json", lambda: {"test_accuracy": test_accuracy(model, splits)})
-    rows = []
     for name in options.stages:
         for seed in options.seeds:
-            folder = options.run / f"seed{seed}"
-            if name == "dense":
-                stage(folder / "dense.json", lambda: tuned(model, splits, seed, folder / "dense"))
-            elif name == "search":
-                stage(
-                    folder / "search.json",
-                    lambda: searched(model, space, splits, seed, options.budget, folder / "search"),
-                )
-            else:
-                policy = np.asarray(json.loads((folder / "search.json").read_text())["policy"], np.int32)
-                masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
-                small = sculpt.compact(masked, space, policy)
-                macs, params = sculpt.count_cost(small, image)
-                before = test_accuracy(sculpt.recalibrate(small, splits.normalise(splits.train.images[:1024])), splits)
-
-                def prune() -> dict[str, Any]:
-                    result = tuned(small, splits, seed, folder / "pruned")
-                    return {**result, "macs": macs, "params": params, "before_finetune": before}
-
-                stage(folder / "pruned.json", prune)
+            run_stage(name, seed, model, space, splits, options)
+    rows = []
     for seed in options.seeds:
         folder = options.run / f"seed{seed}"
         files = [folder / f"{name}.json" for name in ("dense", "search", "pruned")]
@@ -156,7 +175,10 @@ def report(rows: list[list[Any]], untuned: dict[str, Any], trace: Any, options: 
             f"{dense['seconds']:.0f} | {search['seconds']:.0f} | {pruned['seconds']:.0f} |"
         )
     drops = [dense["test_accuracy"] - pruned["test_accuracy"] for _, dense, _, pruned in rows]
-    lines += ["", f"Mean drop {np.mean(drops):.2f} points over {len(drops)} seeds (largest {max(drops):.2f})."]
+    lines += [
+        "",
+        f"Mean drop {np.mean(drops):.2f} points over {len(drops)} seeds (largest {max(drops):.2f}).",
+    ]
     text = "\n".join(lines) + "\n"
     print(text)
     target = Path("benchmarks/results/prune_cifar_jpeg.md")

@@ -45,9 +45,7 @@ class Model:
         return self.apply(self.params, self.state, x)
 
 
-jax.tree_util.register_dataclass(
-    Model, data_fields=["params", "state"], meta_fields=["apply", "apply_train"]
-)
+jax.tree_util.register_dataclass(Model, data_fields=["params", "state"], meta_fields=["apply", "apply_train"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +64,7 @@ class _LinenTrain:
     train_argument: str | None
     mutable: tuple[str, ...]
 
-    def __call__(
-        self, params: Params, state: State, x: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, State]:
+    def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
         options = {} if self.train_argument is None else {self.train_argument: True}
         logits, updated = self.module.apply(
             {"params": params, **state}, x, mutable=list(self.mutable), rngs={"dropout": key}, **options
@@ -130,9 +126,7 @@ class _NnxApply:
 class _NnxTrain:
     graphdef: Any
 
-    def __call__(
-        self, params: Params, state: State, x: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, State]:
+    def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
         from flax import nnx
 
         module = nnx.merge(self.graphdef, params, state["rest"], copy=True)
@@ -174,9 +168,7 @@ class _FunctionTrain:
     apply: _FunctionApply
     train: Callable[..., Any] | None
 
-    def __call__(
-        self, params: Params, state: State, x: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, State]:
+    def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
         if self.train is None:
             return self.apply(params, state, x), state
         if self.apply.stateful:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def _linen(module: nn.Module, key: jax.Array) -> Model:
     return sculpt.from_linen(module, _varied(variables, key))
 
 
-def _varied(tree: object, key: jax.Array) -> object:
+def _varied(tree: Any, key: jax.Array) -> Any:
     """Values away from their initial zeros and ones, so that a forgotten bias or statistic shows."""
 
     def vary(path: tuple[object, ...], x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from sculpt.report import (
 from sculpt.scoring import evaluate, recalibrate
 
 if TYPE_CHECKING:
+    from sculpt.model import Model
     from sculpt.pipeline.stages import Pipeline
     from sculpt.tracing.axes import Atom
 
@@ -50,7 +51,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
     train_images = p.splits.train.images
     masked = recalibrate(apply_masks(p.dense, p.masks), p.splits.normalise(train_images[:_CALIBRATION]))
     networks = {"dense": p.dense, "masked": masked, "fine-tuned": p.tuned, "compact": p.small}
-    accuracy = {name: float(evaluate(m, images, labels).accuracy) for name, m in networks.items()}
+    accuracy = {name: _accuracy(m, images, labels) for name, m in networks.items()}
     timed = {name: networks[name] for name in ("dense", "fine-tuned", "compact")}
     latency = compare_latency(timed, p.example)
     trace, compacted = p.space.trace, p.run.record("compact")
@@ -89,6 +90,11 @@ def measure(p: Pipeline) -> dict[str, Any]:
             "test": len(labels),
         },
     }
+
+
+def _accuracy(model: Model, images: Any, labels: Any) -> float:
+    """A share of whole images, free of float32 rounding."""
+    return round(float(evaluate(model, images, labels).accuracy) * len(labels)) / len(labels)
 
 
 def _costs(values: tuple[int, int, int]) -> dict[str, int]:
@@ -182,7 +188,7 @@ def write_report(p: Pipeline) -> list[str]:
         sites=[(s.name, s.family, s.options[int(p.policy[s.index])].label) for s in p.space.sites],
         arrays=p.run.record("compact")["arrays"],
         config=p.run.config,
-        plots={caption: svg for caption, svg in plots.values()},
+        plots=dict(plots.values()),
     )
     write_html(report, p.run.path / "report.html")
     return sorted(plots)

@@ -124,7 +124,7 @@ def read_settings(run: RunDirectory, section: str, given: Mapping[str, Any]) -> 
         raise ValueError(f"{run.path} was written by another version: unknown {section} settings {unknown}")
     if missing:
         options = " and ".join(f"--{name}" for name in missing)
-        raise ValueError(f"{run.path} is a new run, which needs {options}")
+        raise ValueError(f"a new run needs {options}")
     return kind(**merged)
 
 

@@ -74,7 +74,9 @@ def project(space: Space, logits: jax.Array, budget: Any, key: jax.Array | None 
     limit = (spread + 1.0) / _smallest_step(space)
 
     # The policy that fits is carried along: choosing it again from its price could round a tie the other way.
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def halve(
+        _: int, bounds: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         low, high, fitting = bounds
         middle = (low + high) / 2
         policy = choose(middle)

@@ -62,7 +62,9 @@ class CompactFunction:
             self._programs[signature] = _rewritten(self.function, self.plan, rest)
         program, changed, out_tree = self._programs[signature]
         leaves = jax.tree.leaves((params, state))
-        outputs = run(program, [*leaves, x, *key], lambda eqn, operands: _bind(eqn, operands, changed[id(eqn)]))
+        outputs = run(
+            program, [*leaves, x, *key], lambda eqn, operands: _bind(eqn, operands, changed[id(eqn)])
+        )
         return jax.tree.unflatten(out_tree, outputs)
 
     def describe(self) -> tuple[str, ...]:
@@ -140,7 +142,7 @@ def _kept_atoms(traced: Trace, space: Space, masks: Any) -> dict[Atom, np.ndarra
         mask = np.asarray(mask)
         for dim, axis in enumerate(traced.leaf_term(leaf.index)):
             if pruned & set(traced.axes.atoms(axis)):
-                used = mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
+                used = np.asarray(mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim)))
                 traced.axes.infer(axis, used, kept)
     return kept
 
@@ -259,7 +261,9 @@ class _Rewrite:
             window = np.flatnonzero(self.units(rhs[dim]))
             size = self.flow.axes.size(rhs[dim])
             if window[-1] - window[0] + 1 != len(window):
-                raise ValueError(f"a kernel keeps positions {window.tolist()} of {size}, which is not a window")
+                raise ValueError(
+                    f"a kernel keeps positions {window.tolist()} of {size}, which is not a window"
+                )
             # What the kernel lost at an edge, the padding loses too (below zero it crops).
             padding.append((low - int(window[0]) * dilation, high - int(size - 1 - window[-1]) * dilation))
         features = int(self.units(lhs[numbers.lhs_spec[1]]).sum())

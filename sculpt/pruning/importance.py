@@ -24,7 +24,9 @@ def unit_energy(trace: Trace, group: Group, leaves: Sequence[Any]) -> jax.Array:
         per_index = jnp.square(weights).sum(axis=tuple(d for d in range(weights.ndim) if d != dim))
         labels = trace.axes.labels(trace.leaf_term(leaf)[dim], group.atom)
         # Indices that belong to other groups fall into an extra bin.
-        energy = jax.ops.segment_sum(per_index, jnp.where(labels < 0, group.size, labels), group.size + 1)[:-1]
+        energy = jax.ops.segment_sum(per_index, jnp.where(labels < 0, group.size, labels), group.size + 1)[
+            :-1
+        ]
         total = total + energy / jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
     return total
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sculpt.model import Model, Params
 from sculpt.pruning.patterns import Choice
@@ -23,13 +24,15 @@ def check_policies(space: Space, policies: Any) -> jax.Array:
     shape, dtype = jnp.shape(policies), jax.dtypes.result_type(policies)
     if not shape or shape[-1] != space.num_sites or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"expected policies as integers [..., {space.num_sites}], got {dtype}{list(shape)}")
-    if not isinstance(policies, jax.core.Tracer):
+    if not isinstance(policies, Tracer):
         values = np.asarray(policies)
         bad = np.argwhere((values < 0) | (values >= space.num_options))
         if len(bad):
             site = space.sites[int(bad[0][-1])]
             value = int(values[tuple(bad[0])])
-            raise ValueError(f"site {site.name!r} has options 0..{len(site.options) - 1}, the policy asks for {value}")
+            raise ValueError(
+                f"site {site.name!r} has options 0..{len(site.options) - 1}, the policy asks for {value}"
+            )
     return jnp.asarray(policies, jnp.int32)
 
 
@@ -67,7 +70,9 @@ def make_masks(space: Space, params: Params, policy: Any) -> Any:
     """
     policy = check_policies(space, policy)
     if policy.ndim != 1:
-        raise ValueError(f"make_masks takes one policy [{space.num_sites}], got {list(policy.shape)}; use jax.vmap")
+        raise ValueError(
+            f"make_masks takes one policy [{space.num_sites}], got {list(policy.shape)}; use jax.vmap"
+        )
     masks = masks_from_choices(space, make_choices(space, params), policy)
     return jax.tree.unflatten(jax.tree.structure(params), masks)
 

@@ -133,7 +133,8 @@ def _rect_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
         seen.add(layer.leaf)
         sizes = tuple(trace.axes.atom_size(a) for a in layer.window)
         options = tuple(
-            Option("x".join(map(str, shape)), _product(shape) / _product(sizes), shape) for shape in window_shapes(sizes)
+            Option("x".join(map(str, shape)), _product(shape) / _product(sizes), shape)
+            for shape in window_shapes(sizes)
         )
         if len(options) > 1:
             sites.append(Site(0, layer.name, "rect", layer.window, sizes, layer.index, options))

@@ -109,7 +109,9 @@ def make_space(
     found = [site for name in families for site in FAMILIES[name].sites(trace, round_to, min_keep)]
     if not found:
         reasons = sorted({f.reason for f in trace.frozen})[:3]
-        raise ValueError(f"nothing to prune with families {families}: every axis is frozen ({'; '.join(reasons)})")
+        raise ValueError(
+            f"nothing to prune with families {families}: every axis is frozen ({'; '.join(reasons)})"
+        )
     sites = tuple(dataclasses.replace(site, index=i) for i, site in enumerate(found))
 
     from sculpt.tracing.graph import group_node, layer_node

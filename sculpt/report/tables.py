@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("network", "test accuracy", "MACs, theoretical", "MACs, realised", "weights", "latency, measured")
+COLUMNS = ("network", "test accuracy", "MACs theoretical", "MACs realised", "weights", "latency measured")
 """Theoretical: zeros are not counted. Realised: counted in the program that really runs. Measured: on this device."""
 
 
@@ -39,7 +39,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [
         (
             row.name,
-            f"{100 * row.accuracy:.2f} %",
+            f"{100 * row.accuracy:.2f}%",
             _with_ratio(row.macs_theoretical, dense.macs_theoretical),
             _with_ratio(row.macs_realised, dense.macs_realised),
             _with_ratio(row.params, dense.params),
@@ -50,7 +50,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _with_ratio(value: int, dense: int) -> str:
-    return f"{value:,} ({100 * value / dense:.1f} %)"
+    return f"{value:,} {100 * value / dense:.1f}%"
 
 
 def _latency(row: Row) -> str:
@@ -72,12 +72,13 @@ def closing_table(rows: Sequence[Row], caption: str) -> Table:
     """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     if not rows:
         raise ValueError("expected at least one row, the dense network, got none")
-    table = Table(caption=caption, box=box.SIMPLE_HEAD, caption_justify="left")
+    table = Table(caption=Text(caption), box=box.SIMPLE_HEAD, caption_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "network" else "right")
     for row in cells(rows):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets are no markup here
     return table

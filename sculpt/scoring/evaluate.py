@@ -110,7 +110,9 @@ def check_images(shape: Sequence[int], images: Any, labels: Any = None) -> tuple
         )
     if labels is None:
         labels = np.zeros(np.shape(images)[0], np.int32)
-    if np.shape(labels) != np.shape(images)[:1] or not jnp.issubdtype(jax.dtypes.result_type(labels), jnp.integer):
+    if np.shape(labels) != np.shape(images)[:1] or not jnp.issubdtype(
+        jax.dtypes.result_type(labels), jnp.integer
+    ):
         raise ValueError(
             f"expected integer labels [{np.shape(images)[0]}], got "
             f"{jax.dtypes.result_type(labels)}{list(np.shape(labels))}"
@@ -165,7 +167,9 @@ def score_policies(problem: Problem, policies: jax.Array, count: jax.Array | int
             new = jax.tree.map(lambda s: s[None], score_policy(problem, block[0]))
         else:
             new = jax.vmap(lambda p: score_policy(problem, p))(block)
-        return jax.tree.map(lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (start,)), scores, new)
+        return jax.tree.map(
+            lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (start,)), scores, new
+        )
 
     empty = jnp.zeros(padded.shape[0], jnp.float32)
     scores = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, one_chunk, Scores(empty, empty))

@@ -290,7 +290,7 @@ class Axes:
             block = keep[position : position + int(np.prod(sizes))].reshape(sizes)
             position += block.size
             for dim, atom in enumerate(segment):
-                factor = block.any(axis=tuple(d for d in range(len(sizes)) if d != dim))
+                factor = np.asarray(block.any(axis=tuple(d for d in range(len(sizes)) if d != dim)))
                 binding = self._bindings[atom]
                 if binding is not None:
                     self.infer(binding, factor, kept)

@@ -43,7 +43,9 @@ class Topology:
 
 def layer_node(trace: Trace, layer: int) -> int:
     """Node of a layer."""
-    return next(i for i, n in enumerate(topology(trace).nodes) if n.kind in ("conv", "dense") and n.owner == layer)
+    return next(
+        i for i, n in enumerate(topology(trace).nodes) if n.kind in ("conv", "dense") and n.owner == layer
+    )
 
 
 def group_node(trace: Trace, group: int) -> int:
@@ -82,7 +84,9 @@ def topology(trace: Trace) -> Topology:
         layer = layer_at.get(position)
         if layer is not None:
             node = add(layer.kind, layer.name, layer.index, origin)
-        elif eqn.name in ("add", "add_any", "sub", "concatenate") and len(set(branches)) > 1 and all(branches):
+        elif (
+            eqn.name in ("add", "add_any", "sub", "concatenate") and len(set(branches)) > 1 and all(branches)
+        ):
             kind = "concat" if eqn.name == "concatenate" else "add"
             node = add(kind, f"{kind}{len(nodes)}", -1, origin)
         else:

@@ -113,7 +113,11 @@ class _Builder:
         return index
 
     def inline(
-        self, jaxpr: Any, inputs: Sequence[Operand], constants: Sequence[Operand], caller: str = "an unknown line"
+        self,
+        jaxpr: Any,
+        inputs: Sequence[Operand],
+        constants: Sequence[Operand],
+        caller: str = "an unknown line",
     ) -> list[Operand]:
         values: dict[Any, Operand] = dict(zip(jaxpr.invars, inputs, strict=True))
         values.update(zip(jaxpr.constvars, constants, strict=True))
@@ -129,9 +133,7 @@ class _Builder:
                 inner, inner_constants = body, []
                 if hasattr(body, "consts"):
                     inner = body.jaxpr
-                    inner_constants = [
-                        self.constant(v.aval, c) for v, c in zip(inner.constvars, body.consts)
-                    ]
+                    inner_constants = [self.constant(v.aval, c) for v, c in zip(inner.constvars, body.consts)]
                 results = self.inline(inner, operands, inner_constants, source)
             else:
                 results = [self.new(v.aval) for v in eqn.outvars]

@@ -41,7 +41,9 @@ class Flow:
         for output, term in zip(eqn.outputs, results, strict=True):
             sizes = tuple(map(self.axes.size, term))
             if sizes != self.program.shape(output):
-                raise AssertionError(f"rule of {eqn.name} gave {sizes}, expected {self.program.shape(output)}")
+                raise AssertionError(
+                    f"rule of {eqn.name} gave {sizes}, expected {self.program.shape(output)}"
+                )
             self.terms[output] = term
 
 

@@ -151,7 +151,9 @@ def trace(model: Model, example_input: Any) -> Trace:
     params, state = shapes_of(model.params), shapes_of(model.state)
     program = flatten(model.apply, params, state, image)
     paths = leaf_paths(params)
-    leaves = tuple(Leaf(i, p, tuple(x.shape), x.dtype) for i, (p, x) in enumerate(zip(paths, jax.tree.leaves(params))))
+    leaves = tuple(
+        Leaf(i, p, tuple(x.shape), x.dtype) for i, (p, x) in enumerate(zip(paths, jax.tree.leaves(params)))
+    )
     read = {o for eqn in program.equations for o in eqn.inputs if isinstance(o, int)}
     if not read & set(program.inputs[: len(leaves)]):
         raise ValueError(
@@ -171,7 +173,8 @@ def trace(model: Model, example_input: Any) -> Trace:
     layers = tuple(_layers(flow, leaves))
     groups = tuple(_groups(flow, leaves, layers))
     monomials = tuple(
-        tuple(_product([flow.axes.monomials(a) for a in flow.terms[program.inputs[leaf.index]]])) for leaf in leaves
+        tuple(_product([flow.axes.monomials(a) for a in flow.terms[program.inputs[leaf.index]]]))
+        for leaf in leaves
     )
     return Trace(
         leaves=leaves,
@@ -246,18 +249,30 @@ def _layers(flow: Flow, leaves: Sequence[Leaf]) -> list[Layer]:
     for position, eqn in enumerate(flow.program.equations):
         for output, operand in zip(eqn.outputs, eqn.inputs):
             # A cast or a copy of a parameter is still that parameter.
-            if eqn.name in ("convert_element_type", "copy", "transpose", "reshape") and operand in from_leaf:
+            renamed = eqn.name in ("convert_element_type", "copy", "transpose", "reshape")
+            if renamed and isinstance(operand, int) and operand in from_leaf:
                 from_leaf[output] = from_leaf[operand]
         if eqn.name not in ("conv_general_dilated", "dot_general"):
             continue
-        kernels = [i for i in eqn.inputs if i in from_leaf]
+        kernels = [i for i in eqn.inputs if isinstance(i, int) and i in from_leaf]
         if kernels:
-            layers.append(_layer(flow, leaves, eqn, position, len(layers), kernels[-1], from_leaf[kernels[-1]], batch_atoms))
+            layers.append(
+                _layer(
+                    flow, leaves, eqn, position, len(layers), kernels[-1], from_leaf[kernels[-1]], batch_atoms
+                )
+            )
     return layers
 
 
 def _layer(
-    flow: Flow, leaves: Sequence[Leaf], eqn: Equation, position: int, index: int, kernel: Any, leaf: int, batch: set[Atom]
+    flow: Flow,
+    leaves: Sequence[Leaf],
+    eqn: Equation,
+    position: int,
+    index: int,
+    kernel: Any,
+    leaf: int,
+    batch: set[Atom],
 ) -> Layer:
     output = flow.terms[eqn.outputs[0]]
     shape = flow.program.shape(kernel)
@@ -265,7 +280,7 @@ def _layer(
     window_axes: tuple[int, ...] = ()
     if eqn.name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]
-        term = flow.terms[eqn.inputs[1]]
+        term = flow.term(eqn.inputs[1])
         factors = [*output, term[numbers.rhs_spec[1]], *(term[d] for d in numbers.rhs_spec[2:])]
         kernel_size = tuple(shape[d] for d in numbers.rhs_spec[2:])
         direct = eqn.inputs[1] == flow.program.inputs[leaf]
@@ -280,7 +295,7 @@ def _layer(
     else:
         (lhs_sum, rhs_sum), _ = eqn.params["dimension_numbers"]
         side, summed = (1, rhs_sum) if eqn.inputs[1] == kernel else (0, lhs_sum)
-        term = flow.terms[eqn.inputs[side]]
+        term = flow.term(eqn.inputs[side])
         factors = [*output, *(term[d] for d in summed)]
         inputs = int(np.prod([shape[d] for d in summed]))
         kind, strides, kernel_size, out_spatial = "dense", (), (), ()

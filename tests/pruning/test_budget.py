@@ -20,7 +20,9 @@ def space() -> sculpt.Space:
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.5, 0.8, 1.0])
-def test_correctness_17_every_projection_meets_its_budget_and_spends_it(space: sculpt.Space, budget: float) -> None:
+def test_correctness_17_every_projection_meets_its_budget_and_spends_it(
+    space: sculpt.Space, budget: float
+) -> None:
     def one(key: jax.Array) -> jax.Array:
         logit_key, noise_key = jax.random.split(key)
         logits = 4.0 * jax.random.normal(logit_key, (space.num_sites, space.max_options))
@@ -36,7 +38,9 @@ def test_correctness_17_every_projection_meets_its_budget_and_spends_it(space: s
                 changed = policy.copy()
                 changed[site.index] = option
                 value = float(sculpt.cost(space, changed).macs_ratio)
-                better = space.option_cost[site.index, option] > space.option_cost[site.index, policy[site.index]]
+                better = (
+                    space.option_cost[site.index, option] > space.option_cost[site.index, policy[site.index]]
+                )
                 assert not (better and ratio < value <= budget)
 
 
@@ -63,11 +67,14 @@ def test_deterministic_controls_meet_the_budget(space: sculpt.Space, policy_of: 
 def test_uniform_keeps_one_fraction_everywhere(space: sculpt.Space) -> None:
     policy = np.asarray(uniform_policy(space, 0.5))
     kept = [s.options[policy[s.index]].kept for s in space.sites if s.family == "channels"]
-    assert max(kept) - min(kept) <= 0.5 and all(policy[s.index] == 0 for s in space.sites if s.family == "rect")
+    assert max(kept) - min(kept) <= 0.5 and all(
+        policy[s.index] == 0 for s in space.sites if s.family == "rect"
+    )
 
 
 @pytest.mark.parametrize(
-    ("budget", "message"), [(0.0, r"in \(0, 1\]"), (1.5, r"in \(0, 1\]"), (1e-6, "can keep 0.0"), (-1, r"in \(0, 1\]")]
+    ("budget", "message"),
+    [(0.0, r"in \(0, 1\]"), (1.5, r"in \(0, 1\]"), (1e-6, "can keep 0.0"), (-1, r"in \(0, 1\]")],
 )
 def test_impossible_budgets_are_refused_with_the_reachable_range(
     space: sculpt.Space, budget: float, message: str

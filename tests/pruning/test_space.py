@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ def test_round_to_and_min_keep_bound_the_counts() -> None:
         ({"min_keep": 0}, "min_keep must be at least 1"),
     ],
 )
-def test_bad_spaces_are_refused(options: dict[str, object], message: str) -> None:
+def test_bad_spaces_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sculpt.make_space(traced("plain"), **options)
 

@@ -51,7 +51,7 @@ def test_the_table_shows_theoretical_realised_and_measured() -> None:
     console.print(closing_table(ROWS, "n = 400 test images, seed 0, cpu"))
     text = console.export_text()
     assert re.search(r"theoretical.*realised.*measured", text)
-    assert re.search(r"masked +50.00 % +500 \(50.0 %\) +1,000 \(100.0 %\) +200 \(50.0 %\) +10.10 ms", text)
+    assert re.search(r"masked +50.00% +500 50.0% +1,000 100.0% +200 50.0% +10.10 ms \[9.10, 11.10\]", text)
     assert "n = 400 test images" in text
     with pytest.raises(ValueError, match="at least one row"):
         closing_table([], "")

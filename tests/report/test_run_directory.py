@@ -48,7 +48,7 @@ def test_a_damaged_configuration_is_noticed(tmp_path: Path, damage: bytes | None
     run.settle("search", DEFAULTS)
     file = tmp_path / "config.json"
     file.write_bytes(file.read_bytes().replace(b"0.5", b"0.6") if damage is None else damage)
-    with pytest.raises(ValueError, match="config.json is damaged"):
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
         RunDirectory.open(tmp_path).merged("search", {}, DEFAULTS)
 
 
@@ -58,7 +58,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path / "file")
     with pytest.raises(ValueError, match="is not empty and is no run directory"):
         RunDirectory.open(tmp_path)
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match=r"has no config.json"):
         RunDirectory.existing(tmp_path / "absent")
 
 
@@ -72,7 +72,7 @@ def test_stages(tmp_path: Path) -> None:
     )
     assert record == run.record("search") == {"policy": [1, 2], "score": 0.5, "folder": str(tmp_path)}
     (tmp_path / "stages" / "search.json").write_text('{"policy": [1,')
-    with pytest.raises(ValueError, match="search.json is damaged"):
+    with pytest.raises(ValueError, match=r"search.json is damaged"):
         run.record("search")
 
 
@@ -90,7 +90,7 @@ def test_metrics_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
 
 def test_the_result_has_exactly_the_agreed_fields(tmp_path: Path) -> None:
     run = RunDirectory.open(tmp_path)
-    with pytest.raises(ValueError, match="no result.json yet"):
+    with pytest.raises(ValueError, match=r"no result.json yet"):
         run.result()
     run.write_result(result())
     assert run.result() == json.loads((tmp_path / "result.json").read_text()) == result()

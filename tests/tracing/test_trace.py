@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -91,7 +93,9 @@ def test_renaming_parameters_changes_nothing_but_names() -> None:
     ],
     ids=["softmax", "exp", "sort", "cumsum", "reversed", "positions"],
 )
-def test_channels_that_are_mixed_unsoundly_are_frozen(mix: object, reason: str) -> None:
+def test_channels_that_are_mixed_unsoundly_are_frozen(
+    mix: Callable[[jax.Array], jax.Array], reason: str
+) -> None:
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         return mix(x @ params["first"]) @ params["second"]
 

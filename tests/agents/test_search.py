@@ -1,0 +1,327 @@
+"""The whole search, on problems whose answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sculpt.agents import AgentConfig, RewardConfig, SearchConfig, SearchResult, search
+from sculpt.agents import search as search_module
+from sculpt.agents.update import update
+from sculpt.model import Model
+from sculpt.pruning import cost, macs_ratio
+from sculpt.training import FinetuneConfig, Split, Splits
+from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
+
+BASE = SearchConfig(
+    budget=0.5, evaluations=256, batch_size=16, rerank=0, agent=SMALL, checkpoint_every=4, learning_rate=1e-2
+)
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(config: SearchConfig, seed: int = 0, scorer: TableScorer | None = None, **options) -> SearchResult:  # noqa: ANN003
+    return search(
+        toy_model(),
+        toy_space(),
+        toy_splits(),
+        config,
+        jax.random.key(seed),
+        scorer=scorer or TableScorer(),
+        **options,
+    )
+
+
+@functools.cache
+def plain(method: str = "agent", seed: int = 0) -> SearchResult:
+    return run(dataclasses.replace(BASE, method=method), seed)  # type: ignore[arg-type]
+
+
+def same(first: SearchResult, second: SearchResult) -> bool:
+    """Bit-equal in everything but time."""
+
+    def untimed(result: SearchResult) -> list[dict[str, float]]:
+        return [{name: v for name, v in row.items() if name != "seconds"} for row in result.history]
+
+    return (
+        np.array_equal(first.policy, second.policy)
+        and (first.score, first.validation_accuracy) == (second.score, second.validation_accuracy)
+        and repr(untimed(first)) == repr(untimed(second))
+        and first.unique_evaluations == second.unique_evaluations
+    )
+
+
+@functools.cache
+def optimum() -> float:
+    """Best value of the table within the budget, by trying everything."""
+    table, space = TableScorer().table(), toy_space()
+    every = np.asarray(list(itertools.product(*(range(n) for n in space.num_options))), np.int32)
+    values = table[np.arange(space.num_sites)[None], every].mean(axis=1)
+    ratios = np.concatenate([np.asarray(_ratios(jnp.asarray(block))) for block in np.array_split(every, 64)])
+    return float(values[ratios <= 0.5].max())
+
+
+@jax.jit
+def _ratios(policies: jax.Array) -> jax.Array:
+    return macs_ratio(toy_space(), policies)
+
+
+def test_the_agent_finds_more_than_chance_and_nearly_the_optimum() -> None:
+    agent = np.median([plain("agent", seed).score for seed in range(3)])
+    chance = np.median([plain("random", seed).score for seed in range(3)])
+    assert chance < agent <= optimum() + 1e-6
+    assert agent > 0.85 * optimum()
+    history = plain("agent").history
+    assert history[-1]["mean_reward"] > history[0]["mean_reward"] + 0.2
+    assert history[-1]["entropy"] < history[0]["entropy"]
+
+
+@pytest.mark.parametrize("method", ["agent", "random", "uniform", "magnitude", "evolution"])
+def test_correctness_18_every_method_has_the_same_evaluations_and_interface(method: str) -> None:
+    result = plain(method)
+    assert result.method == method
+    assert result.evaluations == BASE.evaluations == result.history[-1]["evaluations"]
+    assert len(result.history) == BASE.updates
+    assert 1 <= result.unique_evaluations <= result.evaluations
+    assert (result.unique_evaluations == 1) == (method in ("uniform", "magnitude"))
+    assert result.policy.shape == (toy_space().num_sites,) and result.policy.dtype == np.int32
+    ratio = float(cost(toy_space(), result.policy).macs_ratio)
+    assert ratio <= BASE.budget + 1e-5
+    assert result.macs_ratio == pytest.approx(ratio, rel=1e-5)
+    table = TableScorer().table()[np.arange(toy_space().num_sites), result.policy]
+    assert result.score == pytest.approx(table.mean(), abs=1e-5)
+    assert result.score == pytest.approx(result.history[-1]["best"], abs=1e-6)
+    assert result.policies_per_second > 0 and result.seconds > 0
+
+
+def test_the_front_is_not_dominated() -> None:
+    front = plain("random").pareto
+    ratios, accuracies = [p[0] for p in front], [p[1] for p in front]
+    assert ratios == sorted(ratios) and accuracies == sorted(accuracies)
+    assert len(set(accuracies)) == len(front)
+    assert max(accuracies) == pytest.approx(plain("random").score)
+    for ratio, _, policy in front:
+        assert float(cost(toy_space(), policy).macs_ratio) == pytest.approx(ratio, rel=1e-5)
+
+
+def test_same_key_same_bits_other_key_other_search() -> None:
+    assert same(plain("agent"), run(BASE))
+    assert not same(plain("agent"), plain("agent", 1))
+
+
+def test_nothing_is_retraced() -> None:
+    plain("agent")
+    compiled = update._cache_size()  # type: ignore[attr-defined]
+    run(dataclasses.replace(BASE, budget=0.4, checkpoint_every=7), seed=5)
+    assert update._cache_size() == compiled  # type: ignore[attr-defined]
+
+
+KILLED = """
+import os, signal, sys
+import jax
+from tests.agents import test_search as t
+def stop(row):
+    if row["update"] == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+t.run(t.BASE, directory=sys.argv[1], on_metrics=stop)
+"""
+
+
+def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
+    cache = str(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_PLATFORMS": "cpu",
+    }
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    rows: list[float] = []
+    resumed = run(BASE, directory=tmp_path, on_metrics=lambda row: rows.append(row["update"]))
+    assert rows[0] == 9.0  # two blocks of four had been saved
+    assert same(resumed, plain("agent"))
+    again: list[float] = []
+    assert same(run(BASE, directory=tmp_path, on_metrics=lambda row: again.append(row["update"])), resumed)
+    assert again == []
+    with pytest.raises(ValueError, match="belong"):
+        run(dataclasses.replace(BASE, budget=0.4), directory=tmp_path)
+
+
+class Watched:
+    """A split that counts how often it is looked at."""
+
+    def __init__(self, split: Split) -> None:
+        self.split, self.reads = split, 0
+
+    def __getattr__(self, name: str) -> object:
+        self.reads += 1
+        return getattr(self.split, name)
+
+    def __len__(self) -> int:
+        self.reads += 1
+        return len(self.split.labels)
+
+
+def test_correctness_05_the_test_split_is_never_read() -> None:
+    splits = toy_splits()
+    watched = Watched(splits.test)
+    config = dataclasses.replace(
+        BASE, method="random", evaluations=32, rerank=2, rerank_finetune=FinetuneConfig(max_steps=2)
+    )
+    result = search(
+        toy_model(),
+        toy_space(),
+        dataclasses.replace(splits, test=watched),  # type: ignore[arg-type]
+        config,
+        jax.random.key(0),
+    )
+    assert watched.reads == 0
+    assert 0.0 <= result.validation_accuracy <= 1.0
+
+
+def test_the_last_choice_is_made_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[np.ndarray] = []
+
+    def judge(self: object, policy: np.ndarray) -> float:
+        judged.append(policy)
+        return {0: 0.2, 1: 0.6, 2: 0.9, 3: 0.9}[len(judged) - 1]
+
+    monkeypatch.setattr(search_module.Referee, "judge", judge)
+    result = run(dataclasses.replace(BASE, method="random", rerank=4))
+    assert len(judged) == 4 and len({tuple(p) for p in judged}) == 4
+    np.testing.assert_array_equal(result.policy, judged[2])  # the best, and of equals the one with the better score
+    assert result.validation_accuracy == pytest.approx(0.9)
+    np.testing.assert_array_equal(judged[0], plain("random").policy)
+
+
+def test_diverged_networks_are_scored_not_fatal() -> None:
+    result = run(BASE, scorer=TableScorer(diverge_at=0))
+    assert all(np.isfinite(list(row.values())).all() for row in result.history)
+    assert result.policy[0] != 0
+
+
+def test_rounds_and_a_reward_that_has_to_hold_the_budget() -> None:
+    config = dataclasses.replace(
+        BASE,
+        evaluations=512,
+        rounds=2,
+        discount=0.5,
+        projection=False,
+        reward=RewardConfig(kind="lagrangian", weight=1.0, rate=2.0),
+    )
+    result = run(config)
+    assert result.evaluations == 512 and len(result.history) == 16
+    assert result.macs_ratio <= config.budget + 1e-5
+    weights = [row["reward_weight"] for row in result.history]
+    assert len(set(weights)) > 8
+    assert result.history[-1]["mean_reward"] > result.history[0]["mean_reward"]
+
+
+def _changed(result: SearchResult) -> object:
+    return result.policy.tolist(), result.score, result.validation_accuracy, len(result.history), result.evaluations
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget": 0.3},
+        {"evaluations": 128},
+        {"batch_size": 8},
+        {"objective": "loss"},
+        {"method": "evolution"},
+        {"score_images": 64, "rerank": 0},
+        {"calibration_images": 0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_correctness_04_settings_of_every_method_change_the_search(
+    change: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple] = []
+
+    def watch(model: Model, space: object, images: jax.Array, labels: object, calibration: object, plan: object):  # noqa: ANN202
+        shapes.append((images.shape, jax.tree.map(jnp.shape, calibration)))
+        return original(model, space, images, labels, calibration, plan)  # type: ignore[arg-type]
+
+    original = search_module.make_problem
+    monkeypatch.setattr(search_module, "make_problem", watch)
+    config = dataclasses.replace(BASE, method="random")
+    before, after = (run(c) for c in (config, dataclasses.replace(config, **change)))
+    assert _changed(before) != _changed(after) or shapes[0] != shapes[1]
+
+
+COVERED_ELSEWHERE = {
+    "agent": "test_actor_critic.test_every_size_changes_the_agent",
+    "learning_rate": "test_ppo.test_epochs_and_learning_rate_change_the_step",
+    "epochs": "test_ppo.test_epochs_and_learning_rate_change_the_step",
+    "clip_ratio": "test_ppo.test_clip_ratio_and_entropy_change_the_loss",
+    "entropy": "test_ppo.test_clip_ratio_and_entropy_change_the_loss",
+    "discount": "test_ppo.test_discount_and_lambda_change_the_advantages",
+    "gae_lambda": "test_ppo.test_discount_and_lambda_change_the_advantages",
+    "rounds": "test_rounds_and_a_reward_that_has_to_hold_the_budget",
+    "reward": "test_rounds_and_a_reward_that_has_to_hold_the_budget",
+    "projection": "test_rounds_and_a_reward_that_has_to_hold_the_budget",
+    "rerank": "test_the_last_choice_is_made_on_validation",
+    "rerank_finetune": "test_the_referee_fine_tunes_as_told",
+    "checkpoint_every": "test_a_killed_search_resumes_to_the_same_result",
+}
+COVERED_HERE = {"budget", "evaluations", "batch_size", "objective", "method", "score_images", "calibration_images"}
+
+
+def test_correctness_04_no_setting_is_without_a_test() -> None:
+    assert {f.name for f in dataclasses.fields(SearchConfig)} == COVERED_HERE | set(COVERED_ELSEWHERE)
+    assert {f.name for f in dataclasses.fields(AgentConfig)} == {"hidden", "layers", "heads"}
+
+
+def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sculpt.agents import rerank
+
+    told: list[FinetuneConfig] = []
+
+    def fake(model: Model, masks: object, splits: Splits, config: FinetuneConfig, key: jax.Array) -> Model:
+        told.append(config)
+        return model
+
+    monkeypatch.setattr(rerank, "finetune", fake)
+    wanted = FinetuneConfig(max_steps=7, learning_rate=0.123)
+    run(dataclasses.replace(BASE, method="random", rerank=1, rerank_finetune=wanted))
+    assert told == [wanted]
+
+
+def test_impossible_wishes_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be reached"):
+        run(dataclasses.replace(BASE, budget=1e-4))
+    with pytest.raises(ValueError, match="images of the train split, which has 600"):
+        run(dataclasses.replace(BASE, score_images=700))
+
+
+@pytest.mark.slow
+def test_on_digits_the_agent_beats_chance(trained_digits: tuple[Model, Splits]) -> None:
+    from sculpt.pruning import make_space
+    from sculpt.tracing import trace
+
+    model, splits = trained_digits
+    space = make_space(trace(model, jnp.zeros((1, 8, 8, 1))))
+    config = SearchConfig(budget=0.3, evaluations=512, rerank=0)
+    scores = {
+        method: np.median(
+            [
+                search(model, space, splits, dataclasses.replace(config, method=method), jax.random.key(s)).score
+                for s in range(3)
+            ]
+        )
+        for method in ("agent", "random", "uniform", "magnitude")
+    }
+    assert scores["agent"] > max(scores["random"], scores["uniform"], scores["magnitude"])

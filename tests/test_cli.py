@@ -1,0 +1,179 @@
+"""Bad input at the command line: one line on stderr, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import sculpt
+from sculpt.cli import main
+from sculpt.report import RunDirectory
+
+
+def run_main(*arguments: object) -> int:
+    try:
+        return main([str(a) for a in arguments])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+def fails(capsys: pytest.CaptureFixture[str], message: str, *arguments: object) -> None:
+    assert run_main(*arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("sculpt: error: ")
+    assert printed.count("\n") == 1
+    assert re.search(message, printed), printed
+
+
+NEW = ("--model", "resnet8", "--dataset", "digits")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "resnet9", "--dataset", "digits"), "unknown model 'resnet9'.*did you mean 'resnet"),
+        (("--model", "resnet8", "--dataset", "digit"), "unknown data set 'digit'.*did you mean 'digits'"),
+        ((*NEW, "--families", "channels,rekt"), "unknown pattern family 'rekt'.*did you mean 'rect'"),
+        ((*NEW, "--families", ""), "families must be distinct names"),
+        ((*NEW, "--budget", "0"), r"budget.*\(0, 1\].*got 0"),
+        ((*NEW, "--budget", "1.5"), r"budget.*\(0, 1\].*got 1.5"),
+        ((*NEW, "--budget", "nan"), "budget"),
+        ((*NEW, "--budget", "half"), "invalid float value: 'half'"),
+        ((*NEW, "--budget", "0.0001"), r"budget 0.0001 cannot be reached.*can keep 0\.\d+ to 1"),
+        ((*NEW, "--budget", "0.2", "--families", "rect"), "budget 0.2 cannot be reached"),
+        ((*NEW, "--method", "luck"), "method must be one of agent, random"),
+        ((*NEW, "--evaluations", "0"), "evaluations must be at least 1"),
+        ((*NEW, "--rerank", "-1"), "rerank must not be negative"),
+        ((*NEW, "--round-to", "0"), "round_to must be at least 1"),
+        ((*NEW, "--train-epochs", "0"), "epochs must be"),
+        ((*NEW, "--epochs", "0"), "epochs must be"),
+        ((*NEW, "--finetune-learning-rate", "-1"), "learning_rate must be"),
+        ((*NEW, "--seed", "-1"), "seed must not be negative"),
+        ((*NEW, "--weights", "absent.safetensors"), "no weights at absent.safetensors"),
+        ((*NEW, "--data-dir", "absent"), "no such data directory: absent"),
+        (("--model", "resnet8"), "a new run needs --dataset"),
+        ((), "a new run needs --dataset and --model"),
+        ((*NEW, "--bugdet", "0.5"), "unrecognized arguments: --bugdet"),
+    ],
+)
+def test_bad_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    fails(capsys, message, "prune", "--run", tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_foreign_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ("prune", *NEW, "--run", tmp_path / "run", "--weights")
+    other = tmp_path / "other.safetensors"
+    sculpt.save_params({"conv1.weight": jnp.zeros((2, 2))}, other)
+    fails(capsys, "does not fit resnet8 with 10 classes: missing", *run, other)
+    other.write_bytes(b"nothing of use")
+    fails(capsys, "not a readable safetensors file", *run, other)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_for_images_of_another_shape(
+    tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = shared_data / "weights" / "cifar10_resnet20.safetensors"
+    arguments = (
+        "prune",
+        "--model",
+        "resnet20",
+        "--dataset",
+        "digits",
+        "--weights",
+        weights,
+        "--run",
+        tmp_path / "run",
+    )
+    fails(capsys, r"does not take the images \[8, 8, 1\] of digits", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_data_folder_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "--model",
+        "resnet20",
+        "--dataset",
+        "cifar10",
+        "--data-dir",
+        tmp_path,
+        "--run",
+        tmp_path / "run",
+    )
+    fails(capsys, re.escape(str(tmp_path)), "prune", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_command_and_no_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(
+        capsys,
+        "required: train",
+    )
+    fails(capsys, "invalid choice: 'trim'", "trim")
+    fails(capsys, "required: --run", "prune", *NEW)
+
+
+@pytest.mark.parametrize("command", ["search", "finetune", "compact", "evaluate", "export", "report"])
+def test_a_stage_before_its_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    fails(capsys, "is no run directory: it has no config.json", command, "--run", tmp_path)
+    run = RunDirectory.open(tmp_path / "run")
+    run.settle("train", {"model": "resnet8", "dataset": "digits", "seed": 0} | TRAIN)
+    fails(capsys, "has no finished stage 'train'", command, "--run", run.path)
+
+
+TRAIN = {"data_dir": None, "weights": None, "train_epochs": 20, "train_learning_rate": 0.1}
+
+
+def test_foreign_and_damaged_run_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    run.settle("train", {"model": "resnet8", "dataset": "digits", "seed": 3} | TRAIN)
+    arguments = ("prune", *NEW, "--run", run.path)
+    fails(
+        capsys,
+        "another configuration: seed is 3 there, 4 was asked for; choose another --run",
+        *arguments,
+        "--seed",
+        4,
+    )
+
+    run.complete("data", {"sha256": "of other images", "parameters": 1})
+    fails(capsys, "the data set digits is not the one", *arguments)
+
+    config = json.loads((run.path / "config.json").read_text())
+    config["sections"]["train"]["seed"] = 5
+    (run.path / "config.json").write_text(json.dumps(config))
+    fails(capsys, "config.json is damaged", *arguments)
+
+    (run.path / "config.json").unlink()
+    fails(capsys, "is not empty and is no run directory", *arguments)
+    (tmp_path / "file").write_text("")
+    fails(capsys, "is a file", "prune", *NEW, "--run", tmp_path / "file")
+
+
+def test_debug_shows_where_it_came_from(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown model"):
+        main(["prune", "--model", "x", "--dataset", "digits", "--run", str(tmp_path / "run"), "--debug"])
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("info") == 0
+    assert re.search(r"networks +resnet8.*\nfamilies +channels, rect", capsys.readouterr().out)
+    assert run_main("info", *NEW, "--families", "rect") == 0
+    printed = capsys.readouterr().out
+    assert "stage1_block01/conv1" in printed
+    assert "747,136 MACs per image" in printed
+    assert "channels" not in printed.split("frozen")[0]
+    fails(capsys, "cannot be reached", "info", *NEW, "--budget", "0.00001")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("--version") == 0
+    assert capsys.readouterr().out == f"sculpt {sculpt.__version__}\n"

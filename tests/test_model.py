@@ -1,0 +1,104 @@
+"""The three adapters."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import sculpt
+from tests.networks import NnxResidual, Plain, network
+
+IMAGES = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+
+
+@pytest.mark.parametrize("name", ["plain", "nnx", "function"])
+def test_evaluation_is_pure_and_training_returns_a_state_of_the_same_structure(name: str) -> None:
+    model = network(name)
+    assert np.array_equal(model(IMAGES), model.apply(model.params, model.state, IMAGES))
+    logits, state = model.apply_train(model.params, model.state, IMAGES, jax.random.key(1))
+    assert logits.shape == (4, 5)
+    assert jax.tree.structure(state) == jax.tree.structure(model.state)
+    same_logits, _ = model.apply_train(model.params, model.state, IMAGES, jax.random.key(1))
+    assert np.array_equal(logits, same_logits)
+
+
+def test_adapting_the_same_module_twice_shares_compiled_programs() -> None:
+    module, key = Plain(), jax.random.key(0)
+    variables = module.init(key, IMAGES)
+    first, second = sculpt.from_linen(module, variables), sculpt.from_linen(Plain(), variables)
+    assert first.apply == second.apply and hash(first.apply_train) == hash(second.apply_train)
+    network_module = NnxResidual(nnx.Rngs(0))
+    assert sculpt.from_nnx(network_module).apply == sculpt.from_nnx(network_module).apply
+
+
+def test_training_moves_batch_statistics_and_draws_dropout_from_the_key() -> None:
+    model = network("nnx")
+    _, state = model.apply_train(model.params, model.state, IMAGES, jax.random.key(1))
+    moved = [not np.array_equal(a, b) for a, b in zip(_floats(state), _floats(model.state))]
+    assert any(moved)
+    dilated = network("dilated")
+    draws = [dilated.apply_train(dilated.params, dilated.state, IMAGES, jax.random.key(k))[0] for k in (1, 2)]
+    assert not np.array_equal(*draws)
+
+
+def _floats(tree: object) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def test_nnx_module_is_left_as_it_was() -> None:
+    module = NnxResidual(nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    model = sculpt.from_nnx(module)
+    model.apply_train(model.params, model.state, IMAGES, jax.random.key(1))
+    after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after))))
+
+
+def test_functions_with_a_state_and_a_training_mode() -> None:
+    def apply(params: jax.Array, state: jax.Array, x: jax.Array) -> jax.Array:
+        return x @ params + state
+
+    def apply_train(
+        params: jax.Array, state: jax.Array, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return x @ params, state + 1.0
+
+    model = sculpt.from_function(apply, jnp.ones((3, 5)), jnp.zeros(()), apply_train)
+    logits, state = model.apply_train(model.params, model.state, jnp.ones((2, 3)), jax.random.key(0))
+    assert logits.shape == (2, 5) and float(state) == 1.0
+
+
+def test_a_model_is_a_pytree_whose_functions_are_static() -> None:
+    model = network("plain")
+    doubled = jax.jit(lambda m: jax.tree.map(lambda x: 2.0 * x, m))(model)
+    assert doubled.apply == model.apply
+    assert np.array_equal(doubled.params["Dense_0"]["bias"], 2.0 * model.params["Dense_0"]["bias"])
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="'params' collection"):
+        sculpt.from_linen(Plain(), {"weights": {}})
+    with pytest.raises(ValueError, match="at least one array"):
+        sculpt.from_function(lambda p, x: x, {})
+
+    class Empty(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x
+
+    with pytest.raises(ValueError, match=r"no nnx\.Param"):
+        sculpt.from_nnx(Empty())
+
+    class Deterministic(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+            return nn.Dense(5)(x)
+
+    module = Deterministic()
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 3)))
+    with pytest.raises(ValueError, match="train_argument="):
+        sculpt.from_linen(module, variables)
+    assert sculpt.from_linen(module, variables, train_argument=None)(jnp.zeros((2, 3))).shape == (2, 5)

@@ -1,0 +1,89 @@
+"""What the README says works: its Python runs, its commands parse (and, in the slow suite, run)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sculpt.cli import main, make_parser
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("sculpt ")]
+TARGETS = re.findall(r"^make ([a-z-]+)", "\n".join(blocks("bash")), re.MULTILINE)
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **cache},
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"accuracy (\S+) -> (\S+) on", done.stdout)[0])
+    assert before > 0.9
+    assert after > before - 0.05
+    dense, small = map(int, re.findall(r"\((\d+), \d+\)", done.stdout))
+    assert small <= 0.5 * dense
+    assert (tmp_path / "digits.stablehlo").stat().st_size > 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command: str) -> None:
+    make_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_make_has_every_target() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert {"install", "quickstart", "test"} <= set(TARGETS)
+    for target in TARGETS:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_quickstart_is_the_command_shown() -> None:
+    dry = subprocess.run(
+        ["make", "-n", "quickstart"], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    (command,) = [line for line in COMMANDS if "runs/quickstart" in line]
+    assert dry.stdout.splitlines()[-1].endswith(command)
+
+
+def test_the_gate_runs_the_test_command() -> None:
+    gate = REPOSITORY / ".ci" / "run"
+    assert os.access(gate, os.X_OK)
+    assert "make test" in gate.read_text()
+
+
+@pytest.mark.slow
+def test_the_quickstart_and_the_chain_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        if "cifar10" not in command:
+            assert main(shlex.split(command)[1:]) == 0
+    quick, steps = (
+        json.loads((tmp_path / "runs" / n / "result.json").read_text()) for n in ("quickstart", "steps")
+    )
+    assert quick["policy"] == steps["policy"]
+    assert quick["pruned"]["test_accuracy"] == steps["pruned"]["test_accuracy"]
+    assert quick["pruned"]["test_accuracy"] >= quick["dense"]["test_accuracy"] - 0.02
+    assert quick["pruned"]["macs_realised"] <= 0.52 * quick["dense"]["macs"]
+    assert quick["compact_max_abs_diff"] <= 1e-4
+    assert quick["pruned"]["latency_ms"] < quick["dense"]["latency_ms"]

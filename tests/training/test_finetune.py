@@ -1,0 +1,463 @@
+"""Fine-tuning: zeros stay zero, every setting acts, validation alone chooses, and the same seed gives the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sculpt
+from sculpt.model import Model
+from sculpt.pruning.masks import mask_params
+from sculpt.training.checkpoint import Checkpoints
+from sculpt.training.config import FinetuneConfig
+from sculpt.training.data import Split
+from sculpt.training.finetune import TrainingDiverged, finetune, train
+from sculpt.training.step import Program, cross_entropy, epoch_order, run_step, start
+from tests.training.tiny import (
+    Tiny,
+    largest_masked,
+    same_bits,
+    tiny_masks,
+    tiny_model,
+    tiny_splits,
+)
+
+BASE = FinetuneConfig(epochs=2, batch_size=32, learning_rate=0.05)
+KEY = jax.random.key(3)
+OPTIMIZERS = {
+    "sgd": {"momentum": 0.0},
+    "momentum": {"weight_decay": 0.01},
+    "nesterov": {"nesterov": True, "clip_norm": 0.5},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1, "learning_rate": 0.01},
+    "nadamw": {"optimizer": "adamw", "nesterov": True, "learning_rate": 0.01},
+    "ema": {"ema": 0.9, "augment": "shift"},
+}
+
+
+def accuracy(model: Model, split: Split) -> float:
+    return float(sculpt.evaluate(model, tiny_splits().normalise(split.images), split.labels).accuracy)
+
+
+# ---- 1: pruned weights stay pruned
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_correctness_01_masked_weights_stay_zero(name: str) -> None:
+    model, splits = tiny_model(), tiny_splits()
+    masks = tiny_masks(model)
+    tuned = finetune(model, masks, splits, dataclasses.replace(BASE, **OPTIMIZERS[name]), KEY)
+    assert largest_masked(tuned.params, masks) == 0.0
+    sparse = tuned.replace(params=mask_params(tuned.params, masks))
+    assert same_bits(tuned.params, sparse.params)
+    assert accuracy(tuned, splits.validation) == accuracy(sparse, splits.validation)
+    for weight, before, mask in zip(*map(jax.tree.leaves, (tuned.params, model.params, masks))):
+        assert (np.asarray(weight != before) | ~np.asarray(mask)).mean() > 0.9, "the others did not learn"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_correctness_01_moments_stay_zero_where_masked(name: str) -> None:
+    model, splits = tiny_model(), tiny_splits()
+    masks = tiny_masks(model)
+    config = dataclasses.replace(BASE, **OPTIMIZERS[name])
+    program = Program(model.apply_train, config, 6, 12, splits.mean, splits.std)
+    state = start(program, model.params, model.state, masks)
+    images, labels = jnp.asarray(splits.train.images), jnp.asarray(splits.train.labels)
+    order = epoch_order(KEY, len(labels), jnp.int32(0))
+    for _ in range(5):
+        state, _ = run_step(program, state, masks, images, labels, order, KEY)
+    worst = [largest_masked(state.params, masks)]
+    optax.tree_utils.tree_map_params(
+        program.optimizer(), lambda m, mask: worst.append(largest_masked(m, mask)), state.optimizer, masks
+    )
+    moments = 0 if name == "sgd" else len(jax.tree.leaves(masks)) * (2 if "adamw" in name else 1)
+    assert len(worst) == 1 + moments
+    if state.average is not None:
+        worst.append(largest_masked(state.average[0], masks))
+    assert max(worst) == 0.0
+
+
+def test_masks_are_applied_to_the_model_that_comes_in_and_it_is_left_as_it_was() -> None:
+    model = tiny_model()
+    before = jax.tree.map(np.array, (model.params, model.state))
+    finetune(model, tiny_masks(model), tiny_splits(), BASE, KEY)
+    train(model, tiny_splits(), BASE, KEY)
+    assert same_bits((model.params, model.state), before)
+
+
+def test_train_is_finetune_without_masks() -> None:
+    model, splits = tiny_model(), tiny_splits()
+    dense = train(model, splits, BASE, KEY)
+    assert same_bits(dense, finetune(model, None, splits, BASE, KEY))
+    everything = jax.tree.map(lambda w: jnp.ones(w.shape, bool), model.params)
+    full = finetune(model, everything, splits, BASE, KEY)
+    for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(full)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert accuracy(dense, splits.train) > accuracy(model, splits.train) + 0.2
+
+
+# ---- 4: every setting acts
+
+CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "epochs": (3, {}),
+    "batch_size": (40, {}),
+    "learning_rate": (0.02, {}),
+    "warmup": (0.5, {}),
+    "optimizer": ("adamw", {}),
+    "momentum": (0.5, {}),
+    "nesterov": (True, {}),
+    "weight_decay": (0.1, {}),
+    "clip_norm": (0.1, {}),
+    "label_smoothing": (0.2, {}),
+    "augment": ("crop_flip", {}),
+    "ema": (0.5, {}),
+    "max_steps": (7, {}),
+}
+ELSEWHERE = {"select_best", "checkpoint_every", "steps_per_call"}
+"""Fields with a test of their own below."""
+
+
+@pytest.fixture(scope="module")
+def base_result() -> Model:
+    return train(tiny_model(), tiny_splits(), BASE, KEY)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(FinetuneConfig)])
+def test_correctness_04_every_field_changes_the_result(field: str, base_result: Model) -> None:
+    if field in ELSEWHERE:
+        return
+    value, others = CHANGES[field]
+    changed = train(tiny_model(), tiny_splits(), dataclasses.replace(BASE, **{field: value}, **others), KEY)
+    assert not same_bits(changed, base_result)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"momentum": 0.5}, {"weight_decay": 0.1}, {"nesterov": True}, {"clip_norm": 0.1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_correctness_04_fields_act_with_adamw_too(change: dict[str, Any]) -> None:
+    config = dataclasses.replace(BASE, optimizer="adamw", max_steps=4, weight_decay=0.0)
+    model, splits = tiny_model(), tiny_splits()
+    base = train(model, splits, config, KEY)
+    assert not same_bits(base, train(model, splits, dataclasses.replace(config, **change), KEY))
+
+
+@pytest.mark.parametrize("shift", ["none", "shift"])
+def test_correctness_04_the_other_augmentations(shift: Any, base_result: Model) -> None:
+    result = train(tiny_model(), tiny_splits(), dataclasses.replace(BASE, augment=shift), KEY)
+    assert same_bits(result, base_result) == (shift == "none")
+
+
+def test_correctness_04_select_best_returns_the_best_epoch_and_else_the_last() -> None:
+    splits = tiny_splits()
+    # With labels that mean nothing the last epoch is not the best.
+    noise = np.random.default_rng(2).integers(0, 10, len(splits.validation.labels)).astype(np.int32)
+    splits = dataclasses.replace(splits, validation=Split(splits.validation.images, noise))
+    config = dataclasses.replace(BASE, epochs=4)
+    rows: list[dict[str, float]] = []
+    best = train(tiny_model(), splits, config, KEY, on_metrics=rows.append)
+    last = train(tiny_model(), splits, dataclasses.replace(config, select_best=False), KEY)
+    accuracies = [row["validation_accuracy"] for row in rows]
+    assert max(accuracies) > accuracies[-1], "this seed does not try what is to be tried"
+    assert accuracy(best, splits.validation) == pytest.approx(max(accuracies))
+    assert accuracy(last, splits.validation) == pytest.approx(accuracies[-1])
+
+
+def test_correctness_04_checkpoint_every_adds_checkpoints(tmp_path: Path) -> None:
+    seen = []
+
+    def look(step: int, total: int) -> None:
+        seen.append(sorted(int(p.name) for p in (tmp_path / "steps").iterdir()))
+
+    config = dataclasses.replace(BASE, epochs=1, checkpoint_every=2)
+    train(tiny_model(), tiny_splits(), config, KEY, directory=tmp_path, on_progress=look)
+    assert seen == [[], [2], [2, 4]]
+    assert sorted(int(p.name) for p in (tmp_path / "steps").iterdir()) == [4, 6]
+
+
+@pytest.mark.parametrize("steps_per_call", [4, 50])
+def test_correctness_04_steps_per_call_compiles_a_loop_and_changes_no_number(steps_per_call: int) -> None:
+    model, splits = tiny_model(), tiny_splits()
+    masks = tiny_masks(model)
+    config = dataclasses.replace(BASE, steps_per_call=1, augment="shift", ema=0.5)
+    rows: list[dict[str, float]] = []
+    one = finetune(model, masks, splits, config, KEY, on_metrics=rows.append)
+    looped = dataclasses.replace(config, steps_per_call=steps_per_call)
+    many = finetune(model, masks, splits, looped, KEY, on_metrics=rows.append)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    for a, b in zip(rows[:2], rows[2:]):
+        assert a["step"] == b["step"]
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    assert largest_masked(many.params, masks) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("epochs", None),
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", "fast"),
+        ("warmup", 1.0),
+        ("optimizer", "lamb"),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("nesterov", 1),
+        ("weight_decay", -1e-4),
+        ("clip_norm", 0.0),
+        ("label_smoothing", 1.0),
+        ("augment", "mixup"),
+        ("ema", 1.0),
+        ("max_steps", 0),
+        ("select_best", "yes"),
+        ("checkpoint_every", 0),
+        ("steps_per_call", 0),
+    ],
+)
+def test_correctness_04_values_out_of_range_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^FinetuneConfig\.{field} must be .*, got "):
+        FinetuneConfig(**{field: value})
+
+
+def test_correctness_04_nesterov_without_momentum_is_refused() -> None:
+    with pytest.raises(ValueError, match="nesterov must be False where momentum is 0"):
+        FinetuneConfig(nesterov=True, momentum=0.0)
+
+
+def test_weight_decay_spares_norms_and_biases() -> None:
+    def constant(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.zeros((x.shape[0], 10)) + 0.0 * (params["kernel"].sum() + params["bias"].sum())
+
+    model = sculpt.from_function(constant, {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
+    for optimizer in ("sgd", "adamw"):
+        config = dataclasses.replace(BASE, optimizer=optimizer, weight_decay=0.1)
+        params = train(model, tiny_splits(), config, KEY).params
+        assert (params["bias"] == 1.0).all()
+        assert (params["kernel"] < 1.0).all()
+
+
+def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
+    program = Program(
+        tiny_model().apply_train, dataclasses.replace(BASE, warmup=0.1), 10, 100, (0.0,), (1.0,)
+    )
+    rates = np.asarray(program.learning_rate(jnp.arange(100)))
+    assert np.argmax(rates) == 10
+    assert rates.max() == pytest.approx(0.05)
+    np.testing.assert_allclose(np.diff(rates[:11]), 0.05 / 11, rtol=1e-4)
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[55] == pytest.approx(0.025)
+    assert rates[-1] < 1e-4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_agrees_with_optax(smoothing: float) -> None:
+    logits = 3 * jax.random.normal(jax.random.key(0), (7, 5))
+    labels = jnp.arange(7, dtype=jnp.int32) % 5
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, 5), smoothing)
+    expected = optax.softmax_cross_entropy(logits, targets).mean()
+    assert float(cross_entropy(logits, labels, smoothing)) == pytest.approx(float(expected), rel=1e-5)
+
+
+# ---- 5: the test split
+
+
+class Counting:
+    """A split that counts how often it is looked at."""
+
+    def __init__(self, split: Split) -> None:
+        self._split, self.reads = split, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.reads += 1
+        return getattr(self._split, name)
+
+
+def test_correctness_05_the_test_split_is_never_read(tmp_path: Path) -> None:
+    splits = tiny_splits()
+    test, validation = Counting(splits.test), Counting(splits.validation)
+    watched: Any = dataclasses.replace(splits, test=test, validation=validation)  # type: ignore[arg-type]
+    model = tiny_model()
+    finetune(model, tiny_masks(model), watched, BASE, KEY, directory=tmp_path, on_metrics=lambda _: None)
+    assert validation.reads > 0
+    assert test.reads == 0
+
+
+def test_correctness_05_permuted_test_labels_leave_the_chosen_checkpoint_unchanged(
+    base_result: Model,
+) -> None:
+    splits = tiny_splits()
+    permuted = np.random.default_rng(0).permutation(splits.test.labels)
+    other = dataclasses.replace(splits, test=Split(splits.test.images, permuted))
+    assert same_bits(train(tiny_model(), other, BASE, KEY), base_result)
+
+
+# ---- 6: seeds and augmentation
+
+
+def test_correctness_06_the_same_key_gives_the_same_bits_and_another_key_others(base_result: Model) -> None:
+    assert same_bits(train(tiny_model(), tiny_splits(), BASE, KEY), base_result)
+    assert not same_bits(train(tiny_model(), tiny_splits(), BASE, jax.random.key(4)), base_result)
+
+
+def test_correctness_06_validation_is_not_augmented() -> None:
+    splits, rows = tiny_splits(), []
+    config = dataclasses.replace(BASE, augment="crop_flip", select_best=False)
+    tuned = train(tiny_model(), splits, config, KEY, on_metrics=rows.append)
+    assert rows[-1]["validation_accuracy"] == pytest.approx(accuracy(tuned, splits.validation), abs=1e-6)
+
+
+def test_correctness_06_every_epoch_visits_each_image_at_most_once_in_another_order() -> None:
+    orders = [np.asarray(epoch_order(KEY, 50, jnp.int32(epoch))) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(50))
+    assert not (orders[0] == orders[1]).all()
+
+
+# ---- compiled code, metrics, divergence, bad input
+
+
+def test_other_masks_keys_and_data_of_the_same_shape_compile_nothing() -> None:
+    traces = []
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], -1) @ params["kernel"] + params["bias"][None]
+
+    def apply_train(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        traces.append(x.shape)
+        return apply(params, x)
+
+    params = {"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
+    model, splits = sculpt.from_function(apply, params, apply_train=apply_train), tiny_splits()
+    other = dataclasses.replace(splits, train=Split(255 - splits.train.images, splits.train.labels))
+    finetune(model, tiny_masks(model, 1), splits, BASE, KEY)
+    compiled, first = run_step._cache_size(), len(traces)
+    assert first > 0
+    finetune(model, tiny_masks(model, 2), splits, BASE, jax.random.key(9))
+    finetune(model, tiny_masks(model, 3), other, dataclasses.replace(BASE, checkpoint_every=3), KEY)
+    again = model.replace(params=jax.tree.map(lambda w: w + 1, params))
+    finetune(again, tiny_masks(model, 3), splits, BASE, KEY)
+    assert (run_step._cache_size(), len(traces)) == (compiled, first)
+
+
+def test_metrics_and_progress() -> None:
+    rows: list[dict[str, float]] = []
+    progress: list[tuple[int, int]] = []
+    config = dataclasses.replace(BASE, epochs=3, batch_size=4, max_steps=120)
+    train(
+        tiny_model(), tiny_splits(), config, KEY,
+        on_metrics=rows.append, on_progress=lambda *done: progress.append(done),
+    )  # fmt: skip
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 50), (2, 100), (3, 120)]
+    assert rows[0]["train_loss"] > rows[1]["train_loss"]
+    for row in rows:
+        assert 0 <= row["train_accuracy"] <= 1
+        assert 0 <= row["validation_accuracy"] <= 1
+        assert row["images_per_second"] > 0
+    assert rows[-1]["learning_rate"] < 1e-4
+    assert progress == [(50, 120), (100, 120), (120, 120)]
+
+
+def poisoned(limit: int) -> Model:
+    """A linear model whose training logits are NaN from the step `limit` (counted from 1) on."""
+
+    def apply(params: Any, state: Any, x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], -1) @ params["kernel"]
+
+    def apply_train(params: Any, state: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        bad = jnp.where(state["calls"] + 1 >= limit, jnp.nan, 1.0)
+        return apply(params, state, x) * bad, {"calls": state["calls"] + 1}
+
+    params, state = {"kernel": jnp.zeros((64, 10))}, {"calls": jnp.int32(0)}
+    return sculpt.from_function(apply, params, state, apply_train)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, steps_per_call: int) -> None:
+    model, splits = poisoned(9), tiny_splits()
+    config = dataclasses.replace(BASE, epochs=4, steps_per_call=steps_per_call)
+    for _ in range(2):  # and again, from that checkpoint
+        with pytest.raises(
+            TrainingDiverged, match="epoch 2, step 9; the last good checkpoint is .*6.* Lower"
+        ) as caught:
+            train(model, splits, config, KEY, directory=tmp_path)
+        error = caught.value
+        assert (error.epoch, error.step, error.checkpoint) == (2, 9, tmp_path / "steps" / "6")
+    assert isinstance(error, ValueError)
+    import json
+
+    keeper = Checkpoints(tmp_path, json.loads((tmp_path / "run.json").read_text())["fingerprint"])
+    program = Program(model.apply_train, config, 6, 24, splits.mean, splits.std)
+    state = start(program, model.params, model.state, None)
+    found = keeper.restore_latest(
+        {"train": state, "best": state.weights, "best_accuracy": np.zeros((), np.float32)}
+    )
+    assert found is not None
+    assert found[0] == 6
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found[1]["train"].params))
+
+
+def test_divergence_without_a_directory_says_so() -> None:
+    config = dataclasses.replace(BASE, learning_rate=1e30)
+    with pytest.raises(TrainingDiverged, match="epoch 1, step 1; no checkpoint was kept"):
+        train(tiny_model(), tiny_splits(), config, KEY)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    model, splits = tiny_model(), tiny_splits()
+    with pytest.raises(ValueError, match="batch_size 201 is more than the 200 images"):
+        train(model, splits, dataclasses.replace(BASE, batch_size=201), KEY)
+    with pytest.raises(ValueError, match="masks must be a pytree like params"):
+        finetune(model, {"kernel": True}, splits, BASE, KEY)
+    with pytest.raises(ValueError, match="expected a boolean mask"):
+        finetune(model, jax.tree.map(jnp.ones_like, model.params), splits, BASE, KEY)
+    with pytest.raises(ValueError, match="digits or more|10 or more"):
+        train(model, dataclasses.replace(splits, num_classes=11), BASE, KEY)
+    small = dataclasses.replace(splits, train=Split(splits.train.images[:, :4], splits.train.labels))
+    with pytest.raises(
+        ValueError, match=r"the model does not take the images of digits, float32\[32, 4, 8, 1\]"
+    ):
+        train(model, small, BASE, KEY)
+
+
+def test_nnx_models_train_too(tmp_path: Path) -> None:
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.first = nnx.Linear(64, 12, rngs=rngs)
+            self.norm = nnx.BatchNorm(12, rngs=rngs)
+            self.dropout = nnx.Dropout(0.1, rngs=rngs)
+            self.last = nnx.Linear(12, 10, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nnx.relu(self.norm(self.first(x.reshape(x.shape[0], -1))))
+            return self.last(self.dropout(x))
+
+    model, splits = sculpt.from_nnx(Net(nnx.Rngs(0))), tiny_splits()
+    masks = jax.tree.map(lambda w: jnp.arange(w.size).reshape(w.shape) % 2 == 0, model.params)
+    config = dataclasses.replace(BASE, ema=0.5)
+    tuned = finetune(model, masks, splits, config, KEY, directory=tmp_path)
+    assert largest_masked(tuned.params, masks) == 0.0
+    assert accuracy(tuned, splits.train) > accuracy(model, splits.train)
+    assert same_bits(finetune(model, masks, splits, config, KEY, directory=tmp_path).params, tuned.params)
+
+
+def test_dropout_acts_in_training() -> None:
+    splits, results = tiny_splits(), []
+    for dropout in (0.0, 0.5):
+        module = Tiny(dropout)
+        model = sculpt.from_linen(module, module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+        results.append(train(model, splits, dataclasses.replace(BASE, epochs=1), KEY).params)
+    assert not same_bits(*results)
