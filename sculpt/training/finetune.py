@@ -19,7 +19,16 @@ from sculpt.pruning.masks import apply_masks
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
-from sculpt.training.step import Program, TrainState, epoch_order, run_step, run_steps, start, validate
+from sculpt.training.step import (
+    Program,
+    TrainState,
+    epoch_order,
+    make_program,
+    run_step,
+    run_steps,
+    start,
+    validate,
+)
 
 __all__ = ["FinetuneConfig", "Metrics", "TrainingDiverged", "finetune", "train"]
 
@@ -150,7 +159,7 @@ class _Run:
 
     @staticmethod
     def begin(model: Model, masks: Any, splits: Splits, config: FinetuneConfig, key: jax.Array) -> _Run:
-        program = _make_program(model, splits, config)
+        program = make_program(model.apply_train, splits, config)
         order_key, step_key = jax.random.split(key)
         state = start(program, model.params, model.state, masks)
         selects = config.select_best and program.total_steps > program.steps_per_epoch
@@ -273,23 +282,6 @@ def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def _make_program(model: Model, splits: Splits, config: FinetuneConfig) -> Program:
-    steps_per_epoch = len(splits.train.labels) // config.batch_size
-    total = steps_per_epoch * config.epochs
-    # What does not shape the compiled step is set to fixed values, so that more runs share it.
-    shaping = dataclasses.replace(
-        config, epochs=1, max_steps=None, select_best=True, checkpoint_every=None, steps_per_call=None
-    )
-    return Program(
-        apply_train=model.apply_train,
-        config=shaping,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=min(total, config.max_steps or total),
-        mean=tuple(map(float, splits.mean)),
-        std=tuple(map(float, splits.std)),
-    )
-
-
 def _in_batches(split: Split) -> tuple[jax.Array, jax.Array]:
     """Raw images `[batches, batch, ...]` and labels, padded with images of label -1."""
     n = len(split.labels)
@@ -309,7 +301,7 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
     x = jax.ShapeDtypeStruct((config.batch_size, *images.shape[1:]), jnp.float32)
     try:
         logits = jax.eval_shape(model.apply, model.params, model.state, x)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # each framework has its own
         raise ValueError(
             f"the model does not take the images of {splits.name}, float32{list(x.shape)}: {error}"
         ) from error

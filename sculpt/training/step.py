@@ -14,7 +14,7 @@ from sculpt.model import ApplyFn, Params, State, TrainFn
 from sculpt.pruning.masks import mask_params
 from sculpt.training.augment import AUGMENTATIONS
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import normalise
+from sculpt.training.data import Splits, normalise
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +77,24 @@ class Program:
         else:
             chain += [optax.scale_by_adam(b1=config.momentum, nesterov=config.nesterov), decay]
         return optax.chain(*chain, optax.scale_by_learning_rate(self.learning_rate))
+
+
+def make_program(apply_train: TrainFn, splits: Splits, config: FinetuneConfig) -> Program:
+    """The program that trains by `config` on `splits`, which hold a batch at least."""
+    steps_per_epoch = len(splits.train.labels) // config.batch_size
+    total = steps_per_epoch * config.epochs
+    # What does not shape the compiled step is set to fixed values, so that more runs share it.
+    shaping = dataclasses.replace(
+        config, epochs=1, max_steps=None, select_best=True, checkpoint_every=None, steps_per_call=None
+    )
+    return Program(
+        apply_train=apply_train,
+        config=shaping,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=min(total, config.max_steps or total),
+        mean=tuple(map(float, splits.mean)),
+        std=tuple(map(float, splits.std)),
+    )
 
 
 def start(program: Program, params: Params, state: State, masks: Any) -> TrainState:

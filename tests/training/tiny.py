@@ -11,7 +11,19 @@ from flax import linen as nn
 
 import sculpt
 from sculpt.model import Model
+from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
+
+KEY = jax.random.key(3)
+BASE = FinetuneConfig(epochs=3, batch_size=32, learning_rate=0.05)
+"""Three epochs of six steps; tests share what is compiled for it."""
+OPTIMIZERS: dict[str, FinetuneConfig] = {
+    "sgd": dataclasses.replace(BASE, momentum=0.0),
+    "momentum": dataclasses.replace(BASE, weight_decay=0.1),
+    "nesterov": dataclasses.replace(BASE, nesterov=True),
+    "adamw": dataclasses.replace(BASE, optimizer="adamw"),
+    "ema": dataclasses.replace(BASE, ema=0.5),
+}
 
 
 class Tiny(nn.Module):
