@@ -20,7 +20,7 @@ from sculpt.report import RunDirectory, check_result
 
 OPTIONS = [
     *("--model", "resnet8", "--dataset", "digits", "--budget", "0.5", "--seed", "1"),
-    *("--train-epochs", "8", "--evaluations", "32", "--rerank", "1", "--epochs", "6"),
+    *("--train-epochs", "8", "--evaluations", "64", "--rerank", "1", "--epochs", "6"),
 ]
 
 
@@ -65,7 +65,7 @@ def test_the_result(finished: Path) -> None:
     assert pruned["macs_realised"] == pruned["macs_theoretical"]
     assert pruned["params"] < dense["params"]
     assert result["compact_max_abs_diff"] <= 1e-4
-    assert result["search"]["evaluations"] == 32
+    assert result["search"]["evaluations"] == 64
 
 
 def test_correctness_02_the_saved_masks_and_policy_are_those_of_the_saved_weights(finished: Path) -> None:
@@ -132,8 +132,8 @@ def test_other_options_on_a_finished_run_are_refused(
     before = contents(finished)
     assert main(["prune", *OPTIONS, "--budget", "0.4", "--run", str(finished)]) == 2
     assert "budget is 0.5 there, 0.4 was asked for" in capsys.readouterr().err
-    assert main(["search", "--evaluations", "64", "--run", str(finished)]) == 2
-    assert "evaluations is 32 there, 64 was asked for" in capsys.readouterr().err
+    assert main(["search", "--evaluations", "96", "--run", str(finished)]) == 2
+    assert "evaluations is 64 there, 96 was asked for" in capsys.readouterr().err
     assert contents(finished) == before
 
 
