@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -18,12 +17,10 @@ import numpy as np
 
 from sculpt.agents.config import AgentConfig
 from sculpt.agents.distributions import mask_invalid
-from sculpt.agents.gatv2 import GraphEncoder, take_rows
+from sculpt.agents.gatv2 import Graph, GraphEncoder, take_rows
 from sculpt.model import Params
 from sculpt.pruning import Space, energy_logits, site_features
-
-if TYPE_CHECKING:
-    import jraph
+from sculpt.scoring.env import state_axes
 
 _NEAR_ZERO = nn.initializers.normal(0.01)
 
@@ -73,7 +70,7 @@ class ActorCritic(nn.Module):
     """Width, depth and heads."""
 
     @nn.compact
-    def __call__(self, graph: jraph.GraphsTuple, sites: SiteInputs) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, graph: Graph, sites: SiteInputs) -> tuple[jax.Array, jax.Array]:
         """Logits float32 `[sites, options]`, `INVALID` where there is no option, and the value, a float32 scalar."""
         encoder = GraphEncoder(self.config.hidden, self.config.layers, self.config.heads, name="encoder")
         nodes = encoder(graph)
@@ -117,21 +114,12 @@ class Critic(nn.Module):
         return nn.Dense(1, name="output")(nn.gelu(nn.Dense(self.hidden, name="hidden")(pooled)))[0]
 
 
-def graph_axes() -> jraph.GraphsTuple:
-    """`vmap` axes of a batch of states of one network: node features and globals differ, the edges are shared."""
-    import jraph
-
-    return jraph.GraphsTuple(
-        nodes=0, edges=None, senders=None, receivers=None, globals=0, n_node=None, n_edge=None
-    )
-
-
 def forward(
-    agent: ActorCritic, params: dict, graphs: jraph.GraphsTuple, sites: SiteInputs
+    agent: ActorCritic, params: dict, graphs: Graph, sites: SiteInputs
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits float32 `[n, sites, options]` and values float32 `[n]` of a batch of states (axes as in `graph_axes`)."""
+    """Logits float32 `[n, sites, options]` and values float32 `[n]` of a batch of states (axes as in `state_axes`)."""
 
-    def one(graph: jraph.GraphsTuple) -> tuple[jax.Array, jax.Array]:
+    def one(graph: Graph) -> tuple[jax.Array, jax.Array]:
         return agent.apply({"params": params}, graph, sites)  # type: ignore[return-value]
 
-    return jax.vmap(one, in_axes=(graph_axes(),))(graphs)
+    return jax.vmap(one, in_axes=(state_axes(),))(graphs)

@@ -40,7 +40,9 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "heads"):
-            _require(getattr(self, name) >= 1, f"AgentConfig.{name} must be at least 1, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) >= 1, f"AgentConfig.{name} must be at least 1, got {getattr(self, name)}"
+            )
         _require(
             self.hidden % self.heads == 0,
             f"AgentConfig.hidden must be a multiple of heads, got hidden={self.hidden}, heads={self.heads}",
@@ -111,7 +113,9 @@ class SearchConfig:
             0.0 < self.learning_rate < math.inf,
             f"SearchConfig.learning_rate must be a number above 0, got {self.learning_rate}",
         )
-        _require(0.0 < self.clip_ratio < 1.0, f"SearchConfig.clip_ratio must be in (0, 1), got {self.clip_ratio}")
+        _require(
+            0.0 < self.clip_ratio < 1.0, f"SearchConfig.clip_ratio must be in (0, 1), got {self.clip_ratio}"
+        )
         for name in ("discount", "gae_lambda"):
             value = getattr(self, name)
             _require(0.0 <= value <= 1.0, f"SearchConfig.{name} must be in [0, 1], got {value}")
@@ -163,7 +167,9 @@ class SearchConfig:
         """Policies per round of an update."""
         if self.batch_size is not None:
             return self.batch_size
-        return max(2, min(64 if self.evaluations >= _LARGE_BATCH_FROM else 32, self.evaluations // self.rounds))
+        return max(
+            2, min(64 if self.evaluations >= _LARGE_BATCH_FROM else 32, self.evaluations // self.rounds)
+        )
 
     @property
     def policies_per_update(self) -> int:

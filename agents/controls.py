@@ -85,6 +85,8 @@ def _breed(
     parents = archive.policies[winner]
     mutated = jax.random.uniform(where_key, parents.shape) < 1.0 / space.num_sites
     options = jnp.asarray(space.num_options, jnp.int32)[None]
-    fresh = jnp.floor(jax.random.uniform(what_key, parents.shape) * options.astype(jnp.float32)).astype(jnp.int32)
+    fresh = jnp.floor(jax.random.uniform(what_key, parents.shape) * options.astype(jnp.float32)).astype(
+        jnp.int32
+    )
     targets = jnp.where(mutated, jnp.minimum(fresh, options - 1), parents)
     return targets, jnp.where(mutated, 2.0, 1.0).astype(jnp.float32)

@@ -74,9 +74,7 @@ def update_credit(
     )
 
 
-def contributions(
-    state: CreditState, policies: jax.Array, options: int, ridge: float = RIDGE
-) -> jax.Array:
+def contributions(state: CreditState, policies: jax.Array, options: int, ridge: float = RIDGE) -> jax.Array:
     """What each choice of policies int32 `[n, sites]` adds to the score, by the regression: float32 `[n, sites]`."""
     number, sites = policies.shape
     weight = jnp.maximum(state.weight, 1.0)

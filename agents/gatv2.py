@@ -9,15 +9,14 @@ the same at every run where an atomic scatter-add on a GPU would not give that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    import jraph
-
+Graph = Any
+"""A `jraph.GraphsTuple` of one graph; jraph annotates its fields too widely to compute with them."""
 _NEGATIVE_SLOPE = 0.2
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -109,7 +108,7 @@ class GraphEncoder(nn.Module):
     """Attention heads of each layer."""
 
     @nn.compact
-    def __call__(self, graph: jraph.GraphsTuple, node_mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, graph: Graph, node_mask: jax.Array | None = None) -> jax.Array:
         """Embeddings float32 `[n, width]` of one graph (nodes `[n, f]`, edges `[e, g]`, globals `[1, k]`)."""
         shared = jnp.broadcast_to(graph.globals, (graph.nodes.shape[0], graph.globals.shape[1]))
         nodes = nn.Dense(self.width, name="input")(jnp.concatenate([graph.nodes, shared], axis=1))

@@ -114,9 +114,7 @@ def prepare(
 def explained_variance(targets: jax.Array, predictions: jax.Array) -> jax.Array:
     """1 - var(targets - predictions) / var(targets), of two float32 `[m]`; 0 where the targets do not vary."""
     spread = jnp.var(targets)
-    return jnp.where(
-        spread > 1e-12, 1.0 - jnp.var(targets - predictions) / jnp.maximum(spread, 1e-12), 0.0
-    )
+    return jnp.where(spread > 1e-12, 1.0 - jnp.var(targets - predictions) / jnp.maximum(spread, 1e-12), 0.0)
 
 
 def ppo_loss(

@@ -13,8 +13,8 @@ from sculpt.model import Model
 from sculpt.pruning import Space, apply_masks, make_masks
 from sculpt.scoring.evaluate import evaluate
 from sculpt.scoring.recalibrate import recalibrate
-from sculpt.training.finetune import TrainingDiverged, finetune
 from sculpt.training.data import Splits
+from sculpt.training.finetune import TrainingDiverged, finetune
 
 
 @dataclasses.dataclass(frozen=True)

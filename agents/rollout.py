@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from sculpt.agents import distributions
 from sculpt.agents.actor_critic import ActorCritic, SiteInputs, forward
+from sculpt.agents.gatv2 import Graph
 from sculpt.pruning import Space, project
 from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
-
-if TYPE_CHECKING:
-    import jraph
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 class Rollout:
     """Episodes of `rounds` (R) steps in each of n environments."""
 
-    graphs: jraph.GraphsTuple
+    graphs: Graph
     """Observations: nodes `[R * n, N, F]`, globals `[R * n, 1, K]`; with one round they are all alike and only one is kept."""
     policies: jax.Array
     """int32 `[R, n, sites]`: the actions executed, that is, after projection."""
@@ -90,7 +87,9 @@ def play(
     policies, prices, log_probs, values, rewards, continues, info = steps
     _, final = forward(agent, agent_params, last, sites)
     return state, Rollout(
-        graphs=start._replace(nodes=nodes.reshape(-1, *nodes.shape[2:]), globals=shared.reshape(-1, *shared.shape[2:])),
+        graphs=start._replace(
+            nodes=nodes.reshape(-1, *nodes.shape[2:]), globals=shared.reshape(-1, *shared.shape[2:])
+        ),
         policies=policies,
         prices=prices,
         log_probs=log_probs,
@@ -101,7 +100,6 @@ def play(
     )
 
 
-def select_state(graphs: jraph.GraphsTuple, index: slice) -> jraph.GraphsTuple:
+def select_state(graphs: Graph, index: slice) -> Graph:
     """The states `index` of a batch of states."""
     return graphs._replace(nodes=graphs.nodes[index], globals=graphs.globals[index])
-

@@ -125,7 +125,9 @@ def search(
     finally:
         if keeper is not None:
             keeper.close()
-    best = int(np.argmax(run.judged[: len(candidates)]))  # the earlier, that is the better scored, where they tie
+    best = int(
+        np.argmax(run.judged[: len(candidates)])
+    )  # the earlier, that is the better scored, where they tie
     return SearchResult(
         policy=archive.policies[candidates[best]],
         score=float(rewards[best]),

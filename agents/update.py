@@ -194,7 +194,9 @@ def ranking(state: EnvState, budget: float, objective: Objective) -> tuple[np.nd
     count = int(archive.count)
     macs_ratio, loss = archive.macs_ratio[:count], archive.loss[:count]
     worth = quality(archive.accuracy[:count], loss, objective)
-    rewards = np.asarray(reward(state.reward, jnp.asarray(worth), jnp.asarray(macs_ratio), jnp.float32(budget)))
+    rewards = np.asarray(
+        reward(state.reward, jnp.asarray(worth), jnp.asarray(macs_ratio), jnp.float32(budget))
+    )
     excess = np.asarray(violation(jnp.asarray(macs_ratio), jnp.float32(budget + TOLERANCE)))
     met = excess <= 0
     # Outside the budget the least violation comes first: it is what is left if nothing has met the budget.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 _STAGES = {
     "train": "train the dense network, or take pretrained weights",
@@ -28,6 +26,8 @@ _COMMANDS = {
     "info": "say what a network offers to prune, what a run holds, or what there is",
     "prune": "all of it, into one run directory; run again to resume",
 }
+
+_CACHE_OPTION = "jax_compilation_cache_dir"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,9 +143,9 @@ def _use_compilation_cache() -> None:
     """Compiled programs are kept between runs, in `$SCULPT_CACHE_DIR` or `~/.cache/sculpt`."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, _CACHE_OPTION) is None:
         folder = os.environ.get("SCULPT_CACHE_DIR") or str(Path.home() / ".cache" / "sculpt")
-        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update(_CACHE_OPTION, folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
@@ -154,13 +154,14 @@ def _run(command: str, options: dict[str, Any]) -> None:
 
     from sculpt.pipeline import STAGES, Pipeline
     from sculpt.pipeline.closing import caption_of, rows_of
+    from sculpt.pipeline.progress import watching
     from sculpt.report import RunDirectory, closing_table
 
     folder = options.pop("run")
     begins = command in ("train", "prune")
     run = RunDirectory.open(folder) if begins else RunDirectory.existing(folder)
     console = Console()
-    with _watching(console) as watcher:
+    with watching(console) as watcher:
         pipeline = Pipeline(run, options, watcher)
         pipeline.execute(STAGES if command == "prune" else (command,))
     if command in ("prune", "evaluate", "report"):
@@ -168,59 +169,6 @@ def _run(command: str, options: dict[str, Any]) -> None:
         console.print(closing_table(rows_of(record), caption_of(record, pipeline.train_settings.seed)))
     if command in ("prune", "report"):
         console.print(f"report: {run.path / 'report.html'}", soft_wrap=True, highlight=False)
-
-
-class _RichWatcher:
-    """Shows stages as progress bars, and a line for each one that is complete."""
-
-    def __init__(self, console: Console, bars: Progress) -> None:
-        self._console = console
-        self._bars = bars
-        self._task: Any = None
-
-    def start(self, stage: str) -> None:
-        self._task = self._bars.add_task(stage, total=None, unit="", note="")
-
-    def progress(self, done: int, total: int, unit: str, note: str) -> None:
-        self._bars.update(self._task, completed=done, total=total, unit=unit, note=note)
-
-    def finish(self, stage: str, seconds: float | None) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
-        text = "done before" if seconds is None else f"{seconds:.1f} s"
-        self._console.print(f"{stage:<9} {text}", highlight=False)
-
-
-@contextmanager
-def _watching(console: Console) -> Iterator[_RichWatcher]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        """Steps or policies per second."""
-
-        def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else "")
-
-    columns = (
-        TextColumn("{task.description:<9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bars:
-        yield _RichWatcher(console, bars)
 
 
 def _info(options: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def test_training_moves_batch_statistics_and_draws_dropout_from_the_key() -> Non
     assert any(moved)
     dilated = network("dilated")
     draws = [dilated.apply_train(dilated.params, dilated.state, IMAGES, jax.random.key(k))[0] for k in (1, 2)]
-    assert not np.array_equal(*draws)
+    assert not np.array_equal(draws[0], draws[1])
 
 
 def _floats(tree: object) -> list[jax.Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import sculpt
 from sculpt.cli import main
 from sculpt.pipeline import STAGES, Pipeline, stages
+from sculpt.pipeline.progress import Bars
 from sculpt.report import RunDirectory, check_result
 
 OPTIONS = [
@@ -69,7 +71,7 @@ def test_the_result(finished: Path) -> None:
 
 
 def test_correctness_02_the_saved_masks_and_policy_are_those_of_the_saved_weights(finished: Path) -> None:
-    run = Pipeline(RunDirectory.existing(finished), {}, None)
+    run = Pipeline(RunDirectory.existing(finished), {})
     result = run.run.result()
     assert result["policy"] == run.policy.tolist()
     masks = sculpt.make_masks(run.space, run.dense.params, run.policy)
@@ -85,7 +87,7 @@ def test_correctness_02_the_saved_masks_and_policy_are_those_of_the_saved_weight
 
 
 def test_the_exported_program_is_the_compact_network(finished: Path) -> None:
-    run = Pipeline(RunDirectory.existing(finished), {}, None)
+    run = Pipeline(RunDirectory.existing(finished), {})
     program = sculpt.load_stablehlo(finished / "compact.stablehlo")
     images = run.example
     logits = jax.jit(run.tuned.apply)(run.tuned.params, run.tuned.state, images)
@@ -140,8 +142,6 @@ def test_other_options_on_a_finished_run_are_refused(
 def test_lost_and_damaged_files_are_named(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "stages" / "export.json").unlink()
@@ -153,6 +153,28 @@ def test_lost_and_damaged_files_are_named(
     (copy / "stages" / "search.json").write_text("{")
     assert main(["report", "--run", str(copy)]) == 2
     assert "search.json is damaged" in capsys.readouterr().err
+
+
+def test_an_interrupted_search_resumes_and_ends_where_it_would_have(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for stage in STAGES[1:]:
+        (run / "stages" / f"{stage}.json").unlink()
+    (run / "masks.safetensors").unlink()
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bars, "progress", interrupt)
+        assert main(["search", "--run", str(run)]) == 130
+    assert "interrupted; the same command resumes" in capsys.readouterr().err
+    assert not (run / "masks.safetensors").exists()
+    assert main(["search", "--run", str(run)]) == 0
+    assert (run / "masks.safetensors").read_bytes() == (finished / "masks.safetensors").read_bytes()
+    assert not (run / "checkpoints" / "search").exists()
 
 
 class Counting:

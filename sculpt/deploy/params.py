@@ -15,8 +15,8 @@ import numpy as np
 
 from sculpt.tracing.trace import leaf_paths
 
-_DIGEST = "sculpt_sha256"
-_KEYS = "sculpt_prng_keys"
+_OWN = "sculpt"
+"""The one entry of the file's metadata, JSON: safetensors writes several in an order that changes from run to run."""
 _ROOT = "array"
 """Name of the array of a tree that is a single leaf."""
 
@@ -44,12 +44,12 @@ def save_params(tree: Any, path: str | Path, metadata: Mapping[str, str] | None 
             keys[name] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
         arrays[name] = np.asarray(jax.device_get(leaf), order="C")
-    about = dict(metadata or {}) | {_DIGEST: _digest(arrays)} | ({_KEYS: json.dumps(keys)} if keys else {})
+    about = {"sha256": _digest(arrays), "keys": keys, "metadata": dict(metadata or {})}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(arrays, temporary, about)
+        save_file(arrays, temporary, {_OWN: json.dumps(about, sort_keys=True)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -68,7 +68,7 @@ def load_params(path: str | Path, template: Any = None) -> Any:
         are named).
     """
     arrays, about = _read(Path(path))
-    keys = json.loads(about.get(_KEYS, "{}"))
+    keys = about.get("keys", {})
     leaves = {
         name: jax.random.wrap_key_data(jnp.asarray(array), impl=keys[name])
         if name in keys
@@ -89,21 +89,22 @@ def load_metadata(path: str | Path) -> dict[str, str]:
       ValueError: if the file is absent or damaged.
     """
     _, about = _read(Path(path))
-    return {name: text for name, text in about.items() if name not in (_DIGEST, _KEYS)}
+    return about["metadata"]
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
+            metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); write it again") from error
-    if _DIGEST in about and about[_DIGEST] != _digest(arrays):
+    about = json.loads(metadata[_OWN]) if _OWN in metadata else {"metadata": metadata}
+    if "sha256" in about and about["sha256"] != _digest(arrays):
         raise ValueError(f"{path} is damaged: its arrays do not match their checksum; write it again")
     return arrays, about
 

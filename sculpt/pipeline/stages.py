@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from sculpt.agents import search
 from sculpt.deploy import export_stablehlo, load_params, save_params
 from sculpt.model import Model, from_linen
 from sculpt.pipeline import closing
+from sculpt.pipeline.progress import Watcher
 from sculpt.pipeline.settings import (
     SECTIONS,
     FinetuneSettings,
@@ -44,38 +45,22 @@ _DRAWS = {"init": 0, "train": 1, "search": 2, "finetune": 3}
 _EXAMPLE_BATCH = 128
 
 
-class Watcher(Protocol):
-    """Told how a run gets on."""
-
-    def start(self, stage: str) -> None:
-        """A stage begins."""
-        ...
-
-    def progress(self, done: int, total: int, unit: str, note: str) -> None:
-        """The stage did `done` of `total` steps, named `unit`; `note` is its latest figure."""
-        ...
-
-    def finish(self, stage: str, seconds: float | None) -> None:
-        """The stage is complete; `seconds` is None where it was so already."""
-        ...
-
-
 class Pipeline:
     """A run on a run directory.
 
     Args:
       run: the directory.
       given: settings asked for explicitly, by the names of the fields in `sculpt.pipeline.settings`.
-      watcher: told about progress.
+      watcher: told about progress; None: nobody is.
 
     Raises:
       ValueError: if the directory holds a run with other settings.
     """
 
-    def __init__(self, run: RunDirectory, given: Mapping[str, Any], watcher: Watcher | None) -> None:
+    def __init__(self, run: RunDirectory, given: Mapping[str, Any], watcher: Watcher | None = None) -> None:
         self.run = run
         self._given = given
-        self._watcher = watcher
+        self._watcher = watcher or Watcher()
 
     def execute(self, stages: tuple[str, ...] = STAGES) -> None:
         """Runs stages that are not complete.
@@ -318,7 +303,7 @@ def describe(given: Mapping[str, Any]) -> Space:
     Raises:
       ValueError: on bad settings, or a budget that cannot be reached.
     """
-    pipeline = Pipeline(RunDirectory(Path("-")), given, watcher=None)
+    pipeline = Pipeline(RunDirectory(Path("-")), given)
     if "budget" in given:
         check_budget(pipeline.space, given["budget"])
     return pipeline.space

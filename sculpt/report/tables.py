@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 COLUMNS = ("network", "test accuracy", "MACs theoretical", "MACs realised", "weights", "latency measured")
 """Theoretical: zeros are not counted. Realised: counted in the program that really runs. Measured: on this device."""
 
-_LONGEST_WORD = max(len(word) for column in COLUMNS for word in column.split())
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -80,7 +78,9 @@ def closing_table(rows: Sequence[Row], caption: str) -> Table:
         raise ValueError("expected at least one row, the dense network, got none")
     table = Table(caption=Text(caption), box=box.SIMPLE_HEAD, caption_justify="left")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "network" else "right", min_width=_LONGEST_WORD)
+        # Narrow terminals may break a heading between its words, never inside one.
+        width = max(map(len, column.split()))
+        table.add_column(column, justify="left" if column == "network" else "right", min_width=width)
     for row in cells(rows):
         table.add_row(*map(Text, row))  # brackets are no markup here
     return table

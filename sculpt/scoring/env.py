@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,6 @@ from sculpt.scoring.reward import (
     reward,
     update_reward,
 )
-
-if TYPE_CHECKING:
-    import jraph
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +75,18 @@ Scorer = Callable[[Problem, jax.Array, jax.Array], Scores]
 """`(problem, policies int32 [n, sites], count int32) -> Scores [n]`, of which only the first `count` are asked for."""
 
 
+Observation = Any
+"""`jraph.GraphsTuple` of all episodes (jraph annotates its fields too widely to compute with them)."""
+
+
+def state_axes() -> Observation:
+    """Where episodes are stacked in an `Observation`: node features and globals along axis 0; edges are shared by all."""
+    import jraph
+
+    axes: dict[str, Any] = dict.fromkeys(jraph.GraphsTuple._fields) | {"nodes": 0, "globals": 0}
+    return jraph.GraphsTuple(**axes)
+
+
 @dataclasses.dataclass(frozen=True)
 class PruningEnv:
     """A batch of refinement episodes over one space. Static: hash and compare by value; `space` by identity."""
@@ -106,7 +115,7 @@ class PruningEnv:
 
     def reset(
         self, key: jax.Array, params: EnvParams, state: EnvState | None = None
-    ) -> tuple[jraph.GraphsTuple, EnvState]:
+    ) -> tuple[Observation, EnvState]:
         """Starts episodes with nothing pruned.
 
         Args:
@@ -116,7 +125,7 @@ class PruningEnv:
             episode.
 
         Returns:
-          Observations, one graph per episode (batched as `observe` says), and the state.
+          Observations, one graph per episode, stacked as `state_axes` says, and the state.
         """
         del key
         before = self.init(self.num_envs * self.rounds) if state is None else state
@@ -125,7 +134,7 @@ class PruningEnv:
 
     def step(
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
-    ) -> tuple[jraph.GraphsTuple, EnvState, jax.Array, jax.Array, jax.Array, StepInfo]:
+    ) -> tuple[Observation, EnvState, jax.Array, jax.Array, jax.Array, StepInfo]:
         """Scores the assignments `action` int32 `[num_envs, sites]` and moves on to them.
 
         Returns:
@@ -154,17 +163,13 @@ class PruningEnv:
         adapted = update_reward(self.reward, state.reward, macs_ratio, params.budget, progress)
         return dataclasses.replace(state, reward=adapted)
 
-    def observe(self, state: EnvState, params: EnvParams) -> jraph.GraphsTuple:
-        """Graphs of the current assignments: nodes and globals have a leading `num_envs`; the edges are shared."""
-        import jraph
+    def observe(self, state: EnvState, params: EnvParams) -> Observation:
+        """Graphs of the current assignments, batched as `state_axes` says."""
 
-        axes = jraph.GraphsTuple(0, None, None, None, 0, None, None)  # nodes, edges, receivers, senders, globals, ...
-
-        def one(policy: jax.Array) -> jraph.GraphsTuple:
+        def one(policy: jax.Array) -> Observation:
             return to_graph(self.space, params.problem.params, policy, params.budget)
 
-        return jax.vmap(one, out_axes=axes)(state.policy)
+        return jax.vmap(one, out_axes=state_axes())(state.policy)
 
     def _dense(self) -> jax.Array:
         return jnp.zeros((self.num_envs, self.space.num_sites), jnp.int32)
-

@@ -1,4 +1,4 @@
-"""Augmentation on the device, under jit."""
+"""Augmentation on the device, under jit, of raw images: padding is black, as in the usual recipes."""
 
 from __future__ import annotations
 
@@ -37,3 +37,4 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "shift": lambda key, images: shift(key, images, 1),
     "crop_flip": crop_flip,
 }
+"""What `FinetuneConfig.augment` names."""

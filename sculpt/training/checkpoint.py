@@ -63,7 +63,9 @@ class Checkpoints:
         manager = self._open()
         last = self._last(manager)
         if last is not None and step <= last:
-            raise ValueError(f"checkpoints in {self._directory}: step {step} is not above the last one, {last}")
+            raise ValueError(
+                f"checkpoints in {self._directory}: step {step} is not above the last one, {last}"
+            )
         leaves = _to_host(tree)
         with _quiet():
             manager.save(step, args=ocp.args.PyTreeSave(_named(leaves)))
@@ -106,7 +108,9 @@ class Checkpoints:
             raise ValueError(self._damaged(step, f"{type(error).__name__}: {str(error)[:200]}")) from error
         like = jax.tree.leaves(template)
         leaves = [found.get(name, x) for name, x in zip(_names(expected), expected)]
-        return step, jax.tree.unflatten(jax.tree.structure(template), [_as(x, y) for x, y in zip(like, leaves)])
+        return step, jax.tree.unflatten(
+            jax.tree.structure(template), [_as(x, y) for x, y in zip(like, leaves)]
+        )
 
     def close(self) -> None:
         """Ends Orbax's threads; the object opens itself again when it is used again."""
@@ -159,7 +163,9 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             if any(path.suffix != ".tmp" for path in self._directory.iterdir()):
-                raise ValueError(f"{self._directory} is not empty and holds no checkpoints: name an empty directory")
+                raise ValueError(
+                    f"{self._directory} is not empty and holds no checkpoints: name an empty directory"
+                )
             _write(file, {"format": _FORMAT, "fingerprint": fingerprint})
             return
         try:

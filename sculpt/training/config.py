@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["none", "shift", "crop_flip"]
+_SHARE: tuple[str, Callable[[float], bool]] = ("in [0, 1)", lambda value: 0 <= value < 1)
+_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("learning_rate", "above 0", lambda value: value > 0),
+    ("weight_decay", "0 or more", lambda value: value >= 0),
+    ("warmup", *_SHARE),
+    ("momentum", *_SHARE),
+    ("label_smoothing", *_SHARE),
+    ("ema", *_SHARE),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +68,19 @@ class FinetuneConfig:
             optional = name not in ("epochs", "batch_size")
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             self._require(whole or (optional and value is None), name, "a whole number of at least 1", value)
-        self._require(_is_real(self.learning_rate) and self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
-        self._require(_is_real(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        for name, expected, fits in _RANGES:
+            value = getattr(self, name)
+            self._require(_is_real(value) and fits(value), name, expected, value)
         clip = self.clip_norm
         self._require(clip is None or (_is_real(clip) and clip > 0), "clip_norm", "above 0, or None", clip)
-        for name in ("warmup", "momentum", "label_smoothing", "ema"):
-            value = getattr(self, name)
-            self._require(_is_real(value) and 0 <= value < 1, name, "in [0, 1)", value)
         for name, choices in (("optimizer", get_args(Optimizer)), ("augment", get_args(Augment))):
             value = getattr(self, name)
             self._require(value in choices, name, "one of " + ", ".join(choices), value)
         for name in ("nesterov", "select_best"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
-        self._require(self.momentum > 0 or not self.nesterov, "nesterov", "False where momentum is 0", self.nesterov)
+        self._require(
+            self.momentum > 0 or not self.nesterov, "nesterov", "False where momentum is 0", self.nesterov
+        )
 
     def _require(self, condition: bool, name: str, expected: str, value: Any) -> None:
         if not condition:

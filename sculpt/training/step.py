@@ -37,7 +37,7 @@ class TrainState:
     right: jax.Array
     """float32 scalar: training images of this epoch classified correctly."""
     diverged: jax.Array
-    """int32 scalar: the first step whose loss or weights were not finite; -1 so far none."""
+    """int32 scalar: the first step whose loss, weights or statistics were not finite; -1 if none so far."""
 
     @property
     def weights(self) -> tuple[Params, State]:
@@ -62,7 +62,9 @@ class Program:
         # optax's own schedules do not pass strict dtype promotion.
         now = jnp.asarray(step, jnp.float32)
         decayed = jnp.clip((now - warm) / (self.total_steps - warm), 0.0, 1.0)
-        return self.config.learning_rate * jnp.minimum((now + 1) / (warm + 1), (1 + jnp.cos(jnp.pi * decayed)) / 2)
+        return self.config.learning_rate * jnp.minimum(
+            (now + 1) / (warm + 1), (1 + jnp.cos(jnp.pi * decayed)) / 2
+        )
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax chain of this configuration."""
@@ -153,7 +155,7 @@ def one_step(
     params: Params = optax.apply_updates(train.params, updates)
     if masks is not None:
         params = mask_params(params, masks)
-    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(params))
+    sound = jnp.isfinite(loss) & _all_finite((params, state))
     first = place == 0
     return TrainState(
         step=train.step + 1,
@@ -165,6 +167,11 @@ def one_step(
         right=jnp.where(first, 0.0, train.right) + right,
         diverged=jnp.where(sound | (train.diverged >= 0), train.diverged, train.step),
     )
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floating]).all()
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:

@@ -18,7 +18,7 @@ from tests.agents.toys import SMALL, batched, free_sites, toy_model, toy_space, 
 
 
 @functools.cache
-def compiled():  # noqa: ANN201
+def compiled():
     """Logits `[sites, options]` and value of one state."""
     agent = toy_state()[0]
     return jax.jit(lambda params, graph, sites: agent.apply({"params": params}, graph, sites))
@@ -123,7 +123,10 @@ def test_every_size_changes_the_agent(change: dict) -> None:
 
     def shapes(config: object) -> list[tuple[int, ...]]:
         agent = ActorCritic(config)  # type: ignore[arg-type]
-        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(agent.init, jax.random.key(0), graph, sites))]
+        return [
+            leaf.shape
+            for leaf in jax.tree.leaves(jax.eval_shape(agent.init, jax.random.key(0), graph, sites))
+        ]
 
     assert shapes(SMALL) != shapes(dataclasses.replace(SMALL, **change))
 

@@ -36,7 +36,9 @@ def rollout(rounds: int = 1) -> Rollout:
     def log_probs(params: dict) -> jax.Array:
         logits, _ = forward(agent, params, graphs, sites)
         logits = jnp.broadcast_to(logits, (number, *logits.shape[1:]))
-        return distributions.log_prob(distributions.at_price(logits, prices, sites.cost), jnp.asarray(options))
+        return distributions.log_prob(
+            distributions.at_price(logits, prices, sites.cost), jnp.asarray(options)
+        )
 
     shape = (rounds, NUMBER)
     rewards = jnp.asarray(rng.random(shape), jnp.float32)
@@ -98,7 +100,9 @@ def test_correctness_15_every_trainable_leaf_gets_an_update() -> None:
     batch, _ = prepared(CONFIG, rollout())
     before = toy_state()[1]
     after, _ = learn(CONFIG, before, batch)
-    paths = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), before, after))
+    paths = jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: jnp.abs(a - b).max(), before, after)
+    )
     assert [jax.tree_util.keystr(path) for path, change in paths if not change > 0] == []
 
 
@@ -158,7 +162,9 @@ def test_discount_and_lambda_change_the_advantages(change: dict) -> None:
 def test_clip_ratio_and_entropy_change_the_loss() -> None:
     batch, _ = prepared(CONFIG, rollout())
     rng = np.random.default_rng(0)
-    noise = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), toy_state()[1])
+    noise = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), toy_state()[1]
+    )
     moved = jax.tree.map(jnp.add, toy_state()[1], noise)
     losses = [
         float(loss(dataclasses.replace(CONFIG, **change), moved, batch)[0])
@@ -171,7 +177,10 @@ def test_clip_ratio_and_entropy_change_the_loss() -> None:
 def test_epochs_and_learning_rate_change_the_step(change: dict) -> None:
     batch, _ = prepared(CONFIG, rollout())
     params = toy_state()[1]
-    plain, changed = learn(CONFIG, params, batch)[0], learn(dataclasses.replace(CONFIG, **change), params, batch)[0]
+    plain, changed = (
+        learn(CONFIG, params, batch)[0],
+        learn(dataclasses.replace(CONFIG, **change), params, batch)[0],
+    )
     differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), plain, changed)
     assert max(jax.tree.leaves(differences)) > 1e-4
 

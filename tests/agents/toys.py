@@ -17,12 +17,20 @@ from sculpt.tracing import trace
 from sculpt.training import Split, Splits
 
 SMALL = AgentConfig(hidden=16, layers=1, heads=2)
-_SHAPES = {"stem": (3, 3, 1, 8), "inner": (3, 3, 8, 6), "outer": (3, 3, 6, 8), "last": (3, 3, 8, 10), "head": (10, 5)}
+_SHAPES = {
+    "stem": (3, 3, 1, 8),
+    "inner": (3, 3, 8, 6),
+    "outer": (3, 3, 6, 8),
+    "last": (3, 3, 8, 10),
+    "head": (10, 5),
+}
 
 
 def _residual_network(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     x = jax.nn.relu(conv(x, params["stem"]))
     x = x + conv(jax.nn.relu(conv(x, params["inner"])), params["outer"])
@@ -89,10 +97,11 @@ def toy_state(seed: int = 0, config: AgentConfig = SMALL) -> tuple:
     return agent, jax.tree.map(lambda leaf: leaf + 0.05, params), graph, sites
 
 
-def batched(graph, number: int):  # noqa: ANN001, ANN201
+def batched(graph, number: int):
     """A batch of `number` times the same state, with the axes that `sculpt.agents.actor_critic.forward` takes."""
     return graph._replace(
-        nodes=jnp.tile(graph.nodes[None], (number, 1, 1)), globals=jnp.tile(graph.globals[None], (number, 1, 1))
+        nodes=jnp.tile(graph.nodes[None], (number, 1, 1)),
+        globals=jnp.tile(graph.globals[None], (number, 1, 1)),
     )
 
 

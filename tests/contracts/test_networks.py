@@ -112,9 +112,9 @@ def test_dense_policy_changes_nothing(name: str) -> None:
     assert sculpt.count_cost(small, IMAGES) == (traced(name).macs, traced(name).num_params)
 
 
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n not in ("dilated", "nnx")])
 def test_training_mode_and_gradients_agree_on_what_survives(name: str) -> None:
-    if name in ("dilated", "nnx"):
-        pytest.skip("dropout draws differ between shapes, as they must")
+    """Networks with dropout are left out: its draws differ between shapes, as they must."""
     space = sculpt.make_space(traced(name))
     policy = mixed_policy(space)
     masked, small = pruned(name, policy)

@@ -31,6 +31,8 @@ def test_a_tree_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert same(sculpt.load_params(file), TREE)
     assert same(sculpt.load_params(file, jax.tree.map(jnp.zeros_like, TREE)), TREE)
     assert load_metadata(file) == {"about": "a test"}
+    sculpt.save_params(TREE, tmp_path / "again", {"about": "a test"})
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
@@ -119,7 +121,8 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 def test_files_of_other_programs_are_read(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    save_file({"layer/w": np.ones((2, 2), np.float32)}, tmp_path / "other.safetensors")
+    save_file({"layer/w": np.ones((2, 2), np.float32)}, tmp_path / "other.safetensors", {"format": "np"})
+    assert load_metadata(tmp_path / "other.safetensors") == {"format": "np"}
     assert same(sculpt.load_params(tmp_path / "other.safetensors"), {"layer": {"w": jnp.ones((2, 2))}})
 
 

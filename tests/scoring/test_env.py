@@ -36,12 +36,12 @@ def actions() -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def step(env: PruningEnv, state: EnvState, actions: jax.Array, params: EnvParams):  # noqa: ANN201
+def step(env: PruningEnv, state: EnvState, actions: jax.Array, params: EnvParams):
     return env.step(jax.random.key(0), state, actions, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def reset(env: PruningEnv, params: EnvParams):  # noqa: ANN201
+def reset(env: PruningEnv, params: EnvParams):
     return env.reset(jax.random.key(0), params)
 
 

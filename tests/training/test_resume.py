@@ -103,8 +103,7 @@ def test_settings_that_change_no_number_may_change_on_resuming(tmp_path: Path) -
 
 def test_another_run_s_directory_is_refused(tmp_path: Path) -> None:
     model, splits = tiny_model(), tiny_splits()
-    config = dataclasses.replace(BASE, epochs=1)
-    train(model, splits, config, KEY, directory=tmp_path)
+    train(model, splits, BASE, KEY, directory=tmp_path)
 
     def other(split: Split) -> Splits:
         return dataclasses.replace(splits, train=split)
@@ -112,29 +111,28 @@ def test_another_run_s_directory_is_refused(tmp_path: Path) -> None:
     shifted = jax.tree.map(lambda w: w + 1, model.params)
     labels = np.roll(splits.train.labels, 1)
     runs: list[tuple[Model, Splits, FinetuneConfig, jax.Array]] = [
-        (model, splits, dataclasses.replace(config, epochs=2), KEY),
-        (model, splits, config, jax.random.key(4)),
-        (model.replace(params=shifted), splits, config, KEY),
-        (model, other(Split(splits.train.images, labels)), config, KEY),
-        (model, dataclasses.replace(splits, name="others"), config, KEY),
+        (model, splits, dataclasses.replace(BASE, epochs=4), KEY),
+        (model, splits, BASE, jax.random.key(4)),
+        (model.replace(params=shifted), splits, BASE, KEY),
+        (model, other(Split(splits.train.images, labels)), BASE, KEY),
+        (model, dataclasses.replace(splits, name="others"), BASE, KEY),
     ]
     for arguments in runs:
         with pytest.raises(ValueError, match="holds checkpoints of another run"):
             train(*arguments, directory=tmp_path)
     with pytest.raises(ValueError, match="holds checkpoints of another run"):
-        finetune(model, tiny_masks(model), splits, config, KEY, directory=tmp_path)
+        finetune(model, tiny_masks(model), splits, BASE, KEY, directory=tmp_path)
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     model, splits = tiny_model(), tiny_splits()
-    config = dataclasses.replace(BASE, epochs=1)
-    train(model, splits, config, KEY, directory=tmp_path)
+    train(model, splits, BASE, KEY, directory=tmp_path)
     largest = max(
-        (p for p in (tmp_path / "steps" / "6").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+        (p for p in (tmp_path / "steps" / "18").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
     )
     largest.write_bytes(b"\0" * largest.stat().st_size)
-    with pytest.raises(ValueError, match=r"the checkpoint .*steps/6 cannot be read .* delete that folder"):
-        train(model, splits, config, KEY, directory=tmp_path)
+    with pytest.raises(ValueError, match=r"the checkpoint .*steps/18 cannot be read .* delete that folder"):
+        train(model, splits, BASE, KEY, directory=tmp_path)
 
 
 SLOW_RUN = """

@@ -1,0 +1,78 @@
+"""How a run gets on: who is told, and the bars that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+class Watcher:
+    """Told how a run gets on. This one says nothing."""
+
+    def start(self, stage: str) -> None:
+        """A stage begins."""
+
+    def progress(self, done: int, total: int, unit: str, note: str) -> None:
+        """The stage did `done` of `total` steps, which are called `unit`; `note` is its latest figure."""
+
+    def finish(self, stage: str, seconds: float | None) -> None:
+        """The stage is complete; `seconds` is None where it was so already."""
+
+
+class Bars(Watcher):
+    """A bar with stage, rate and time left for the stage under way, and a line for each one that is complete."""
+
+    def __init__(self, console: Console, bars: Progress) -> None:
+        self._console = console
+        self._bars = bars
+        self._task: Any = None
+
+    def start(self, stage: str) -> None:
+        self._task = self._bars.add_task(stage, total=None, unit="", note="")
+
+    def progress(self, done: int, total: int, unit: str, note: str) -> None:
+        self._bars.update(self._task, completed=done, total=total, unit=unit, note=note)
+
+    def finish(self, stage: str, seconds: float | None) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        text = "done before" if seconds is None else f"{seconds:.1f} s"
+        self._console.print(f"{stage:<9} {text}", highlight=False)
+
+
+@contextmanager
+def watching(console: Console) -> Iterator[Bars]:
+    """Bars on a terminal; on anything else only the lines of complete stages."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Steps or policies per second."""
+
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else "")
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bars:
+        yield Bars(console, bars)
