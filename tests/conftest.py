@@ -58,5 +58,5 @@ def untrained_digits(seed: int = 0) -> Model:
     import sculpt
 
     module = sculpt.nets.create("resnet8", num_classes=10)
-    variables = module.init(jax.random.key(seed), jax.numpy.zeros((1, 8, 8, 1)))
+    variables = jax.jit(module.init)(jax.random.key(seed), jax.numpy.zeros((1, 8, 8, 1)))
     return sculpt.from_linen(module, variables)
