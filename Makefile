@@ -18,7 +18,7 @@ quickstart: $(STAMP)
 	$(BIN)/sculpt prune --model resnet8 --dataset digits --budget 0.5 --run $(RUN)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

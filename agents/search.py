@@ -43,7 +43,7 @@ class SearchResult:
     validation_accuracy: float
     """Its accuracy on the validation split after the re-rank's brief fine-tuning (with `rerank=0`: before any)."""
     history: tuple[Metrics, ...]
-    """One row per update: "update", "evaluations", "unique", "best", "mean_reward", "mean_accuracy", "budget_error",
+    """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward", "mean_accuracy", "budget_error",
     "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
     "explained_variance" (critic), "credit_explained" (per-site regression)."""
     pareto: tuple[tuple[float, float, np.ndarray], ...]
@@ -104,7 +104,11 @@ def search(
     )
     env = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)
     program = make_program(env, config)
-    keeper = None if directory is None else Checkpoints(directory, _fingerprint(model, space, config, key))
+    keeper = (
+        None
+        if directory is None
+        else Checkpoints(directory, _fingerprint(model, space, config, key, task.env))
+    )
     run = _Run.start(program, task, init_key, config)
     referee = Referee(model, space, splits, config, calibration, rerank_key)
     try:
@@ -189,6 +193,8 @@ class _Run:
     def row(self, index: int) -> Metrics:
         """The history's row of one update."""
         measured = {name: float(rows[index]) for name, rows in jax.device_get(self.state.metrics).items()}
+        if not np.isfinite(measured["best"]):
+            del measured["best"]
         return {"update": float(index + 1), **measured, "seconds": float(self.seconds[index])}
 
     def speed(self) -> float:
@@ -230,12 +236,12 @@ def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
     return tuple(front)
 
 
-def _fingerprint(model: Model, space: Space, config: SearchConfig, key: jax.Array) -> str:
-    """Tells one search from another: settings, key, sites and weights."""
+def _fingerprint(model: Model, space: Space, config: SearchConfig, key: jax.Array, task: EnvParams) -> str:
+    """Tells one search from another: settings, key, sites, weights and images."""
     digest = hashlib.sha256(repr(config).encode())
     digest.update(np.asarray(jax.random.key_data(key)).tobytes())
     for site in space.sites:
         digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())
-    for leaf in jax.tree.leaves(jax.device_get((model.params, model.state))):
+    for leaf in jax.tree.leaves(jax.device_get((model.params, model.state, task))):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

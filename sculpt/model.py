@@ -44,6 +44,11 @@ class Model:
         """Evaluation-mode logits `[batch, classes]` of `x` with this model's own arrays."""
         return self.apply(self.params, self.state, x)
 
+    def describe(self) -> tuple[str, ...]:
+        """What compaction did, one line per layer (see `sculpt.compact`); nothing for a network that is not compacted."""
+        describe = getattr(self.apply, "describe", None)
+        return () if describe is None else describe()
+
 
 jax.tree_util.register_dataclass(Model, data_fields=["params", "state"], meta_fields=["apply", "apply_train"])
 
@@ -177,7 +182,7 @@ class _FunctionTrain:
 
 
 def from_function(
-    apply: Callable[..., jax.Array],
+    apply: Callable[..., Any],
     params: Params,
     state: State | None = None,
     apply_train: Callable[..., Any] | None = None,

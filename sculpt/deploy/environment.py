@@ -30,5 +30,7 @@ def device_name() -> str:
     """The default device in words, such as "cpu (x86_64, 2 cores)" or "gpu (NVIDIA H200)"."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+        # The cores that this process may use, where the system tells.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"cpu ({platform.machine()}, {cores} cores)"
     return f"{device.platform} ({device.device_kind})"

@@ -12,13 +12,16 @@ from sculpt.pruning.budget import (
 from sculpt.pruning.compact import compact
 from sculpt.pruning.cost import Cost, cost, count_cost, layer_macs, macs_ratio
 from sculpt.pruning.features import SiteFeatures, site_features, to_graph
+from sculpt.pruning.importance import KINDS, Importance, importance
 from sculpt.pruning.masks import apply_masks, make_masks, mask_params
 from sculpt.pruning.patterns import FAMILIES, Option, Site
 from sculpt.pruning.space import Space, make_choices, make_space
 
 __all__ = [
     "FAMILIES",
+    "KINDS",
     "Cost",
+    "Importance",
     "Option",
     "Projection",
     "Site",
@@ -30,6 +33,7 @@ __all__ = [
     "cost",
     "count_cost",
     "energy_logits",
+    "importance",
     "layer_macs",
     "macs_ratio",
     "magnitude_policy",

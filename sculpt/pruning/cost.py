@@ -79,7 +79,8 @@ def layer_macs(space: Space, policy: Any) -> np.ndarray:
     kept = np.ones(len(space.atoms) + 1)
     kept[:-1] = space.fractions[np.arange(len(space.atoms)), policy[space.atom_site]]
     values = space.macs.share.astype(np.float64) * kept[space.macs.atoms].prod(axis=1) * space.macs.total
-    return np.bincount(space.macs.owner, values, minlength=len(space.trace.layers))
+    layers = len(space.trace.layers)
+    return np.bincount(space.macs.owner, values, minlength=layers)[:layers]
 
 
 def count_cost(model: Model, example_input: Any) -> tuple[int, int]:

@@ -21,7 +21,7 @@ class SiteFeatures:
     """What is known of each option before anything is scored; float32 `[sites, max_options]`, 0 where invalid."""
 
     retained: jax.Array
-    """Share of the site's weight energy that the option keeps."""
+    """Share of the site's weight energy that the option keeps; of the space's importance, for channels, if it has one."""
     cost: jax.Array
     """MACs ratio of the network if this site alone takes the option."""
     kept: jax.Array
@@ -52,7 +52,7 @@ def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0
 
     Args:
       space: the search space.
-      params: parameters, whose weight statistics and retained energies are features.
+      params: parameters, whose weight statistics and retained shares (see `SiteFeatures`) are features.
       policy: integers `[sites]`; None stands for the dense network.
       budget: MACs ratio to be met; what is left to remove is a feature of every node.
 
@@ -135,7 +135,7 @@ def _weight_features(space: Space, params: Params) -> jax.Array:
 
 
 def _policy_features(space: Space, params: Params, policy: jax.Array) -> jax.Array:
-    """Of the node's site: retained energy under every option, the current choice one-hot, what it keeps and costs."""
+    """Of the node's site: retained share under every option, the current choice one-hot, what it keeps and costs."""
     table = site_features(space, params)
     count = len(topology(space.trace).nodes)
     sites = np.arange(space.num_sites, dtype=np.int32)

@@ -1,37 +1,192 @@
-"""Importance by retained energy: how much of the squared weights a unit or a window carries."""
+"""`importance`: how much each unit of every coupled group matters, by one of several measures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import difflib
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sculpt.tracing import Group, Trace
+from sculpt.model import Model
+from sculpt.pruning.importance_activation import activation_scores
+from sculpt.pruning.importance_taylor import taylor_scores
+from sculpt.pruning.importance_units import fitting_leaves
+from sculpt.pruning.importance_weights import WEIGHT_SCORES
+from sculpt.tracing import Trace
+
+_NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(WEIGHT_SCORES, ()),
+    "taylor": ("images", "labels"),
+    "activation": ("images",),
+    "random": ("key",),
+}
+KINDS = tuple(_NEEDS)
+"""The measures that `importance` knows."""
 
 
-def unit_energy(trace: Trace, group: Group, leaves: Sequence[Any]) -> jax.Array:
-    """float32 `[group size]`: energy of each unit over the whole coupled group, summing to one per kernel.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Importance:
+    """A score for every unit of every coupled group; higher is kept longer. Compares and hashes by identity.
 
-    Every kernel that the group touches (as output or as input) counts alike, whatever its scale: a residual stream is
-    not ranked by its largest layer alone. Vectors (biases, normalisation) are left out unless there is nothing else.
+    Own scores can be put in as well; what is below zero is ranked, and counts as zero where shares are asked for.
+
+    Raises:
+      ValueError: if a score is not a finite number, or names and scores differ in length.
     """
-    kernels = [slot for slot in group.slots if len(trace.leaves[slot[0]].shape) > 1] or list(group.slots)
-    total = jnp.zeros(group.size, jnp.float32)
-    for leaf, dim in kernels:
-        weights = jnp.asarray(leaves[leaf], jnp.float32)
-        per_index = jnp.square(weights).sum(axis=tuple(d for d in range(weights.ndim) if d != dim))
-        labels = trace.axes.labels(trace.leaf_term(leaf)[dim], group.atom)
-        # Indices that belong to other groups fall into an extra bin.
-        energy = jax.ops.segment_sum(per_index, jnp.where(labels < 0, group.size, labels), group.size + 1)[
-            :-1
-        ]
-        total = total + energy / jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
-    return total
+
+    kind: str
+    """One of `KINDS`, or a name of your own."""
+    groups: tuple[str, ...]
+    """Names of the groups, those of `Trace.groups`."""
+    scores: tuple[np.ndarray, ...]
+    """float32 `[group size]` for each group; read-only."""
+
+    def __post_init__(self) -> None:
+        if len(self.groups) != len(self.scores):
+            raise ValueError(
+                f"expected one array of scores for each of the {len(self.groups)} groups, got {len(self.scores)}"
+            )
+        scores = tuple(np.array(s, np.float32) for s in self.scores)
+        for name, score in zip(self.groups, scores):
+            if score.ndim != 1 or not np.isfinite(score).all():
+                raise ValueError(
+                    f"importance {self.kind!r} of group {name!r} is expected to be finite numbers [group size], got "
+                    f"{list(score.shape)} with {np.count_nonzero(~np.isfinite(score))} that are not finite; look for "
+                    "infinite or undefined numbers in the parameters and the images"
+                )
+            score.setflags(write=False)
+        object.__setattr__(self, "scores", scores)
 
 
-def window_energy(kernel: Any, axes: Sequence[int]) -> jax.Array:
-    """float32 over the kernel's window axes: energy at each of its positions, summed over channels."""
-    weights = jnp.square(jnp.asarray(kernel, jnp.float32))
-    return weights.sum(axis=tuple(d for d in range(weights.ndim) if d not in axes))
+def importance(
+    model: Model,
+    trace: Trace,
+    kind: str = "energy",
+    *,
+    images: Any = None,
+    labels: Any = None,
+    key: jax.Array | None = None,
+    images_per_batch: int = 64,
+) -> Importance:
+    """Scores every unit (channel, neuron) of every coupled group, over all arrays that the group touches.
+
+    | kind | score of unit u | needs |
+    | --- | --- | --- |
+    | `energy` | sum_k of `w_k[u]`'s share of the squared weights of kernel k | |
+    | `l1` | sum_k of its share of the absolute weights (arXiv 1608.08710) | |
+    | `l2` | sum_k of its share of the unit norms (arXiv 1808.06866) | |
+    | `batch_norm` | sum_k of its share of the normalisation scales (arXiv 1708.06519); without any, `energy` | |
+    | `geometric_median` | sum_v of the distance of `w[u]` to `w[v]` (FPGM, arXiv 1811.00250) | |
+    | `taylor` | mean over micro-batches of sum_s of `abs(w_s dL/dw_s)` (arXiv 1906.10771) | images, labels |
+    | `activation` | sum_k of its share of `abs(w_k,ij) norm(X_k,j)` (Wanda, arXiv 2306.11695) | images |
+    | `random` | uniform in [0, 1) | key |
+
+    Every kernel k of a group counts alike (shares sum to one per kernel), save in `taylor`, whose terms are changes of one
+    loss and are added as they are. The exact equations stand with `unit_energy`, `unit_l1`, `unit_l2`, `unit_scale`,
+    `unit_distance`, `taylor_scores` and `activation_scores`. The network is run in evaluation mode.
+
+    Args:
+      model: the dense model.
+      trace: what `sculpt.trace` found in it.
+      kind: one of the above.
+      images: `[n, ...]`, normalised as the model expects; a few hundred of the training split do.
+      labels: integers `[n]`.
+      key: a key such as `jax.random.key(0)`.
+      images_per_batch: images that are run at a time. It bounds memory; `taylor` is a mean over such batches.
+
+    Returns:
+      `Importance`, whose scores are float32 `[group size]`, non-negative: host arrays, so this is not for use inside jit.
+
+    Raises:
+      ValueError: for an unknown kind, a missing or unfit argument, a model that is not the traced one, or scores that are
+        not finite.
+    """
+    if kind not in _NEEDS:
+        close = difflib.get_close_matches(kind, KINDS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown kind of importance {kind!r}, expected one of {sorted(KINDS)}{hint}")
+    given = {"images": images, "labels": labels, "key": key}
+    missing = [name for name in _NEEDS[kind] if given[name] is None]
+    if missing:
+        needed = " and ".join(_NEEDS[kind])
+        raise ValueError(
+            f"importance {kind!r} needs {needed}, got no {' and no '.join(missing)}: pass {missing[0]}="
+        )
+    if images_per_batch < 1:
+        raise ValueError(f"images_per_batch must be at least 1, got {images_per_batch}")
+    leaves = fitting_leaves(trace, model.params)
+    if kind == "random":
+        assert key is not None
+        keys = [jax.random.fold_in(key, group.index) for group in trace.groups]
+        scores = [jax.random.uniform(k, (g.size,), jnp.float32) for k, g in zip(keys, trace.groups)]
+    elif kind == "taylor":
+        images = _fitting_images(trace, images)
+        labels = _fitting_labels(trace, labels, len(images))
+        scores = taylor_scores(model, trace, images, labels, images_per_batch)
+    elif kind == "activation":
+        images = _fitting_images(trace, images)
+        scores = activation_scores(trace, leaves, model.state, images, images_per_batch)
+    else:
+        scores = _weight_scores(trace, kind, leaves)
+    names = tuple(group.name for group in trace.groups)
+    return Importance(kind, names, tuple(np.asarray(s) for s in scores))
+
+
+def check_importance(trace: Trace, importance: Importance) -> None:
+    """Raises ValueError unless the scores belong to the groups of `trace`."""
+    expected = [(group.name, int(group.size)) for group in trace.groups]
+    found = [(name, len(score)) for name, score in zip(importance.groups, importance.scores)]
+    if expected != found:
+        wrong = [f"{e} expected, got {f}" for e, f in zip(expected, found) if e != f][:3]
+        raise ValueError(
+            f"importance {importance.kind!r} belongs to another trace: {len(expected)} groups expected, got {len(found)} "
+            f"{wrong}; compute it with sculpt.importance(model, trace) on the trace that make_space is given"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _weight_scores(trace: Trace, kind: str, leaves: list[Any]) -> list[jax.Array]:
+    return [WEIGHT_SCORES[kind](trace, group, leaves) for group in trace.groups]
+
+
+def _fitting_images(trace: Trace, images: Any) -> Any:
+    """Images in the dtype that the network was traced with."""
+    expected = trace.program.avals[trace.program.inputs[-1]]
+    shape, dtype = np.shape(images), jax.dtypes.result_type(images)
+    if len(shape) != len(expected.shape) or shape[1:] != tuple(expected.shape[1:]) or shape[0] < 1:
+        wanted = ", ".join(map(str, expected.shape[1:]))
+        raise ValueError(
+            f"importance expected images [n, {wanted}], as in the trace, got {list(shape)}; "
+            "reshape them or trace the model with images like these"
+        )
+    if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(expected.dtype, jnp.floating):
+        raise ValueError(
+            f"importance expected images like the {expected.dtype} ones of the trace, got {dtype}: "
+            "normalise them first (splits.normalise, sculpt.nets.preprocess)"
+        )
+    return jnp.asarray(images, expected.dtype)
+
+
+def _fitting_labels(trace: Trace, labels: Any, n: int) -> np.ndarray:
+    """Labels as int32 `[n]`, classes of the traced network."""
+    outputs = [trace.program.shape(output) for output in trace.program.outputs]
+    if len(outputs) != 1 or len(outputs[0]) != 2:
+        raise ValueError(
+            f"importance 'taylor' expected a network with one output [batch, classes], got {outputs} for a batch of 2; "
+            "use another kind, or adapt the model so that it returns logits"
+        )
+    classes, array = outputs[0][1], np.asarray(labels)
+    if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"importance expected integer labels [{n}], one per image, got {array.dtype}{list(array.shape)}"
+        )
+    if array.min() < 0 or array.max() >= classes:
+        raise ValueError(
+            f"importance expected labels from 0 to {classes - 1}, got {array.min()} to {array.max()}; "
+            "the labels must be classes of the traced network"
+        )
+    return array.astype(np.int32)

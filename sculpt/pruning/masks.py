@@ -57,8 +57,8 @@ def masks_from_choices(space: Space, choices: Sequence[Choice], policy: jax.Arra
 def make_masks(space: Space, params: Params, policy: Any) -> Any:
     """The masks of a policy: a pytree like `params`, boolean, True where a weight stays.
 
-    Which channels or windows go is decided by retained energy on `params`. On parameters that already carry the zeros of
-    the policy the same units are chosen again.
+    Which channels go is decided by `space.importance`, or without it, as for windows, by retained energy on `params`. On
+    parameters that already carry the zeros of the policy the same units are chosen again.
 
     Args:
       space: the search space.

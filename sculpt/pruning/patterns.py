@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sculpt.pruning.importance import unit_energy, window_energy
+from sculpt.pruning.importance import Importance
+from sculpt.pruning.importance_weights import unit_energy, window_energy
 from sculpt.tracing import Trace
 from sculpt.tracing.axes import Atom
 
@@ -56,7 +57,7 @@ class Choice:
     keeps: tuple[jax.Array, ...]
     """Boolean `[options, atom size]` for each atom of the site: the units that stay."""
     retained: jax.Array
-    """float32 `[options]`: share of the site's weight energy that stays, in [0, 1]."""
+    """float32 `[options]`: share of the site's importance (weight energy, if the space has no other) that stays, in [0, 1]."""
 
 
 jax.tree_util.register_dataclass(Choice, data_fields=["keeps", "retained"], meta_fields=[])
@@ -68,8 +69,8 @@ class Family:
 
     sites: Callable[[Trace, int, int], list[Site]]
     """`(trace, round_to, min_keep) -> sites` (numbered later)."""
-    choose: Callable[[Trace, Site, Sequence[Any]], Choice]
-    """`(trace, site, parameter leaves) -> Choice`; jit-able: which units each option keeps."""
+    choose: Callable[[Trace, Site, Sequence[Any], Importance | None], Choice]
+    """`(trace, site, parameter leaves, scores of the groups) -> Choice`; jit-able: which units each option keeps."""
     compacts: bool
     """Whether compaction turns its zeros into smaller arrays, that is, whether its savings are realised."""
 
@@ -89,14 +90,22 @@ def _channel_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
     return sites
 
 
-def _choose_channels(trace: Trace, site: Site, leaves: Sequence[Any]) -> Choice:
-    energy = unit_energy(trace, trace.groups[site.owner], leaves)
-    order = jnp.argsort(-energy, stable=True)
-    rank = jnp.zeros(energy.shape, jnp.int32).at[order].set(jnp.arange(energy.shape[0], dtype=jnp.int32))
+def _choose_channels(
+    trace: Trace, site: Site, leaves: Sequence[Any], importance: Importance | None
+) -> Choice:
+    """The units of highest score; of equal ones the first."""
+    if importance is None:
+        scores = unit_energy(trace, trace.groups[site.owner], leaves)
+    else:
+        scores = jnp.asarray(importance.scores[site.owner])
+    order = jnp.argsort(-scores, stable=True)
+    rank = jnp.zeros(scores.shape, jnp.int32).at[order].set(jnp.arange(scores.shape[0], dtype=jnp.int32))
     counts = jnp.asarray([option.counts[0] for option in site.options], jnp.int32)
     keep = rank[None, :] < counts[:, None]
-    total = jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
-    return Choice((keep,), jnp.where(keep, energy[None, :], 0.0).sum(axis=1) / total)
+    worth = jnp.maximum(scores, 0.0)
+    # Where no unit is worth anything they count alike, so that keeping all still retains all.
+    worth = jnp.where(worth.sum() > 0, worth, 1.0)
+    return Choice((keep,), jnp.where(keep, worth[None, :], 0.0).sum(axis=1) / worth.sum())
 
 
 def window_shapes(kernel: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -141,7 +150,8 @@ def _rect_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
     return sites
 
 
-def _choose_window(trace: Trace, site: Site, leaves: Sequence[Any]) -> Choice:
+def _choose_window(trace: Trace, site: Site, leaves: Sequence[Any], importance: Importance | None) -> Choice:
+    """The windows of highest energy: importance is of channels and says nothing of them."""
     layer = trace.layers[site.owner]
     energy = window_energy(leaves[layer.leaf], layer.window_axes)
     total = jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)

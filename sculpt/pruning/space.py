@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
+from sculpt.pruning.importance import Importance, check_importance
+from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.patterns import FAMILIES, Choice, Site
 from sculpt.tracing import Trace
 from sculpt.tracing.axes import Atom
@@ -53,6 +54,8 @@ class Space:
     """Smallest and largest MACs ratio of any policy."""
     site_nodes: np.ndarray
     """int32 `[sites]`: node of the graph that each site belongs to."""
+    importance: Importance | None
+    """What channels are ranked by; None for the energy of the parameters that masks are made of."""
 
     @property
     def num_sites(self) -> int:
@@ -82,7 +85,11 @@ class Space:
 
 
 def make_space(
-    trace: Trace, families: Sequence[str] = ("channels", "rect"), round_to: int = 1, min_keep: int = 1
+    trace: Trace,
+    families: Sequence[str] = ("channels", "rect"),
+    round_to: int = 1,
+    min_keep: int = 1,
+    importance: Importance | None = None,
 ) -> Space:
     """Lists the sites of a traced network and the options of each.
 
@@ -91,9 +98,11 @@ def make_space(
       families: names of pattern families, each one of `FAMILIES`.
       round_to: kept channel counts are multiples of it where the level is not "all" (engines like 8 or 16).
       min_keep: least number of channels that stay in a group.
+      importance: what `sculpt.importance` returned for this trace: the channels of lowest score go first, also after
+        fine-tuning. None ranks them by retained energy on the parameters that masks are made of.
 
     Raises:
-      ValueError: for an unknown family, a number below 1, or a network without any site.
+      ValueError: for an unknown family, a number below 1, importance of another trace, or a network without any site.
     """
     families = tuple(families)
     for name in families:
@@ -106,6 +115,8 @@ def make_space(
     for name, number in (("round_to", round_to), ("min_keep", min_keep)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    if importance is not None:
+        check_importance(trace, importance)
     found = [site for name in families for site in FAMILIES[name].sites(trace, round_to, min_keep)]
     if not found:
         reasons = sorted({f.reason for f in trace.frozen})[:3]
@@ -126,7 +137,7 @@ def make_space(
                 fractions[column[atom], i] = option.counts[position] / size
     atom_site = np.asarray([site.index for site in sites for _ in site.atoms], np.int32)
     compacts = np.asarray([FAMILIES[sites[s].family].compacts for s in atom_site] + [True])
-    macs = _polynomial(trace, [layer.monomials for layer in trace.layers], column)
+    macs = _polynomial(trace, [x.monomials for x in (*trace.layers, *trace.products)], column)
     params = _polynomial(trace, trace.leaf_monomials, column)
     num_options = np.asarray([len(site.options) for site in sites], np.int32)
 
@@ -144,7 +155,7 @@ def make_space(
     site_nodes = np.asarray([node[s.family](trace, s.owner) for s in sites], np.int32)
     return Space(
         trace, families, sites, atoms, fractions, compacts, atom_site, num_options, macs, params, option_cost,
-        (lowest, 1.0), site_nodes,
+        (lowest, 1.0), site_nodes, importance,
     )  # fmt: skip
 
 
@@ -175,16 +186,13 @@ def _polynomial(
 def make_choices(space: Space, params: object) -> tuple[Choice, ...]:
     """Works out, for every site, which units each option keeps on these parameters (jit-able).
 
-    Computed once per network, then policies are applied by indexing.
+    Computed once per network, then policies are applied by indexing. Channels are ranked by `space.importance`, whatever the
+    parameters, or without it by the energy of these parameters; windows always by energy.
+
+    Raises:
+      ValueError: if the parameters are not of the traced network.
     """
-    leaves = jax.tree.leaves(params)
-    shapes = [tuple(np.shape(leaf)) for leaf in leaves]
-    expected = [leaf.shape for leaf in space.trace.leaves]
-    if shapes != expected:
-        names = [leaf.path for leaf in space.trace.leaves]
-        wrong = [f"{n}: {e} expected, got {s}" for n, e, s in zip(names, expected, shapes) if e != s][:3]
-        raise ValueError(
-            f"params do not fit the traced network ({len(expected)} leaves expected, got {len(shapes)}) {wrong}; "
-            "trace the model that these parameters belong to"
-        )
-    return tuple(FAMILIES[site.family].choose(space.trace, site, leaves) for site in space.sites)
+    leaves = fitting_leaves(space.trace, params)
+    return tuple(
+        FAMILIES[site.family].choose(space.trace, site, leaves, space.importance) for site in space.sites
+    )

@@ -69,6 +69,7 @@ def make_problem(
     """Checks and lays out what `score_policies` needs; see `evaluate_policies` for the arguments."""
     plan = plan or EvaluationPlan()
     images, labels = check_images(space.trace.input_shape, images, labels)
+    check_logits(model, images)
     batch = min(plan.images_per_batch, images.shape[0])
     missing = -images.shape[0] % batch
     padded = jnp.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
@@ -118,6 +119,16 @@ def check_images(shape: Sequence[int], images: Any, labels: Any = None) -> tuple
             f"{jax.dtypes.result_type(labels)}{list(np.shape(labels))}"
         )
     return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+
+
+def check_logits(model: Model, images: jax.Array) -> None:
+    """Raises ValueError unless the model gives logits `[n, classes]` for `images`."""
+    outputs = jax.tree.leaves(jax.eval_shape(model.apply, model.params, model.state, images))
+    if len(outputs) != 1 or outputs[0].ndim != 2:
+        shapes = ", ".join(str(list(output.shape)) for output in outputs)
+        raise ValueError(
+            f"scoring needs a model with one output, logits [{len(images)}, classes]; this one gives {shapes}"
+        )
 
 
 def score_policy(problem: Problem, policy: jax.Array) -> Scores:
@@ -223,9 +234,10 @@ def evaluate(model: Model, images: Any, labels: Any, images_per_batch: int = 64)
     """Accuracy and mean cross-entropy (scalars) of a model as it stands, on normalised images `[m, ...]`.
 
     Raises:
-      ValueError: if images or labels do not fit together.
+      ValueError: if images or labels do not fit together, or the model's output is not logits.
     """
     images, labels = check_images(np.shape(images)[1:], images, labels)
+    check_logits(model, images[:1])
     right = loss = 0.0
     for start in range(0, len(labels), images_per_batch):
         block = slice(start, start + images_per_batch)

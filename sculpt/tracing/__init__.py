@@ -1,5 +1,6 @@
 """What is connected to what: from a JAX function to layers, coupled axes and data-flow edges."""
 
-from sculpt.tracing.trace import Frozen, Group, Layer, Leaf, Trace, trace
+from sculpt.tracing.layers import Layer, Leaf, Product
+from sculpt.tracing.trace import Frozen, Group, Trace, trace
 
-__all__ = ["Frozen", "Group", "Layer", "Leaf", "Trace", "trace"]
+__all__ = ["Frozen", "Group", "Layer", "Leaf", "Product", "Trace", "trace"]

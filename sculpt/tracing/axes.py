@@ -151,7 +151,7 @@ class Axes:
         self._bindings[atom] = tuple((p,) for p in parts)
 
     def _new_atom(self, size: int, reason: str | None) -> Atom:
-        self._sizes.append(size)
+        self._sizes.append(int(size))
         self._frozen.append(reason)
         self._bindings.append(None)
         return len(self._sizes) - 1

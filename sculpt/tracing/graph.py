@@ -7,8 +7,11 @@ import functools
 
 import numpy as np
 
-from sculpt.tracing.program import Literal
+from sculpt.tracing.flow import Flow
+from sculpt.tracing.program import Equation, Literal
 from sculpt.tracing.trace import Trace
+
+_MERGES = ("add", "add_any", "sub", "concatenate")
 
 NODE_KINDS = ("conv", "dense", "add", "concat", "axis")
 EDGE_KINDS = ("flow", "skip", "coupling", "flow back", "skip back", "coupling back")
@@ -61,44 +64,10 @@ def topology(trace: Trace) -> Topology:
     a merge that jumps over at least one node on the other branch is a skip edge. Every layer is coupled to the groups
     that its kernel's axes belong to.
     """
-    program = trace.program
-    layer_at = {layer.equation: layer for layer in trace.layers}
-    nodes: list[Node] = []
-    edges: list[tuple[int, int, int]] = []
-    sources: dict[int, frozenset[int]] = {}
-    image = program.inputs[-1]
+    builder = _Builder(trace)
     # Only values that depend on the image carry data flow; masks of constants and parameters do not.
-    sources[image] = frozenset()
-
-    def add(kind: str, name: str, owner: int, inputs: frozenset[int]) -> int:
-        level = 1 + max((nodes[i].depth for i in inputs), default=-1)
-        nodes.append(Node(kind, name, owner, level))
-        return len(nodes) - 1
-
-    for position, eqn in enumerate(program.equations):
-        flowing = [i for i in eqn.inputs if not isinstance(i, Literal) and i in sources]
-        if not flowing:
-            continue
-        origin = frozenset().union(*(sources[i] for i in flowing))
-        branches = [sources[i] for i in dict.fromkeys(flowing)]
-        layer = layer_at.get(position)
-        if layer is not None:
-            node = add(layer.kind, layer.name, layer.index, origin)
-        elif (
-            eqn.name in ("add", "add_any", "sub", "concatenate") and len(set(branches)) > 1 and all(branches)
-        ):
-            kind = "concat" if eqn.name == "concatenate" else "add"
-            node = add(kind, f"{kind}{len(nodes)}", -1, origin)
-        else:
-            for output in eqn.outputs:
-                sources[output] = origin
-            continue
-        deepest = max((nodes[i].depth for i in origin), default=0)
-        for source in sorted(origin):
-            skip = nodes[node].kind in ("add", "concat") and nodes[source].depth < deepest
-            edges.append((source, node, EDGE_KINDS.index("skip" if skip else "flow")))
-        for output in eqn.outputs:
-            sources[output] = frozenset({node})
+    builder.visit(trace.flow, {trace.program.inputs[-1]: frozenset()})
+    nodes, edges = builder.nodes, builder.edges
     first_axis = len(nodes)
     for group in trace.groups:
         nodes.append(Node("axis", group.name, group.index, 0))
@@ -115,3 +84,69 @@ def topology(trace: Trace) -> Topology:
     both_ways = edges + [(r, s, k + 3) for s, r, k in edges]
     table = np.asarray(both_ways, np.int32).reshape(-1, 3)
     return Topology(tuple(nodes), table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy())
+
+
+Sources = dict[int, frozenset[int]]
+"""Value id -> the nodes that it flows from."""
+
+
+class _Builder:
+    def __init__(self, trace: Trace) -> None:
+        self.layer_of = {id(layer.equation): layer for layer in trace.layers}
+        self.nodes: list[Node] = []
+        self.edges: list[tuple[int, int, int]] = []
+
+    def visit(self, flow: Flow, sources: Sources) -> list[frozenset[int] | None]:
+        """Adds the nodes and edges of a program; returns the nodes that its outputs flow from."""
+        for eqn in flow.program.equations:
+            flowing = [i for i in eqn.inputs if not isinstance(i, Literal) and i in sources]
+            origin = frozenset().union(*(sources[i] for i in flowing))
+            if eqn.bodies:
+                self._bodies(flow, eqn, sources, origin)
+                continue
+            layer = self.layer_of.get(id(eqn))
+            if not flowing and layer is None:
+                continue
+            branches = [sources[i] for i in dict.fromkeys(flowing)]
+            if layer is not None:
+                origin = self._add(layer.kind, layer.name, layer.index, origin)
+            elif eqn.name in _MERGES and len(set(branches)) > 1 and all(branches):
+                kind = "concat" if eqn.name == "concatenate" else "add"
+                origin = self._add(kind, f"{kind}{len(self.nodes)}", -1, origin)
+            for output in eqn.outputs:
+                sources[output] = origin
+        outputs = flow.program.outputs
+        return [None if isinstance(o, Literal) else sources.get(o) for o in outputs]
+
+    def _bodies(self, flow: Flow, eqn: Equation, sources: Sources, origin: frozenset[int]) -> None:
+        results: list[frozenset[int]] = [frozenset()] * len(eqn.outputs)
+        for body in flow.bodies[id(eqn)]:
+            operands = eqn.inputs[len(eqn.inputs) - len(body.program.inputs) :]
+            if eqn.name == "while":
+                # Constants of the two bodies come first; each body sees its own, then the carry.
+                first = eqn.params["cond_nconsts"] if body is flow.bodies[id(eqn)][1] else 0
+                count = len(body.program.inputs) - len(eqn.outputs)
+                carry = eqn.inputs[len(eqn.inputs) - len(eqn.outputs) :]
+                operands = (*eqn.inputs[first : first + count], *carry)
+            inner = {
+                value: sources[o]
+                for value, o in zip(body.program.inputs, operands)
+                if not isinstance(o, Literal) and o in sources
+            }
+            found = self.visit(body, inner)
+            if len(found) == len(results):
+                results = [before | (after or frozenset()) for before, after in zip(results, found)]
+        reads_image = any(not isinstance(o, Literal) and o in sources for o in eqn.inputs)
+        for output, nodes in zip(eqn.outputs, results):
+            if reads_image or nodes:
+                sources[output] = nodes or origin
+
+    def _add(self, kind: str, name: str, owner: int, inputs: frozenset[int]) -> frozenset[int]:
+        level = 1 + max((self.nodes[i].depth for i in inputs), default=-1)
+        node = len(self.nodes)
+        self.nodes.append(Node(kind, name, owner, level))
+        deepest = max((self.nodes[i].depth for i in inputs), default=0)
+        for source in sorted(inputs):
+            skip = kind in ("add", "concat") and self.nodes[source].depth < deepest
+            self.edges.append((source, node, EDGE_KINDS.index("skip" if skip else "flow")))
+        return frozenset({node})

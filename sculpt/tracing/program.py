@@ -1,7 +1,8 @@
 """The flat program: a jaxpr with its inner calls inlined, every value under an id of its own.
 
 The same inner jaxpr object occurs many times in one network (every `relu` shares one), so an environment keyed by its
-variables would merge layers silently. Here each call gets fresh ids.
+variables would merge layers silently. Here each call gets fresh ids. Loops, branches, rematerialised regions and functions
+with derivatives of their own stay one equation with bodies: they mean more than the operations inside.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import float0
 from jax.extend import core as jax_core
 
 _CALLS = {
@@ -19,14 +23,19 @@ _CALLS = {
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "remat": "jaxpr",
 }
-"""Call primitives and the parameter that holds their body."""
+"""Call primitives that are inlined, and the parameter that holds their body."""
+
+_BODIES = {
+    "custom_jvp_call": ("call_jaxpr",),
+    "custom_vjp_call": ("call_jaxpr",),
+    "checkpoint": ("jaxpr",),
+    "remat2": ("jaxpr",),
+    "scan": ("jaxpr",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "cond": ("branches",),
+}
+"""Primitives that stay one equation, and the parameters that hold their bodies."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +59,10 @@ class Equation:
     params: dict[str, Any]
     source: str
     """File, line and function that the equation comes from."""
+    bodies: tuple[Program, ...] = ()
+    """The programs inside a loop, a branch, or a function with its own derivative."""
+    function: Callable[..., list[Any]] | None = None
+    """The equation as a function of its operands, own derivatives included; only where there are bodies."""
 
     @property
     def name(self) -> str:
@@ -80,11 +93,84 @@ def flatten(function: Callable[..., Any], *arguments: Any) -> Program:
 
     Nothing is run or allocated. Equations whose results nobody reads are dropped.
     """
-    closed = jax.make_jaxpr(function)(*arguments)
+    return _program(jax.make_jaxpr(function)(*arguments), "an unknown line")
+
+
+def is_inexact(value: Any) -> bool:
+    """Whether an array (or abstract value) is of floating or complex numbers, and so has a derivative."""
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def derivative(program: Program, eqn: Equation) -> Program:
+    """The derivative that an equation with a rule of its own (`custom_jvp_call`, `custom_vjp_call`) is given by that rule.
+
+    Inputs are the operands, then the tangents of inexact operands (`custom_jvp_call`) or the cotangents of inexact results
+    (`custom_vjp_call`); outputs are the results and their tangents, or the cotangents of inexact operands.
+    """
+    function = eqn.function
+    assert function is not None
+    operands = [_abstract(program, o) for o in eqn.inputs]
+    results = [_abstract(program, o) for o in eqn.outputs]
+    if eqn.name == "custom_jvp_call":
+        others = [x for x in operands if is_inexact(x)]
+
+        def forward(primals: Sequence[Any], known: Sequence[Any]) -> list[Any]:
+            tangents = iter(known)
+            filled = [next(tangents) if is_inexact(p) else np.zeros(p.shape, float0) for p in primals]
+            out, tangents_out = jax.jvp(function, tuple(primals), tuple(filled))
+            return [*out, *(t for p, t in zip(out, tangents_out) if is_inexact(p))]
+
+        return flatten(forward, operands, others)
+    others = [x for x in results if is_inexact(x)]
+
+    def backward(primals: Sequence[Any], known: Sequence[Any]) -> list[Any]:
+        cotangents = iter(known)
+        out, pull = jax.vjp(function, *primals)
+        filled = [next(cotangents) if is_inexact(p) else np.zeros(p.shape, float0) for p in out]
+        return [c for p, c in zip(primals, pull(filled)) if is_inexact(p)]
+
+    return flatten(backward, operands, others)
+
+
+def _abstract(program: Program, operand: Operand) -> jax.ShapeDtypeStruct:
+    if isinstance(operand, Literal):
+        return jax.ShapeDtypeStruct(np.shape(operand.value), np.asarray(operand.value).dtype)
+    aval = program.avals[operand]
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def with_known_sizes(program: Program, size: int) -> Program:
+    """The same program, value ids included, with every symbolic dimension (of `jax.export`) taken to be `size`."""
+
+    def known(value: Any) -> Any:
+        if type(value) is tuple:
+            return tuple(known(v) for v in value)
+        if not jax.export.is_symbolic_dim(value):
+            return value
+        expression: Any = value
+        return int(expression._evaluate(dict.fromkeys(expression._get_vars(), size)))
+
+    equations = tuple(
+        dataclasses.replace(
+            eqn,
+            params={name: known(value) for name, value in eqn.params.items()},
+            bodies=tuple(with_known_sizes(body, size) for body in eqn.bodies),
+        )
+        for eqn in program.equations
+    )
+    avals = tuple(
+        aval.update(shape=known(tuple(aval.shape))) if hasattr(aval, "shape") else aval
+        for aval in program.avals
+    )
+    return dataclasses.replace(program, equations=equations, avals=avals)
+
+
+def _program(closed: Any, caller: str) -> Program:
     builder = _Builder()
     inputs = [builder.new(v.aval) for v in closed.jaxpr.invars]
     constants = [builder.constant(v.aval, value) for v, value in zip(closed.jaxpr.constvars, closed.consts)]
-    outputs = builder.inline(closed.jaxpr, inputs, constants)
+    outputs = builder.inline(closed.jaxpr, inputs, constants, caller)
     equations = _live_equations(builder.equations, outputs)
     read = {i for eqn in equations for i in eqn.inputs if not isinstance(i, Literal)}
     read |= {i for i in outputs if not isinstance(i, Literal)}
@@ -117,7 +203,7 @@ class _Builder:
         jaxpr: Any,
         inputs: Sequence[Operand],
         constants: Sequence[Operand],
-        caller: str = "an unknown line",
+        caller: str,
     ) -> list[Operand]:
         values: dict[Any, Operand] = dict(zip(jaxpr.invars, inputs, strict=True))
         values.update(zip(jaxpr.constvars, constants, strict=True))
@@ -137,8 +223,17 @@ class _Builder:
                 results = self.inline(inner, operands, inner_constants, source)
             else:
                 results = [self.new(v.aval) for v in eqn.outvars]
+                bodies = tuple(_program(closed, source) for closed in _bodies(eqn))
                 self.equations.append(
-                    Equation(eqn.primitive, tuple(operands), tuple(results), dict(eqn.params), source)
+                    Equation(
+                        eqn.primitive,
+                        tuple(operands),
+                        tuple(results),
+                        dict(eqn.params),
+                        source,
+                        bodies,
+                        _as_function(eqn) if bodies else None,
+                    )
                 )
             values.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
@@ -154,6 +249,26 @@ def _live_equations(equations: Sequence[Equation], outputs: Sequence[Operand]) -
     return kept[::-1]
 
 
+def _bodies(eqn: Any) -> list[Any]:
+    """The closed jaxprs inside an equation that is not inlined."""
+    found: list[Any] = []
+    for parameter in _BODIES.get(eqn.primitive.name, ()):
+        value = eqn.params[parameter]
+        for body in value if isinstance(value, tuple) else (value,):
+            found.append(body if hasattr(body, "consts") else jax_core.ClosedJaxpr(body, ()))
+    return found
+
+
+def _as_function(eqn: Any) -> Callable[..., list[Any]]:
+    """One equation as a function of its operands, literals included."""
+    variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jax_core.Literal)))
+    places = [eqn.invars.index(v) for v in variables]
+    results = [jax_core.Var(v.aval) for v in eqn.outvars]
+    jaxpr = jax_core.Jaxpr((), variables, results, [eqn.replace(outvars=results)], eqn.effects)
+    evaluate = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(jaxpr, ()))
+    return lambda *operands: list(evaluate(*(operands[i] for i in places)))
+
+
 def _source(eqn: Any, caller: str) -> str:
     """The first frame of the user's own code; the call's where an inner function was traced apart from it."""
     traceback = getattr(eqn.source_info, "traceback", None)
@@ -162,22 +277,3 @@ def _source(eqn: Any, caller: str) -> str:
         if not any(part in path for part in ("/jax/", "/flax/", "/sculpt/model.py", "/sculpt/tracing/", "<")):
             return f"{path.rsplit('/', 1)[-1]}:{frame.line_num} ({frame.function_name})"
     return caller
-
-
-def run(
-    program: Program, arguments: Sequence[Any], bind: Callable[[Equation, list[Any]], Any] | None = None
-) -> list[Any]:
-    """Runs `program` on flattened arguments; `bind(equation, operands)` may apply a primitive in its own way."""
-    values: dict[int, Any] = dict(zip(program.inputs, arguments, strict=True))
-    values.update(program.constants)
-
-    def read(operand: Operand) -> Any:
-        return operand.value if isinstance(operand, Literal) else values[operand]
-
-    for eqn in program.equations:
-        operands = [read(o) for o in eqn.inputs]
-        results = bind(eqn, operands) if bind else eqn.primitive.bind(*operands, **eqn.params)
-        if not eqn.primitive.multiple_results:
-            results = [results]
-        values.update(zip(eqn.outputs, results, strict=True))
-    return [read(o) for o in program.outputs]

@@ -1,74 +1,12 @@
-"""Axis-flow rules: for each primitive, the axes of its results in terms of the axes of its operands.
-
-A rule gets the flow so far and one equation, unifies what the operation ties together, freezes what it cannot follow,
-and returns one term per result. A primitive without a rule freezes everything it touches, with the reason.
-"""
+"""Axis-flow rules of array operations: for each primitive, the axes of its results in terms of its operands' axes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-from sculpt.tracing.axes import ONE, Axes, Axis, Term
-from sculpt.tracing.program import Equation, Literal, Operand, Program
-
-Rule = Callable[["Flow", Equation], list[Term]]
-RULES: dict[str, Rule] = {}
-"""Primitive name -> rule."""
-
-
-class Flow:
-    """The terms of all values seen so far."""
-
-    def __init__(self, program: Program, axes: Axes) -> None:
-        self.program = program
-        self.axes = axes
-        self.terms: dict[int, Term] = {}
-
-    def term(self, operand: Operand) -> Term:
-        if isinstance(operand, Literal):
-            return self.fresh(self.program.shape(operand))
-        return self.terms[operand]
-
-    def fresh(self, shape: tuple[int, ...], frozen: str | None = None) -> Term:
-        return tuple(self.axes.fresh(n, frozen) for n in shape)
-
-    def out_shapes(self, eqn: Equation) -> list[tuple[int, ...]]:
-        return [self.program.shape(o) for o in eqn.outputs]
-
-    def step(self, eqn: Equation) -> None:
-        results = RULES.get(eqn.name, _unknown)(self, eqn)
-        for output, term in zip(eqn.outputs, results, strict=True):
-            sizes = tuple(map(self.axes.size, term))
-            if sizes != self.program.shape(output):
-                raise AssertionError(
-                    f"rule of {eqn.name} gave {sizes}, expected {self.program.shape(output)}"
-                )
-            self.terms[output] = term
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for primitives of these names."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
-
-
-def because(eqn: Equation, what: str) -> str:
-    return f"{what} ({eqn.name} at {eqn.source})"
-
-
-def _unknown(flow: Flow, eqn: Equation) -> list[Term]:
-    reason = because(eqn, "no rule for this operation")
-    for operand in eqn.inputs:
-        for axis in flow.term(operand):
-            flow.axes.freeze(axis, reason)
-    return [flow.fresh(shape, reason) for shape in flow.out_shapes(eqn)]
-
+from sculpt.tracing.axes import ONE, Axis, Term
+from sculpt.tracing.flow import Flow, because, rule
+from sculpt.tracing.program import Equation
 
 ELEMENTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz conj convert_element_type copy "
@@ -215,7 +153,7 @@ def _reduce_sum(flow: Flow, eqn: Equation) -> list[Term]:
     return [tuple(a for d, a in enumerate(term) if d not in eqn.params["axes"])]
 
 
-@rule("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
+@rule("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin")
 def _reduce_other(flow: Flow, eqn: Equation) -> list[Term]:
     term = flow.term(eqn.inputs[0])
     for dim in eqn.params["axes"]:
@@ -246,8 +184,16 @@ def _iota(flow: Flow, eqn: Equation) -> list[Term]:
     return [term]
 
 
-@rule("random_bits")
-def _random_bits(flow: Flow, eqn: Equation) -> list[Term]:
+@rule(
+    "random_bits",
+    "rng_uniform",
+    "random_seed",
+    "random_wrap",
+    "random_unwrap",
+    "random_fold_in",
+    "random_split",
+)
+def _random(flow: Flow, eqn: Equation) -> list[Term]:
     return [flow.fresh(shape) for shape in flow.out_shapes(eqn)]
 
 
@@ -282,7 +228,7 @@ def _dot_general(flow: Flow, eqn: Equation) -> list[Term]:
 @rule("conv_general_dilated")
 def _conv(flow: Flow, eqn: Equation) -> list[Term]:
     if eqn.params["batch_group_count"] != 1:
-        return _unknown(flow, eqn)
+        return flow.unknown(eqn, "batch groups")
     (shape,) = flow.out_shapes(eqn)
     numbers = eqn.params["dimension_numbers"]
     lhs, rhs = (flow.term(o) for o in eqn.inputs)
@@ -303,3 +249,8 @@ def _conv(flow: Flow, eqn: Equation) -> list[Term]:
         flow.axes.freeze(rhs[j], because(eqn, "window of a convolution"))
         result[k] = flow.axes.fresh(shape[k], because(eqn, "spatial axis of a convolution"))
     return [tuple(result)]
+
+
+@rule("tile")
+def _tile(flow: Flow, eqn: Equation) -> list[Term]:
+    return [tuple(axis * reps for axis, reps in zip(flow.term(eqn.inputs[0]), eqn.params["reps"]))]

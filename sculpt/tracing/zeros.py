@@ -8,29 +8,40 @@ over while no operand is zero there is reported, to be frozen.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from sculpt.tracing.axes import Atom
+from sculpt.tracing.flow import Flow, because
 from sculpt.tracing.program import Equation, Literal, Operand
-from sculpt.tracing.rules import Flow, because
-
-_KEEP_ZERO = set(
-    "neg abs sign tanh sin tan sqrt cbrt square erf floor ceil round expm1 log1p asin atan sinh asinh atanh "
-    "convert_element_type copy copy_p reduce_precision real imag stop_gradient reshape transpose "
-    "squeeze slice rev split reduce_sum reduce_max reduce_min reduce_window_sum cumsum".split()
-)
-_INTERSECT = {"add", "sub", "add_any", "max", "min", "select_n", "or", "clamp"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Zero:
+class Zero:
+    """What is known of the zeros of one value."""
+
     atoms: frozenset[Atom]
     """Free atoms at whose pruned units the value is exactly zero."""
     constant: Any = None
     """The value itself where it is one number known beforehand."""
+
+
+ZeroRule = Callable[["ZeroPass", Equation, list[Zero]], Iterable[Atom]]
+ZERO_RULES: dict[str, ZeroRule] = {}
+"""Primitive name -> rule that gives the atoms at which the result is zero; without a rule, none."""
+
+
+def zero_rule(*names: str) -> Callable[[ZeroRule], ZeroRule]:
+    """Registers a zero rule for primitives of these names."""
+
+    def register(function: ZeroRule) -> ZeroRule:
+        for name in names:
+            ZERO_RULES[name] = function
+        return function
+
+    return register
 
 
 def unsound_atoms(flow: Flow, zero_inputs: Iterable[int]) -> dict[Atom, str]:
@@ -43,150 +54,287 @@ def unsound_atoms(flow: Flow, zero_inputs: Iterable[int]) -> dict[Atom, str]:
     Returns:
       atom -> reason why it must be frozen.
     """
-    return _ZeroPass(flow, zero_inputs).run()
+    unsound: dict[Atom, str] = {}
+    masked = set(zero_inputs)
+    inputs = [
+        Zero(frozenset(live(flow, flow.terms[value]) if value in masked else ()))
+        for value in flow.program.inputs
+    ]
+    ZeroPass(flow, inputs, unsound)
+    return unsound
 
 
-class _ZeroPass:
-    def __init__(self, flow: Flow, zero_inputs: Iterable[int]) -> None:
+def live(flow: Flow, term: Iterable[Any]) -> set[Atom]:
+    """The free atoms of a term that are not frozen."""
+    axes = flow.axes
+    return {a for axis in term for a in axes.atoms(axis) if axes.frozen(a) is None}
+
+
+class ZeroPass:
+    """The zeros of all values of a program, found in order of its equations."""
+
+    def __init__(self, flow: Flow, inputs: Sequence[Zero], unsound: dict[Atom, str]) -> None:
         self.flow = flow
-        self.unsound: dict[Atom, str] = {}
-        self.zeros: dict[int, _Zero] = {}
-        for value in flow.program.inputs:
-            self.zeros[value] = _Zero(frozenset())
-        for value in zero_inputs:
-            self.zeros[value] = _Zero(frozenset(self.live(flow.terms[value])))
+        self.unsound = unsound
+        self.zeros: dict[int, Zero] = dict(zip(flow.program.inputs, inputs, strict=True))
         for value, array in flow.program.constants.items():
-            self.zeros[value] = _Zero(frozenset(), _single_number(array))
+            self.zeros[value] = Zero(frozenset(), _single_number(array))
+        for eqn in flow.program.equations:
+            self._step(eqn)
+
+    @property
+    def results(self) -> list[Zero]:
+        """Zeros of the program's outputs."""
+        return [self.read(o) for o in self.flow.program.outputs]
 
     def live(self, term: Iterable[Any]) -> set[Atom]:
-        axes = self.flow.axes
-        return {a for axis in term for a in axes.atoms(axis) if axes.frozen(a) is None}
+        return live(self.flow, term)
 
-    def read(self, operand: Operand) -> _Zero:
+    def read(self, operand: Operand) -> Zero:
         if isinstance(operand, Literal):
-            return _Zero(frozenset(), _single_number(operand.value))
+            return Zero(frozenset(), _single_number(operand.value))
         return self.zeros[operand]
 
     def term(self, operand: Operand) -> Any:
         return () if isinstance(operand, Literal) else self.flow.terms[operand]
 
-    def run(self) -> dict[Atom, str]:
-        for eqn in self.flow.program.equations:
-            operands = [self.read(o) for o in eqn.inputs]
-            atoms = self.result(eqn, operands)
-            constant = operands[0].constant if eqn.name in _CARRY_CONSTANT and operands else None
-            for output in eqn.outputs:
-                self.zeros[output] = _Zero(frozenset(atoms & self.live(self.flow.terms[output])), constant)
-        return self.unsound
-
-    def result(self, eqn: Equation, operands: list[_Zero]) -> set[Atom]:
-        name = eqn.name
-        if name in ("dot_general", "conv_general_dilated"):
-            return self.contraction(eqn, operands)
-        if name == "reduce_sum":
-            summed = [self.term(eqn.inputs[0])[d] for d in eqn.params["axes"]]
-            self.require(self.live(summed), operands[0].atoms, because(eqn, "summed over while not zero"))
-        if name in _KEEP_ZERO:
-            return set(operands[0].atoms)
-        if name == "broadcast_in_dim":
-            mapped = eqn.params["broadcast_dimensions"]
-            new = [a for d, a in enumerate(self.flow.terms[eqn.outputs[0]]) if d not in mapped]
-            return set(operands[0].atoms) - self.live(new)
-        if name in ("mul", "and"):
-            return set().union(*(o.atoms for o in operands))
-        if name == "div":
-            return set(operands[0].atoms)
-        if name == "integer_pow":
-            return set(operands[0].atoms) if eqn.params["y"] > 0 else set()
-        if name == "pow":
-            exponent = operands[1].constant
-            return set(operands[0].atoms) if exponent is not None and exponent > 0 else set()
-        if name in _INTERSECT:
-            return self.intersection(eqn, operands)
-        if name in ("concatenate", "pad"):
-            return self.joined(eqn, operands)
-        return set()
-
-    def intersection(self, eqn: Equation, operands: list[_Zero]) -> set[Atom]:
-        name = eqn.name
-        if name == "clamp":
-            low, x, high = operands
-            bounds = (low.constant, high.constant)
-            return set(x.atoms) if None not in bounds and bounds[0] <= 0 <= bounds[1] else set()
-        considered = operands[1:] if name == "select_n" else operands
-        harmless = {"max": lambda c: c <= 0, "min": lambda c: c >= 0}.get(name, lambda c: c == 0)
-        sets = [o.atoms for o in considered if o.constant is None or not harmless(o.constant)]
-        if not sets:
-            return self.live(self.flow.terms[eqn.outputs[0]])
-        return set(frozenset.intersection(*sets))
-
-    def joined(self, eqn: Equation, operands: list[_Zero]) -> set[Atom]:
-        atoms = self.live(self.flow.terms[eqn.outputs[0]])
-        if eqn.name == "pad":
-            source = self.live(self.term(eqn.inputs[0]))
-            padded_with_zero = operands[1].constant == 0
-            padding = self.padding_atoms(eqn)
-            return {
-                a
-                for a in atoms
-                if (a not in source or a in operands[0].atoms) and (a not in padding or padded_with_zero)
-            }
-        return {
-            a
-            for a in atoms
-            if all(a in z.atoms for o, z in zip(eqn.inputs, operands) if a in self.live(self.term(o)))
-        }
-
-    def padding_atoms(self, eqn: Equation) -> set[Atom]:
-        found: set[Atom] = set()
-        axes = self.flow.axes
-        for axis, (low, high, interior) in zip(self.flow.terms[eqn.outputs[0]], eqn.params["padding_config"]):
-            if (low or high) and low >= 0 and high >= 0 and not interior:
-                reason = because(eqn, "padding inside a product of axes")
-                head, rest = axes.cut(axis, low, reason)
-                tail = axes.cut(rest, axes.size(rest) - high, reason)[1]
-                found |= self.live((head, tail))
-        return found
-
-    def contraction(self, eqn: Equation, operands: list[_Zero]) -> set[Atom]:
-        lhs, rhs = (self.term(o) for o in eqn.inputs)
-        if eqn.name == "dot_general":
-            (lhs_sum, rhs_sum), (lhs_batch, _) = eqn.params["dimension_numbers"]
-            shared = self.live(lhs[i] for i in lhs_batch)
-            lhs_free = self.live(a for d, a in enumerate(lhs) if d not in (*lhs_sum, *lhs_batch))
-            rhs_batch = eqn.params["dimension_numbers"][1][1]
-            rhs_free = self.live(a for d, a in enumerate(rhs) if d not in (*rhs_sum, *rhs_batch))
-            summed = self.live([lhs[i] for i in lhs_sum] + [rhs[i] for i in rhs_sum])
-        else:
-            numbers = eqn.params["dimension_numbers"]
-            shared = set()
-            lhs_free = self.live([lhs[numbers.lhs_spec[0]]])
-            rhs_free = self.live([rhs[numbers.rhs_spec[0]]])
-            summed = self.live([rhs[numbers.rhs_spec[1]]])
-        self.require(
-            summed, operands[0].atoms | operands[1].atoms, because(eqn, "contracted over while not zero")
-        )
-        result: set[Atom] = set()
-        for atom in shared | lhs_free | rhs_free:
-            left, right = atom in operands[0].atoms, atom in operands[1].atoms
-            if atom in shared and (left or right):
-                result.add(atom)
-            elif (atom not in lhs_free or left) and (atom not in rhs_free or right) and atom not in shared:
-                result.add(atom)
-        return result
-
     def require(self, atoms: set[Atom], zero: Iterable[Atom], reason: str) -> None:
+        """Reports those of `atoms` that are not among `zero`."""
         for atom in atoms - set(zero):
             self.unsound.setdefault(atom, reason)
+
+    def _step(self, eqn: Equation) -> None:
+        operands = [self.read(o) for o in eqn.inputs]
+        if eqn.bodies:
+            results = _BODY_RULES[eqn.name](self, eqn, operands)
+        else:
+            zero = ZERO_RULES.get(eqn.name)
+            atoms = frozenset(() if zero is None else zero(self, eqn, operands))
+            constant = operands[0].constant if eqn.name in _CARRY_CONSTANT and operands else None
+            results = [Zero(atoms, constant)] * len(eqn.outputs)
+        for output, found in zip(eqn.outputs, results, strict=True):
+            alive = self.live(self.flow.terms[output])
+            everywhere = found.constant is not None and found.constant == 0
+            self.zeros[output] = Zero(frozenset(alive if everywhere else found.atoms & alive), found.constant)
 
 
 _CARRY_CONSTANT = {"convert_element_type", "broadcast_in_dim", "copy", "reshape"}
 
 
 def _single_number(array: Any) -> Any:
-    if np.ndim(array) == 0 and not isinstance(array, Mapping):
+    if np.ndim(array) == 0:
         try:
             return np.asarray(array).item()
         except (TypeError, ValueError):
             return None
     return None
+
+
+@zero_rule(
+    *"neg abs sign tanh sin tan sqrt cbrt square erf floor ceil round expm1 log1p asin atan sinh asinh atanh "
+    "convert_element_type copy copy_p reduce_precision real imag stop_gradient reshape transpose squeeze slice rev "
+    "split tile reduce_max reduce_min reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin "
+    "gather dynamic_slice top_k".split()
+)
+def _kept(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    return operands[0].atoms
+
+
+@zero_rule("sort")
+def _sort(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    return frozenset.intersection(*(o.atoms for o in operands))
+
+
+@zero_rule("reduce_sum")
+def _reduce_sum(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    summed = [zeros.term(eqn.inputs[0])[d] for d in eqn.params["axes"]]
+    zeros.require(zeros.live(summed), operands[0].atoms, because(eqn, "summed over while not zero"))
+    return operands[0].atoms
+
+
+@zero_rule("broadcast_in_dim")
+def _broadcast(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    mapped = eqn.params["broadcast_dimensions"]
+    new = [a for d, a in enumerate(zeros.flow.terms[eqn.outputs[0]]) if d not in mapped]
+    return operands[0].atoms - zeros.live(new)
+
+
+@zero_rule("mul", "and")
+def _product(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    return frozenset().union(*(o.atoms for o in operands))
+
+
+@zero_rule("div", "rem")
+def _numerator(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    return operands[0].atoms
+
+
+@zero_rule("integer_pow")
+def _integer_power(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    return operands[0].atoms if eqn.params["y"] > 0 else ()
+
+
+@zero_rule("pow")
+def _power(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    exponent = operands[1].constant
+    return operands[0].atoms if exponent is not None and exponent > 0 else ()
+
+
+_HARMLESS: dict[str, Callable[[Any], bool]] = {"max": lambda c: c <= 0, "min": lambda c: c >= 0}
+
+
+@zero_rule(
+    "add", "sub", "add_any", "max", "min", "select_n", "or", "dynamic_update_slice", "scatter", "scatter-add"
+)
+def _all_zero(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    if eqn.name.startswith("scatter"):
+        considered = [operands[0], operands[2]]
+    elif eqn.name == "dynamic_update_slice":
+        considered = operands[:2]
+    else:
+        considered = operands[1:] if eqn.name == "select_n" else operands
+    harmless = _HARMLESS.get(eqn.name, lambda c: c == 0)
+    sets = [o.atoms for o in considered if o.constant is None or not harmless(o.constant)]
+    return frozenset.intersection(*sets) if sets else zeros.live(zeros.flow.terms[eqn.outputs[0]])
+
+
+@zero_rule("clamp")
+def _clamp(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    low, x, high = operands
+    if low.constant is None or high.constant is None:
+        return ()
+    return x.atoms if low.constant <= 0 <= high.constant else ()
+
+
+@zero_rule("concatenate")
+def _concatenate(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    parts = [(zeros.live(zeros.term(o)), z) for o, z in zip(eqn.inputs, operands)]
+    return [
+        a
+        for a in zeros.live(zeros.flow.terms[eqn.outputs[0]])
+        if all(a in z.atoms for atoms, z in parts if a in atoms)
+    ]
+
+
+@zero_rule("pad")
+def _pad(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    atoms = zeros.live(zeros.flow.terms[eqn.outputs[0]])
+    source = zeros.live(zeros.term(eqn.inputs[0]))
+    padding = _padding_atoms(zeros, eqn) if operands[1].constant != 0 else set()
+    return [a for a in atoms if (a not in source or a in operands[0].atoms) and a not in padding]
+
+
+def _padding_atoms(zeros: ZeroPass, eqn: Equation) -> set[Atom]:
+    found: set[Atom] = set()
+    axes = zeros.flow.axes
+    for axis, (low, high, interior) in zip(zeros.flow.terms[eqn.outputs[0]], eqn.params["padding_config"]):
+        if (low or high) and low >= 0 and high >= 0 and not interior:
+            reason = because(eqn, "padding inside a product of axes")
+            head, rest = axes.cut(axis, low, reason)
+            tail = axes.cut(rest, axes.size(rest) - high, reason)[1]
+            found |= zeros.live((head, tail))
+    return found
+
+
+@zero_rule("dot_general")
+def _dot_general(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    lhs, rhs = (zeros.term(o) for o in eqn.inputs)
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    shared = zeros.live(lhs[i] for i in lhs_batch)
+    lhs_free = zeros.live(a for d, a in enumerate(lhs) if d not in (*lhs_sum, *lhs_batch))
+    rhs_free = zeros.live(a for d, a in enumerate(rhs) if d not in (*rhs_sum, *rhs_batch))
+    summed = zeros.live([lhs[i] for i in lhs_sum] + [rhs[i] for i in rhs_sum])
+    return _contraction(zeros, eqn, operands, summed, shared, lhs_free, rhs_free)
+
+
+@zero_rule("conv_general_dilated")
+def _convolution(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    lhs, rhs = (zeros.term(o) for o in eqn.inputs)
+    numbers = eqn.params["dimension_numbers"]
+    features, outputs = zeros.live([lhs[numbers.lhs_spec[1]]]), zeros.live([rhs[numbers.rhs_spec[0]]])
+    summed = zeros.live([rhs[numbers.rhs_spec[1]]])
+    # Groups are features and outputs at once.
+    shared = (features & outputs) - summed
+    lhs_free = zeros.live([lhs[numbers.lhs_spec[0]]])
+    return _contraction(zeros, eqn, operands, summed, shared, lhs_free, outputs - shared)
+
+
+def _contraction(
+    zeros: ZeroPass,
+    eqn: Equation,
+    operands: list[Zero],
+    summed: set[Atom],
+    shared: set[Atom],
+    lhs_free: set[Atom],
+    rhs_free: set[Atom],
+) -> Iterable[Atom]:
+    left, right = (o.atoms for o in operands)
+    zeros.require(summed, left | right, because(eqn, "contracted over while not zero"))
+    kept = (
+        (shared & (left | right)) | {a for a in lhs_free if a in left} | {a for a in rhs_free if a in right}
+    )
+    # An atom free on both sides (x times x transposed) is zero on its two axes only if both operands are.
+    return {a for a in kept if a not in lhs_free & rhs_free or a in left & right}
+
+
+BodyRule = Callable[[ZeroPass, Equation, list[Zero]], list[Zero]]
+
+
+def _body(zeros: ZeroPass, eqn: Equation, index: int, inputs: Sequence[Zero]) -> list[Zero]:
+    return ZeroPass(zeros.flow.bodies[id(eqn)][index], inputs, zeros.unsound).results
+
+
+def _call(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
+    return _body(zeros, eqn, 0, operands)
+
+
+def _cond(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
+    branches = [_body(zeros, eqn, index, operands[1:]) for index in range(len(eqn.bodies))]
+    return [_both(*results) for results in zip(*branches)]
+
+
+def _both(*found: Zero) -> Zero:
+    return Zero(frozenset.intersection(*(z.atoms for z in found)))
+
+
+def _scan(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
+    first, count = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, stacked = operands[:first], operands[first + count :]
+    carry = _initial(zeros, eqn.inputs[first : first + count], operands[first : first + count])
+    while True:
+        results = _body(zeros, eqn, 0, [*consts, *carry, *stacked])
+        narrowed = [_both(x, y) for x, y in zip(carry, results)]
+        if narrowed == carry:
+            return [*carry, *results[count:]]
+        carry = narrowed
+
+
+def _while(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
+    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = _initial(zeros, eqn.inputs[first + second :], operands[first + second :])
+    while True:
+        results = _body(zeros, eqn, 1, [*operands[first : first + second], *carry])
+        narrowed = [_both(x, y) for x, y in zip(carry, results)]
+        if narrowed == carry:
+            _body(zeros, eqn, 0, [*operands[:first], *carry])
+            return carry
+        carry = narrowed
+
+
+def _initial(zeros: ZeroPass, operands: Sequence[Operand], found: Sequence[Zero]) -> list[Zero]:
+    """A carry changes: no constant, but zero where it starts as zero, until a step shows otherwise."""
+    return [
+        Zero(frozenset(zeros.live(zeros.term(o)) if z.constant == 0 else z.atoms))
+        for o, z in zip(operands, found)
+    ]
+
+
+_BODY_RULES: dict[str, BodyRule] = {
+    "custom_jvp_call": _call,
+    "custom_vjp_call": _call,
+    "checkpoint": _call,
+    "remat2": _call,
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+}

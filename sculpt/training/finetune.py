@@ -305,10 +305,11 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
         raise ValueError(
             f"the model does not take the images of {splits.name}, float32{list(x.shape)}: {error}"
         ) from error
-    if logits.ndim != 2 or logits.shape[1] < splits.num_classes:
+    shapes = [list(output.shape) for output in jax.tree.leaves(logits)]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] < splits.num_classes:
         raise ValueError(
             f"expected logits [{config.batch_size}, {splits.num_classes} or more] for {splits.name}, "
-            f"the model gives {list(logits.shape)}"
+            f"the model gives {', '.join(map(str, shapes))}"
         )
 
 

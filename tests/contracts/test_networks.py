@@ -152,7 +152,7 @@ def test_macs_equal_what_xla_counts(name: str) -> None:
     """XLA counts no products with padding, so each convolution is counted on an input that is padded beforehand."""
     trace = traced(name)
     for layer in trace.layers:
-        eqn = trace.program.equations[layer.equation]
+        eqn = layer.equation
         shapes = [jax.ShapeDtypeStruct(trace.program.shape(i), jnp.float32) for i in eqn.inputs]
         params = dict(eqn.params)
         if layer.kind == "conv":

@@ -116,3 +116,9 @@ def test_bad_images_and_labels_are_refused(images: object, labels: object, messa
 def test_plans_are_checked(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be a whole number"):
         sculpt.EvaluationPlan(**{field: 0})
+
+
+def test_a_model_without_logits_is_refused() -> None:
+    model = sculpt.from_function(lambda params, x: x * params["w"], {"w": jnp.ones(())})
+    with pytest.raises(ValueError, match=r"logits \[1, classes\]; this one gives \[1, 4, 4, 1\]"):
+        sculpt.evaluate(model, jnp.zeros((3, 4, 4, 1)), np.zeros(3, np.int32))

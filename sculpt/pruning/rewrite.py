@@ -1,0 +1,201 @@
+"""The static sizes of a program, rewritten for axes that lost units: what `tracing/execute.py` runs for a compact model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.tracing.axes import Atom, Axis, Term
+from sculpt.tracing.execute import Executable
+from sculpt.tracing.flow import Flow
+from sculpt.tracing.program import Equation, Literal, Program
+
+
+class Sizes:
+    """What is kept of every value of a program."""
+
+    def __init__(self, flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> None:
+        self.flow = flow
+        self.program = program
+        """The program to be run: that of `flow`, or the same one with symbolic sizes."""
+        self.kept = kept
+
+    def shrinks(self, axis: Axis) -> bool:
+        return any(atom in self.kept for atom in self.flow.axes.atoms(axis))
+
+    def units(self, axis: Axis) -> np.ndarray:
+        """Boolean `[dense size]`: which units of an axis stay."""
+        return np.asarray(self.flow.axes.keep(axis, self.kept))
+
+    def count(self, axis: Axis, dense: Any) -> Any:
+        """Size of an axis whose dense size is `dense`; sizes that may be symbolic pass through."""
+        return int(self.units(axis).sum()) if self.shrinks(axis) else dense
+
+    def shape(self, value: int) -> tuple[Any, ...]:
+        """The new shape of a value."""
+        return tuple(map(self.count, self.flow.terms[value], self.program.avals[value].shape))
+
+    def term(self, eqn: Equation, index: int = 0) -> Term:
+        operand = eqn.inputs[index]
+        return () if isinstance(operand, Literal) else self.flow.terms[operand]
+
+    def changes(self, eqn: Equation) -> bool:
+        """Whether anything that the equation reads or gives has become smaller."""
+        values = [v for v in (*eqn.inputs, *eqn.outputs) if not isinstance(v, Literal)]
+        return any(self.shrinks(axis) for v in values for axis in self.flow.terms[v])
+
+
+Rewrite = Callable[[Sizes, Equation], dict[str, Any]]
+REWRITES: dict[str, Rewrite] = {}
+"""Primitive name -> the static parameters that change with the sizes of its operands. Others have none."""
+
+
+def rewrite_rule(*names: str) -> Callable[[Rewrite], Rewrite]:
+    """Registers a rewrite for primitives of these names."""
+
+    def register(function: Rewrite) -> Rewrite:
+        for name in names:
+            REWRITES[name] = function
+        return function
+
+    return register
+
+
+def rewrite(flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> Executable:
+    """The program at the sizes that are left.
+
+    Args:
+      flow: axes of the program at known sizes.
+      program: the program itself, or the same one traced with symbolic sizes.
+      kept: boolean `[atom size]` of every atom that lost units.
+    """
+    sizes = Sizes(flow, program, kept)
+    params: dict[int, dict[str, Any]] = {}
+    bodies: dict[int, tuple[Executable, ...]] = {}
+    derivatives: dict[int, Executable] = {}
+    for known, eqn in zip(flow.program.equations, program.equations):
+        # Where nothing shrinks the equation stays as it was written.
+        if eqn.bodies:
+            inner = flow.bodies[id(known)]
+            if sizes.changes(eqn) or any(_has_smaller_constants(body, kept) for body in inner):
+                bodies[id(eqn)] = tuple(rewrite(f, b, kept) for f, b in zip(inner, eqn.bodies))
+                if id(known) in flow.derivatives:
+                    backward = flow.derivatives[id(known)]
+                    derivatives[id(eqn)] = rewrite(backward, backward.program, kept)
+        elif eqn.name in REWRITES and sizes.changes(eqn):
+            params[id(eqn)] = {**eqn.params, **REWRITES[eqn.name](sizes, eqn)}
+    constants = {value: take(array, sizes, flow.terms[value]) for value, array in program.constants.items()}
+    return Executable(program, constants, params, bodies, derivatives)
+
+
+def _has_smaller_constants(flow: Flow, kept: Mapping[Atom, np.ndarray]) -> bool:
+    sizes = Sizes(flow, flow.program, kept)
+    return any(sizes.shrinks(axis) for value in flow.program.constants for axis in flow.terms[value])
+
+
+def take(array: Any, sizes: Sizes, term: Term) -> Any:
+    """The units of an array that stay."""
+    for dim, axis in enumerate(term):
+        if sizes.shrinks(axis):
+            array = jnp.take(array, np.flatnonzero(sizes.units(axis)), axis=dim)
+    return array
+
+
+@rewrite_rule("broadcast_in_dim", "iota", "random_bits", "rng_uniform")
+def _shape(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    return {"shape": sizes.shape(eqn.outputs[0])}
+
+
+@rewrite_rule("reshape")
+def _reshape(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    return {"new_sizes": sizes.shape(eqn.outputs[0])}
+
+
+@rewrite_rule("slice")
+def _slice(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    starts, limits = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
+    for dim, axis in enumerate(sizes.term(eqn)):
+        if sizes.shrinks(axis):
+            units = sizes.units(axis)
+            starts[dim], limits[dim] = int(units[: starts[dim]].sum()), int(units[: limits[dim]].sum())
+    return {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
+
+
+@rewrite_rule("split")
+def _split(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    axis = eqn.params["axis"]
+    return {"sizes": tuple(sizes.shape(output)[axis] for output in eqn.outputs)}
+
+
+@rewrite_rule("pad")
+def _pad(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    config = []
+    for axis, (low, high, interior) in zip(sizes.flow.terms[eqn.outputs[0]], eqn.params["padding_config"]):
+        if sizes.shrinks(axis):
+            units = sizes.units(axis)
+            low, high = int(units[:low].sum()), int(units[len(units) - high :].sum())
+        config.append((low, high, interior))
+    return {"padding_config": tuple(config)}
+
+
+@rewrite_rule("gather")
+def _gather(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    batching = eqn.params["dimension_numbers"].operand_batching_dims
+    slices = eqn.params["slice_sizes"]
+    kept = [
+        n if d in batching else sizes.count(axis, n)
+        for d, (axis, n) in enumerate(zip(sizes.term(eqn), slices))
+    ]
+    return {"slice_sizes": tuple(kept)}
+
+
+@rewrite_rule("dynamic_slice")
+def _dynamic_slice(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    return {"slice_sizes": sizes.shape(eqn.outputs[0])}
+
+
+@rewrite_rule("conv_general_dilated")
+def _convolution(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    numbers = eqn.params["dimension_numbers"]
+    lhs, rhs = sizes.term(eqn, 0), sizes.term(eqn, 1)
+    padding = []
+    for dim, (low, high), dilation in zip(
+        numbers.rhs_spec[2:], eqn.params["padding"], eqn.params["rhs_dilation"]
+    ):
+        units = sizes.units(rhs[dim])
+        window = np.flatnonzero(units)
+        if window[-1] - window[0] + 1 != len(window):
+            raise ValueError(
+                f"a kernel keeps positions {window.tolist()} of {len(units)}, which is not a window"
+            )
+        # What the kernel lost at an edge, the padding loses too (below zero it crops).
+        last = len(units) - 1 - int(window[-1])
+        padding.append((low - int(window[0]) * dilation, high - last * dilation))
+    features = int(sizes.units(lhs[numbers.lhs_spec[1]]).sum())
+    inputs = int(sizes.units(rhs[numbers.rhs_spec[1]]).sum())
+    return {"padding": tuple(padding), "feature_group_count": features // inputs}
+
+
+def bind(eqn: Equation, operands: list[Any], params: dict[str, Any]) -> Any:
+    """Applies one primitive. Negative padding becomes a slice: XLA's CPU convolution reads out of bounds where low padding
+    is negative."""
+    if eqn.name == "conv_general_dilated" and any(low < 0 or high < 0 for low, high in params["padding"]):
+        operands, params = _cropped(operands, params)
+    return eqn.primitive.bind(*operands, **params)
+
+
+def _cropped(operands: list[Any], params: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    image, kernel = operands
+    config = [(0, 0, 0)] * image.ndim
+    padding, spread = list(params["padding"]), list(params["lhs_dilation"])
+    for place, dim in enumerate(params["dimension_numbers"].lhs_spec[2:]):
+        low, high = padding[place]
+        if low < 0 or high < 0:
+            config[dim] = (min(low, 0), min(high, 0), spread[place] - 1)
+            padding[place], spread[place] = (max(low, 0), max(high, 0)), 1
+    image = jax.lax.pad(image, jnp.zeros((), image.dtype), config)
+    return [image, kernel], {**params, "padding": tuple(padding), "lhs_dilation": tuple(spread)}

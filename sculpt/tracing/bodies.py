@@ -1,0 +1,79 @@
+"""Axis-flow rules of equations with bodies: loops, branches, rematerialised regions, functions with their own derivative."""
+
+from __future__ import annotations
+
+from sculpt.tracing.axes import Term
+from sculpt.tracing.flow import Flow, because, rule
+from sculpt.tracing.program import Equation, Operand, Program, derivative, is_inexact
+
+_DIFFER = "axes of different structure meet"
+
+
+@rule("checkpoint", "remat2")
+def _checkpoint(flow: Flow, eqn: Equation) -> list[Term]:
+    return flow.body(eqn, 0, [flow.term(o) for o in eqn.inputs])
+
+
+@rule("scan")
+def _scan(flow: Flow, eqn: Equation) -> list[Term]:
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    terms = [flow.term(o) for o in eqn.inputs]
+    consts, carry, stacked = (
+        terms[:num_consts],
+        terms[num_consts : num_consts + num_carry],
+        terms[num_consts + num_carry :],
+    )
+    for term in stacked:
+        flow.axes.freeze(term[0], because(eqn, "steps of a scan"))
+    # The axes inside are those of the stacked arrays: what is pruned is pruned in every step alike.
+    results = flow.body(eqn, 0, [*consts, *carry, *(term[1:] for term in stacked)])
+    for before, after in zip(carry, results):
+        flow.unify(before, after, because(eqn, _DIFFER))
+    steps = flow.axes.fresh(eqn.params["length"], because(eqn, "steps of a scan"))
+    return [*carry, *((steps, *term) for term in results[num_carry:])]
+
+
+@rule("while")
+def _while(flow: Flow, eqn: Equation) -> list[Term]:
+    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    terms = [flow.term(o) for o in eqn.inputs]
+    carry = terms[first + second :]
+    flow.body(eqn, 0, [*terms[:first], *carry])
+    results = flow.body(eqn, 1, [*terms[first : first + second], *carry])
+    for before, after in zip(carry, results):
+        flow.unify(before, after, because(eqn, _DIFFER))
+    return carry
+
+
+@rule("cond")
+def _cond(flow: Flow, eqn: Equation) -> list[Term]:
+    terms = [flow.term(o) for o in eqn.inputs[1:]]
+    branches = [flow.body(eqn, index, terms) for index in range(len(eqn.bodies))]
+    for other in branches[1:]:
+        for x, y in zip(branches[0], other):
+            flow.unify(x, y, because(eqn, _DIFFER))
+    return branches[0]
+
+
+@rule("custom_jvp_call", "custom_vjp_call")
+def _custom(flow: Flow, eqn: Equation) -> list[Term]:
+    terms = [flow.term(o) for o in eqn.inputs]
+    results = flow.body(eqn, 0, terms)
+    if not flow.with_derivatives:
+        return results
+    inexact = [term for o, term in zip(eqn.inputs, terms) if _inexact(flow.program, o)]
+    inexact_results = [term for o, term in zip(eqn.outputs, results) if _inexact(flow.program, o)]
+    if eqn.name == "custom_jvp_call":
+        known, expected = inexact, [*results, *inexact_results]
+    else:
+        known, expected = inexact_results, inexact
+    # The derivative has to be cut down too, for further training: its axes are those of the function.
+    backward = Flow(derivative(flow.program, eqn), flow.axes, [*terms, *known], with_derivatives=False)
+    for x, y in zip(backward.results, expected, strict=True):
+        flow.unify(x, y, because(eqn, _DIFFER))
+    flow.derivatives[id(eqn)] = backward
+    return results
+
+
+def _inexact(program: Program, operand: Operand) -> bool:
+    return is_inexact(program.avals[operand]) if isinstance(operand, int) else is_inexact(operand.value)

@@ -1,0 +1,158 @@
+"""Running a flat program, as it was written or with other static sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.dtypes import float0
+
+from sculpt.tracing.program import Equation, Literal, Program, is_inexact
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Executable:
+    """A program with the static parameters to run it with."""
+
+    program: Program
+    constants: dict[int, Any]
+    """Arrays in place of the program's own constants, by value id."""
+    params: dict[int, dict[str, Any]]
+    """Static parameters in place of an equation's own, by `id(equation)`."""
+    bodies: dict[int, tuple[Executable, ...]]
+    """The equation's bodies, by `id(equation)`; equations that are not named run as they were written."""
+    derivatives: dict[int, Executable]
+    """What `derivative` of the equation is to be replaced by, by `id(equation)`."""
+
+
+Observer = Callable[[Equation, Sequence[Any]], None]
+Binder = Callable[[Equation, list[Any], dict[str, Any]], Any]
+
+
+def as_written(program: Program) -> Executable:
+    """The program with its own constants and parameters."""
+    return Executable(program, program.constants, {}, {}, {})
+
+
+def execute(
+    executable: Executable,
+    arguments: Sequence[Any],
+    bind: Binder | None = None,
+    observe: Observer | None = None,
+) -> list[Any]:
+    """Runs a program on flattened arguments.
+
+    Args:
+      executable: the program and its parameters.
+      arguments: one array per input of the program.
+      bind: `(equation, operands, params) -> results` may apply a primitive in its own way.
+      observe: is shown the results of every equation outside bodies.
+    """
+    program = executable.program
+    values: dict[int, Any] = dict(zip(program.inputs, arguments, strict=True))
+    values.update(executable.constants)
+
+    def read(operand: Any) -> Any:
+        return operand.value if isinstance(operand, Literal) else values[operand]
+
+    for eqn in program.equations:
+        operands = [read(o) for o in eqn.inputs]
+        if eqn.function is not None:
+            results = _structured(eqn, operands, executable, bind)
+        else:
+            params = executable.params.get(id(eqn), eqn.params)
+            results = (
+                bind(eqn, operands, params) if bind is not None else eqn.primitive.bind(*operands, **params)
+            )
+            if not eqn.primitive.multiple_results:
+                results = [results]
+        if observe is not None:
+            observe(eqn, results)
+        values.update(zip(eqn.outputs, results, strict=True))
+    return [read(o) for o in program.outputs]
+
+
+def _structured(eqn: Equation, operands: list[Any], executable: Executable, bind: Binder | None) -> list[Any]:
+    assert eqn.function is not None
+    bodies = executable.bodies.get(id(eqn))
+    if bodies is None:
+        return eqn.function(*operands)
+    functions = [lambda *a, body=body: execute(body, a, bind) for body in bodies]
+    if eqn.name == "scan":
+        return _scan(eqn, operands, functions[0])
+    if eqn.name == "while":
+        return _while(eqn, operands, *functions)
+    if eqn.name == "cond":
+        return list(jax.lax.switch(operands[0], functions, *operands[1:]))
+    if eqn.name in ("checkpoint", "remat2"):
+        again = jax.checkpoint(
+            functions[0], prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+        )
+        return list(again(*operands))
+    derivative = executable.derivatives.get(id(eqn))
+    if derivative is None:
+        return functions[0](*operands)
+    if eqn.name == "custom_jvp_call":
+        return _custom_jvp(eqn, operands, functions[0], lambda *a: execute(derivative, a, bind))
+    return _custom_vjp(eqn, operands, functions[0], lambda *a: execute(derivative, a, bind))
+
+
+def _scan(eqn: Equation, operands: list[Any], body: Callable[..., list[Any]]) -> list[Any]:
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
+
+    def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = body(*consts, *carry, *slices)
+        return results[:num_carry], results[num_carry:]
+
+    names = ("length", "reverse", "unroll")
+    carry, stacked = jax.lax.scan(
+        step, carry, operands[num_consts + num_carry :], **{n: eqn.params[n] for n in names}
+    )
+    return [*carry, *stacked]
+
+
+def _while(
+    eqn: Equation, operands: list[Any], condition: Callable[..., list[Any]], body: Callable[..., list[Any]]
+) -> list[Any]:
+    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    condition_consts, body_consts = operands[:first], operands[first : first + second]
+    return jax.lax.while_loop(
+        lambda carry: condition(*condition_consts, *carry)[0],
+        lambda carry: body(*body_consts, *carry),
+        operands[first + second :],
+    )
+
+
+def _custom_jvp(
+    eqn: Equation, operands: list[Any], body: Callable[..., list[Any]], derivative: Callable[..., list[Any]]
+) -> list[Any]:
+    function = jax.custom_jvp(lambda *primals: body(*primals))
+
+    @function.defjvp
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        results = derivative(*primals, *(t for p, t in zip(primals, tangents) if is_inexact(p)))
+        primals_out, known = results[: len(eqn.outputs)], iter(results[len(eqn.outputs) :])
+        return primals_out, [next(known) if is_inexact(p) else _no_tangent(p) for p in primals_out]
+
+    return list(function(*operands))
+
+
+def _custom_vjp(
+    eqn: Equation, operands: list[Any], body: Callable[..., list[Any]], derivative: Callable[..., list[Any]]
+) -> list[Any]:
+    function = jax.custom_vjp(lambda *primals: body(*primals))
+
+    def backward(primals: Sequence[Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        known = iter(derivative(*primals, *(c for c in cotangents if is_inexact(c))))
+        return tuple(next(known) if is_inexact(p) else None for p in primals)
+
+    function.defvjp(lambda *primals: (body(*primals), primals), backward)
+    return list(function(*operands))
+
+
+def _no_tangent(value: Any) -> np.ndarray:
+    return np.zeros(np.shape(value), float0)

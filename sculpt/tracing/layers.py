@@ -1,0 +1,257 @@
+"""The operations that cost something: layers (a kernel out of the parameters) and products of activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sculpt.tracing.axes import Atom
+from sculpt.tracing.flow import Flow
+from sculpt.tracing.program import Equation
+
+Monomials = tuple[tuple[int, tuple[Atom, ...]], ...]
+"""A polynomial in atom sizes: (coefficient, atoms whose sizes multiply) per monomial."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of `model.params`."""
+
+    index: int
+    """Position among `jax.tree.leaves(model.params)`."""
+    path: str
+    """Its place in the tree, such as "stage1_block0/conv1/kernel"."""
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """An operation with a kernel: a convolution or a matrix product with a parameter."""
+
+    index: int
+    """Layers are numbered in the order of the program."""
+    name: str
+    """Tree path of the kernel, without the last part."""
+    kind: str
+    """"conv" or "dense"."""
+    leaf: int
+    """Index of the kernel's leaf."""
+    equation: Equation
+    """The operation, where it stands (perhaps inside a loop)."""
+    operand: int
+    """Which operand of it is the kernel."""
+    repeats: int
+    """How often it runs for one image: the steps of the scans around it. A `while` body is counted once."""
+    macs: int
+    """Multiply-accumulates for one image; positions over padding are counted, as is usual."""
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    in_channels: int
+    out_channels: int
+    out_spatial: tuple[int, ...]
+    window: tuple[Atom, ...]
+    """Atoms of the kernel's spatial axes (size-one axes left out)."""
+    window_axes: tuple[int, ...]
+    """The leaf's axes that `window` belongs to."""
+    out_axes: tuple[int, ...]
+    """The leaf's axes that are the layer's output; empty where the kernel is no plain view of the leaf."""
+    monomials: Monomials
+    """`macs` as a polynomial."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product without a parameter of its own, such as attention scores."""
+
+    name: str
+    """The line it comes from."""
+    macs: int
+    """Multiply-accumulates for one image."""
+    monomials: Monomials
+    """`macs` as a polynomial."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """A value that is made of one parameter leaf alone."""
+
+    leaf: int
+    axes: tuple[int, ...] | None
+    """The leaf's axis that each axis of the value is; None after a reshape."""
+    plain: bool
+    """Whether its entries are the leaf's own."""
+
+
+_RENAMING = ("convert_element_type", "copy", "transpose", "reshape", "squeeze", "broadcast_in_dim")
+
+
+def find_layers(flow: Flow, leaves: Sequence[Leaf]) -> tuple[tuple[Layer, ...], tuple[Product, ...]]:
+    """Lists layers and products in program order; the last input of the program is the image, axis 0 its batch."""
+    program = flow.program
+    image = program.inputs[-1]
+    finder = _Finder(leaves, frozenset(flow.axes.atoms(flow.terms[image][0])))
+    views = {
+        value: _View(i, tuple(range(len(leaves[i].shape))), True)
+        for i, value in enumerate(program.inputs[: len(leaves)])
+    }
+    finder.visit(flow, views, {image}, 1)
+    return tuple(finder.layers), tuple(finder.products)
+
+
+class _Finder:
+    def __init__(self, leaves: Sequence[Leaf], batch: frozenset[Atom]) -> None:
+        self.leaves = leaves
+        self.batch = batch
+        self.layers: list[Layer] = []
+        self.products: list[Product] = []
+
+    def visit(self, flow: Flow, views: dict[int, _View], image: set[int], repeats: int) -> set[int]:
+        """Goes through a program; returns the positions of its outputs that depend on the image."""
+        for eqn in flow.program.equations:
+            depends = any(isinstance(i, int) and i in image for i in eqn.inputs)
+            if eqn.bodies:
+                image.update(self._bodies(flow, eqn, views, image, repeats))
+                continue
+            if eqn.name in ("conv_general_dilated", "dot_general"):
+                self._contraction(flow, eqn, views, depends, repeats)
+            if depends:
+                image.update(eqn.outputs)
+            else:
+                view = _view_of_result(flow, eqn, views)
+                if view is not None:
+                    views[eqn.outputs[0]] = view
+        return {k for k, o in enumerate(flow.program.outputs) if isinstance(o, int) and o in image}
+
+    def _bodies(
+        self, flow: Flow, eqn: Equation, views: dict[int, _View], image: set[int], repeats: int
+    ) -> set[int]:
+        """Visits the bodies of an equation; returns its outputs that depend on the image."""
+        found: set[int] = set()
+        operands: list[list[Any]] = [list(eqn.inputs)] * len(eqn.bodies)
+        stacked = len(eqn.inputs)
+        if eqn.name == "cond":
+            operands = [list(eqn.inputs[1:])] * len(eqn.bodies)
+        elif eqn.name == "while":
+            first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+            carry = list(eqn.inputs[first + second :])
+            operands = [
+                [*eqn.inputs[:first], *carry],
+                [*eqn.inputs[first : first + second], *carry],
+            ]
+        elif eqn.name == "scan":
+            stacked = eqn.params["num_consts"] + eqn.params["num_carry"]
+            repeats = repeats * eqn.params["length"]
+        depends = any(isinstance(i, int) and i in image for i in eqn.inputs)
+        for body, inputs in zip(flow.bodies[id(eqn)], operands):
+            inner_views, inner_image = {}, set()
+            for place, (value, operand) in enumerate(zip(body.program.inputs, inputs, strict=True)):
+                if isinstance(operand, int) and operand in views:
+                    view = views[operand]
+                    if place >= stacked:
+                        axes = None if view.axes is None else view.axes[1:]
+                        view = dataclasses.replace(view, axes=axes)
+                    inner_views[value] = view
+                elif depends:
+                    # A carry may come to depend on the image in a later step.
+                    inner_image.add(value)
+            reached = self.visit(body, inner_views, inner_image, repeats)
+            found |= {eqn.outputs[k] for k in reached if k < len(eqn.outputs)}
+        return set(eqn.outputs) if depends else found
+
+    def _contraction(
+        self, flow: Flow, eqn: Equation, views: dict[int, _View], depends: bool, repeats: int
+    ) -> None:
+        kernels = [i for i, o in enumerate(eqn.inputs) if isinstance(o, int) and o in views]
+        if not kernels and not depends:
+            return
+        operand = kernels[-1] if kernels else len(eqn.inputs) - 1
+        term = flow.term(eqn.inputs[operand])
+        output = flow.terms[eqn.outputs[0]]
+        if eqn.name == "conv_general_dilated":
+            numbers = eqn.params["dimension_numbers"]
+            rhs = flow.term(eqn.inputs[1])
+            factors = [*output, rhs[numbers.rhs_spec[1]], *(rhs[d] for d in numbers.rhs_spec[2:])]
+        else:
+            summed = eqn.params["dimension_numbers"][0][operand]
+            factors = [*output, *(term[d] for d in summed)]
+        monomials = tuple(
+            (c * repeats, tuple(a for a in atoms if a not in self.batch))
+            for c, atoms in product([flow.axes.monomials(a) for a in factors])
+        )
+        macs = sum(c * math.prod(flow.axes.atom_size(a) for a in atoms) for c, atoms in monomials)
+        if not kernels:
+            self.products.append(Product(f"{eqn.name} at {eqn.source}", macs, monomials))
+        else:
+            view = views[eqn.inputs[operand]]  # type: ignore[index]
+            self.layers.append(self._layer(flow, eqn, operand, view, repeats, macs, monomials))
+
+    def _layer(
+        self,
+        flow: Flow,
+        eqn: Equation,
+        operand: int,
+        view: _View,
+        repeats: int,
+        macs: int,
+        monomials: Monomials,
+    ) -> Layer:
+        shape = flow.program.shape(eqn.inputs[operand])
+        window: tuple[Atom, ...] = ()
+        window_axes: tuple[int, ...] = ()
+        if eqn.name == "conv_general_dilated":
+            numbers = eqn.params["dimension_numbers"]
+            kernel_size = tuple(shape[d] for d in numbers.rhs_spec[2:])
+            if operand == 1 and view.plain and view.axes is not None:
+                term = flow.term(eqn.inputs[1])
+                wide = [d for d in numbers.rhs_spec[2:] if shape[d] > 1]
+                window_axes = tuple(view.axes[d] for d in wide)
+                window = tuple(flow.axes.atoms(term[d])[0] for d in wide)
+            kind, strides = "conv", tuple(eqn.params["window_strides"])
+            groups = eqn.params["feature_group_count"]
+            channels = (shape[numbers.rhs_spec[1]] * groups, shape[numbers.rhs_spec[0]])
+            out_shape = flow.program.shape(eqn.outputs[0])
+            out_spatial = tuple(out_shape[d] for d in numbers.out_spec[2:])
+            out_dims = [numbers.rhs_spec[0]]
+        else:
+            (sums, batches) = eqn.params["dimension_numbers"]
+            summed = sums[operand]
+            inputs = math.prod(shape[d] for d in summed)
+            kind, strides, kernel_size, out_spatial = "dense", (), (), ()
+            channels = (inputs, math.prod(shape) // inputs)
+            out_dims = [d for d in range(len(shape)) if d not in summed and d not in batches[operand]]
+        out_axes = () if view.axes is None else tuple(view.axes[d] for d in out_dims)
+        path = self.leaves[view.leaf].path
+        return Layer(
+            len(self.layers), path.rsplit("/", 1)[0], kind, view.leaf, eqn, operand, repeats, macs, kernel_size,
+            strides, *channels, out_spatial, window, window_axes, out_axes, monomials,
+        )  # fmt: skip
+
+
+def _view_of_result(flow: Flow, eqn: Equation, views: dict[int, _View]) -> _View | None:
+    """Follows a parameter through casts, views and element-wise changes (such as weight standardisation)."""
+    shape = flow.program.shape(eqn.outputs[0])
+    for operand in eqn.inputs:
+        if not isinstance(operand, int) or operand not in views:
+            continue
+        before, view = flow.program.shape(operand), views[operand]
+        if math.prod(before) != math.prod(shape):
+            continue
+        if eqn.name == "transpose":
+            axes = None if view.axes is None else tuple(view.axes[d] for d in eqn.params["permutation"])
+            return dataclasses.replace(view, axes=axes)
+        if before == shape:
+            plain = view.plain and eqn.name in _RENAMING
+            return dataclasses.replace(view, plain=plain)
+        return _View(view.leaf, None, view.plain and eqn.name in _RENAMING)
+    return None
+
+
+def product(factors: Sequence[Sequence[tuple[int, tuple[Atom, ...]]]]) -> list[tuple[int, tuple[Atom, ...]]]:
+    """The product of polynomials."""
+    result: list[tuple[int, tuple[Atom, ...]]] = [(1, ())]
+    for factor in factors:
+        result = [(c * d, a + b) for c, a in result for d, b in factor]
+    return result
