@@ -15,10 +15,12 @@ from pathlib import Path
 
 def commands(data: Path | None) -> list[list[str]]:
     """Arguments of `python -m` for each benchmark."""
+    alone = [["benchmarks.trace_networks"]]
     if data is None:
-        return [["benchmarks.evaluate_policies"]]
+        return [*alone, ["benchmarks.evaluate_policies"]]
     weights = str(data / "weights" / "cifar10_resnet20.safetensors")
     return [
+        *alone,
         ["benchmarks.evaluate_policies", "--weights", weights],
         ["benchmarks.prune_cifar_jpeg", "--weights", weights, "--data-dir", str(data / "cifar10")],
     ]

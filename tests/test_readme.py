@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ TARGETS = re.findall(r"^make ([a-z-]+)", "\n".join(blocks("bash")), re.MULTILINE
 
 
 def test_the_python_example_runs(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code, *_ = blocks("python")
     cache = {"JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -42,6 +43,13 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     dense, small = map(int, re.findall(r"\((\d+), \d+\)", done.stdout))
     assert small <= 0.5 * dense
     assert (tmp_path / "digits.stablehlo").stat().st_size > 0
+
+
+def test_the_importance_example_runs() -> None:
+    _, code = blocks("python")
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["space"].importance is names["scores"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -76,11 +76,17 @@ class Axes:
                 factors.append(atom)
                 continue
             parts = self.resolve(binding)
+            # Chains of aliases are cut short, as in any union-find; a concatenation keeps its name.
+            name = self._concatenation_name(atom)
             if len(parts) == 1:
+                self._bindings[atom] = parts
                 pending = list(parts[0]) + pending
-            elif factors:
-                # A concatenation inside a product keeps its name; follow aliases so that equal terms look equal.
-                factors.append(self._concatenation_name(atom))
+                continue
+            if name != atom:
+                self._bindings[atom] = ((name,),)
+            if factors:
+                # A concatenation inside a product stays behind its name, so that equal terms look equal.
+                factors.append(name)
             else:
                 rest = tuple(pending)
                 return [s for part in parts for s in self._resolve_segment(part + rest)]
