@@ -39,7 +39,7 @@ class Axes:
             return ONE
         if size == 0:
             return ()
-        self._sizes.append(size)
+        self._sizes.append(int(size))
         self._frozen.append(frozen)
         self._bindings.append(None)
         return ((len(self._sizes) - 1,),)
