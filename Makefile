@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run $(if $(DATA),--data $(DATA))
 
 clean:
 	rm -rf $(VENV) runs build dist .cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,10 +1,12 @@
 """Who deserves a score: from one number per policy to an advantage for every site of it.
 
-Two baselines, neither of which biases the gradient. A sample is measured against the mean of the others in its batch
-(leave-one-out; Kool, van Hoof, Welling, "Buy 4 REINFORCE samples, get a baseline for free", 2019). And since sites choose
-independently of each other, a site's advantage may leave out whatever the other sites explain (an action-dependent
-factorised baseline; Wu et al., arXiv 1803.07246); that part is estimated by ridge regression of the scores on the
-choices, over batches whose weight decays.
+Two baselines. A sample is measured against the mean of the others in its batch
+(leave-one-out; Kool, van Hoof, Welling, "Buy 4 REINFORCE samples, get a baseline for free", 2019), which does not bias the gradient. And a
+site's advantage may leave out whatever the other sites explain (an action-dependent factorised baseline; Wu et al., arXiv
+1803.07246); that part is estimated by ridge regression of the scores on the choices, over batches whose weight decays. The
+second would be unbiased if sites chose independently and the regression knew past batches only. Here the projection ties
+sites, and the batch at hand takes part in its own regression: that shortens the gradient by a few percent (measured on a toy
+problem: 0.95 to 0.97 of its length, direction cosine 0.9998) and learns from the very first batch.
 """
 
 from __future__ import annotations

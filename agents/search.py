@@ -17,7 +17,16 @@ from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.controls import fixed_policy
 from sculpt.agents.rerank import Referee
-from sculpt.agents.update import Program, SearchState, Task, init_state, make_program, ranking, update
+from sculpt.agents.update import (
+    TOLERANCE,
+    Program,
+    SearchState,
+    Task,
+    init_state,
+    make_program,
+    ranking,
+    update,
+)
 from sculpt.model import Model
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.archive import Archive
@@ -120,7 +129,9 @@ def search(
                 keeper.save(run.done, run.tree())
         order, rewards = ranking(run.state.env, config.budget, config.objective)
         archive = jax.device_get(run.state.env.archive)
-        candidates = order[: max(config.rerank, 1)]
+        # Policies beyond the budget are considered only where none meets it.
+        within = int((archive.macs_ratio[order] <= config.budget + TOLERANCE).sum())
+        candidates = order[: min(max(config.rerank, 1), within or len(order))]
         for place, row in enumerate(candidates):
             if np.isnan(run.judged[place]):
                 run.judged[place] = referee.judge(archive.policies[row])

@@ -49,6 +49,25 @@ def stage(file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def check_settings(options: argparse.Namespace) -> None:
+    """Ends the program where the run directory was begun with other settings."""
+    settings = json.dumps(
+        {
+            "weights": options.weights.name,
+            "budget": options.budget,
+            "search": [EVALUATIONS, SCORE_IMAGES],
+            "recipe": repr((RECIPE, BRIEF)),
+        },
+        indent=1,
+    )
+    file = options.run / "settings.json"
+    options.run.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(settings)
+    if file.read_text() != settings:
+        raise SystemExit(f"{options.run} was begun with other settings ({file}): choose another --run")
+
+
 def test_accuracy(model: Model, splits: Any) -> float:
     """Accuracy on the test split, in percent."""
     images = splits.normalise(splits.test.images)
@@ -133,6 +152,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=["dense", "search", "pruned"])
     options = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
+    check_settings(options)
     splits = sculpt.load_data("cifar10-jpeg", options.data_dir)
     model = sculpt.from_linen(*sculpt.nets.load("resnet20", options.weights, num_classes=10))
     image = jnp.zeros((1, 32, 32, 3))

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _info(options)
         else:
             _run(command, options)
-    except (ValueError, OSError) as error:
+    # RuntimeError: what jax raises where a device is absent, or its memory is full.
+    except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
         return _fail(str(error))
@@ -160,7 +161,7 @@ def _run(command: str, options: dict[str, Any]) -> None:
     folder = options.pop("run")
     begins = command in ("train", "prune")
     run = RunDirectory.open(folder) if begins else RunDirectory.existing(folder)
-    console = Console()
+    console = Console(markup=False)
     with watching(console) as watcher:
         pipeline = Pipeline(run, options, watcher)
         pipeline.execute(STAGES if command == "prune" else (command,))
@@ -174,7 +175,7 @@ def _run(command: str, options: dict[str, Any]) -> None:
 def _info(options: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     if "run" in options:
         _info_run(console, options["run"])
     elif "model" in options:

@@ -92,7 +92,7 @@ def from_linen(module: Any, variables: Mapping[str, Any], train_argument: str | 
         raise ValueError(
             f"from_linen expected variables with a 'params' collection (what module.init returns), got {sorted(variables)}"
         )
-    train_argument = _accepted_argument(module, train_argument)
+    train_argument = _accepted_argument(module, train_argument, "batch_stats" in variables)
     state = {name: value for name, value in variables.items() if name != "params"}
     return Model(
         apply=_LinenApply(module, train_argument),
@@ -102,14 +102,15 @@ def from_linen(module: Any, variables: Mapping[str, Any], train_argument: str | 
     )
 
 
-def _accepted_argument(module: Any, name: str | None) -> str | None:
+def _accepted_argument(module: Any, name: str | None, must_switch: bool) -> str | None:
     import inspect
 
     parameters = inspect.signature(type(module).__call__).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if name is None or name in parameters or takes_any:
         return name
-    if name == "train" and not {"training", "deterministic", "is_training"} & set(parameters):
+    modes = {"training", "deterministic", "is_training", "is_train"}
+    if name == "train" and not must_switch and not modes & set(parameters):
         return None
     raise ValueError(
         f"{type(module).__name__}.__call__ takes {[p for p in parameters if p != 'self']}, not {name!r}: "
@@ -135,7 +136,8 @@ class _NnxTrain:
         from flax import nnx
 
         module = nnx.merge(self.graphdef, params, state["rest"], copy=True)
-        nnx.reseed(module, default=key, dropout=key)
+        default, dropout = jax.random.split(key)
+        nnx.reseed(module, default=default, dropout=dropout)
         logits = module(x)
         return logits, {"rest": nnx.state(module, nnx.Not(nnx.Param))}
 

@@ -53,7 +53,7 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--train-epochs", "0"), "epochs must be"),
         ((*NEW, "--epochs", "0"), "epochs must be"),
         ((*NEW, "--finetune-learning-rate", "-1"), "learning_rate must be"),
-        ((*NEW, "--seed", "-1"), "seed must not be negative"),
+        ((*NEW, "--seed", "-1"), "seed must be from 0 to 4294967295"),
         ((*NEW, "--weights", "absent.safetensors"), "no weights at absent.safetensors"),
         ((*NEW, "--data-dir", "absent"), "no such data directory: absent"),
         (("--model", "resnet8"), "a new run needs --dataset"),

@@ -102,3 +102,16 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="train_argument="):
         sculpt.from_linen(module, variables)
     assert sculpt.from_linen(module, variables, train_argument=None)(jnp.zeros((2, 3))).shape == (2, 5)
+
+
+def test_a_training_mode_that_cannot_be_switched_on_is_refused() -> None:
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, is_train: bool = False) -> jax.Array:
+            return nn.BatchNorm(use_running_average=not is_train)(nn.Dense(5)(x))
+
+    module = Network()
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 3)))
+    with pytest.raises(ValueError, match="pass train_argument="):
+        sculpt.from_linen(module, variables)
+    assert sculpt.from_linen(module, variables, "is_train").state

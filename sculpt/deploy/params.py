@@ -17,6 +17,10 @@ from sculpt.tracing.trace import leaf_paths
 
 _OWN = "sculpt"
 """The one entry of the file's metadata, JSON: safetensors writes several in an order that changes from run to run."""
+_DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64"),
+)
 _ROOT = "array"
 """Name of the array of a tree that is a single leaf."""
 
@@ -28,12 +32,12 @@ def save_params(tree: Any, path: str | Path, metadata: Mapping[str, str] | None 
     The file appears under its name only when it is complete.
 
     Args:
-      tree: pytree of arrays of any dtype.
+      tree: pytree of arrays; floating-point numbers of 16 to 64 bits, integers of 8 to 64 bits, booleans.
       path: the file; its folder is made if need be.
       metadata: strings stored beside the arrays.
 
     Raises:
-      ValueError: if two leaves have the same path, or there is no leaf.
+      ValueError: if two leaves have the same path, there is no leaf, or a dtype is none of these.
     """
     from safetensors.numpy import save_file
 
@@ -44,6 +48,10 @@ def save_params(tree: Any, path: str | Path, metadata: Mapping[str, str] | None 
             keys[name] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
         arrays[name] = np.asarray(jax.device_get(leaf), order="C")
+        if arrays[name].dtype.name not in _DTYPES:
+            raise ValueError(
+                f"{name} is of {arrays[name].dtype.name}, which safetensors does not hold; expected one of {', '.join(_DTYPES)}"
+            )
     about = {"sha256": _digest(arrays), "keys": keys, "metadata": dict(metadata or {})}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +77,16 @@ def load_params(path: str | Path, template: Any = None) -> Any:
     """
     arrays, about = _read(Path(path))
     keys = about.get("keys", {})
+    wide = [
+        f"{n} ({a.dtype.name})"
+        for n, a in arrays.items()
+        if jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype
+    ]
+    if wide:
+        raise ValueError(
+            f"{path} holds arrays of 64 bits, which jax would cut to 32: {', '.join(wide[:3])}; "
+            "switch them on with jax.config.update('jax_enable_x64', True)"
+        )
     leaves = {
         name: jax.random.wrap_key_data(jnp.asarray(array), impl=keys[name])
         if name in keys

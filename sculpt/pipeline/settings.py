@@ -32,8 +32,8 @@ class TrainSettings:
     """Its peak learning rate."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.weights is not None and not Path(self.weights).is_file():
             raise ValueError(f"no weights at {self.weights}: give the path of a .safetensors file")
         if self.data_dir is not None and not Path(self.data_dir).is_dir():

@@ -69,7 +69,7 @@ def make_problem(
     """Checks and lays out what `score_policies` needs; see `evaluate_policies` for the arguments."""
     plan = plan or EvaluationPlan()
     images, labels = check_images(space.trace.input_shape, images, labels)
-    check_logits(model, images)
+    check_logits(model, images, labels)
     batch = min(plan.images_per_batch, images.shape[0])
     missing = -images.shape[0] % batch
     padded = jnp.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
@@ -121,13 +121,22 @@ def check_images(shape: Sequence[int], images: Any, labels: Any = None) -> tuple
     return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
 
 
-def check_logits(model: Model, images: jax.Array) -> None:
-    """Raises ValueError unless the model gives logits `[n, classes]` for `images`."""
-    outputs = jax.tree.leaves(jax.eval_shape(model.apply, model.params, model.state, images))
+def check_logits(model: Model, images: jax.Array, labels: jax.Array) -> None:
+    """Raises ValueError unless the model takes `images`, gives logits `[n, classes]`, and has a class for every label."""
+    try:
+        outputs = jax.tree.leaves(jax.eval_shape(model.apply, model.params, model.state, images))
+    except Exception as error:  # each framework has its own
+        raise ValueError(f"the model does not take images {list(images.shape)}: {error}") from error
     if len(outputs) != 1 or outputs[0].ndim != 2:
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
         raise ValueError(
             f"scoring needs a model with one output, logits [{len(images)}, classes]; this one gives {shapes}"
+        )
+    classes = outputs[0].shape[1]
+    if not isinstance(labels, jax.core.Tracer) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"expected labels from 0 to {classes - 1} for a model of {classes} classes, "
+            f"got {int(labels.min())} to {int(labels.max())}"
         )
 
 
@@ -237,7 +246,7 @@ def evaluate(model: Model, images: Any, labels: Any, images_per_batch: int = 64)
       ValueError: if images or labels do not fit together, or the model's output is not logits.
     """
     images, labels = check_images(np.shape(images)[1:], images, labels)
-    check_logits(model, images[:1])
+    check_logits(model, images[:1], labels)
     right = loss = 0.0
     for start in range(0, len(labels), images_per_batch):
         block = slice(start, start + images_per_batch)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.model import Model, State, TrainFn
+from sculpt.tracing.program import flatten
 
 
 def batch_statistics(apply_train: TrainFn, params: Any, state: State, images: jax.Array) -> State:
@@ -16,14 +17,17 @@ def batch_statistics(apply_train: TrainFn, params: Any, state: State, images: ja
 
     Running statistics move as `new = m * old + (1 - m) * batch` with a momentum m that only the network knows. This is
     affine in the old state, so one forward pass with a tangent on the state alone gives both: at `old = 0` the value is
-    `(1 - m) * batch` and the derivative is m. Leaves of the state that are not floating-point, or that do not follow this
-    law (m = 1: nothing moved), stay as they are.
+    `(1 - m) * batch` and the derivative is m. Leaves of the state that are not floating-point, or that training
+    hands on unchanged (frozen statistics, constants), stay as they are and are read as they are.
 
     Args:
       images: float32 `[batches, batch, ...]`, normalised. Statistics are averaged over the batches.
     """
     leaves, treedef = jax.tree.flatten(state)
-    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    unchanged = _unchanged(apply_train, params, state, images[0])
+    floating = [
+        jnp.issubdtype(leaf.dtype, jnp.floating) and not same for leaf, same in zip(leaves, unchanged)
+    ]
     if not any(floating):
         return state
     zeros = [jnp.zeros_like(leaf) for leaf, moves in zip(leaves, floating) if moves]
@@ -51,6 +55,13 @@ def batch_statistics(apply_train: TrainFn, params: Any, state: State, images: ja
     return jax.tree.unflatten(treedef, [next(values) if m else v for v, m in zip(leaves, floating)])
 
 
+def _unchanged(apply_train: TrainFn, params: Any, state: State, x: jax.Array) -> list[bool]:
+    """Which leaves of the state training returns as they came."""
+    program = flatten(lambda s, p, x, k: apply_train(p, s, x, k)[1], state, params, x, jax.random.key(0))
+    inputs = program.inputs[: len(jax.tree.leaves(state))]
+    return [given == returned for given, returned in zip(inputs, program.outputs, strict=True)]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _recalibrated(apply_train: TrainFn, params: Any, state: State, images: jax.Array) -> State:
     return batch_statistics(apply_train, params, state, images)
@@ -63,8 +74,13 @@ def recalibrate(model: Model, images: Any, images_per_batch: int = 64) -> Model:
       images: float32 `[n, ...]`, normalised as the model expects; what does not fill a batch is left out.
 
     Raises:
-      ValueError: if there is no image.
+      ValueError: if there is no image, or the images are not floating-point numbers.
     """
+    if not jnp.issubdtype(jax.dtypes.result_type(images), jnp.floating):
+        raise ValueError(
+            f"expected normalised floating-point images, got {jax.dtypes.result_type(images)}: "
+            "normalise them first (splits.normalise, sculpt.nets.preprocess)"
+        )
     batches = into_batches(jnp.asarray(images), images_per_batch)
     return model.replace(state=_recalibrated(model.apply_train, model.params, model.state, batches))
 

@@ -232,7 +232,7 @@ def from_arrays(
     channels = train.images.shape[-1]
     train, validation_split = _carve(train, validation, seed)
     measured_mean, measured_std = _moments(train.images) if mean is None or std is None else ((), ())
-    mean, std = tuple(mean or measured_mean), tuple(std or measured_std)
+    mean, std = tuple(measured_mean if mean is None else mean), tuple(measured_std if std is None else std)
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ValueError(f"expected a mean and a positive std for {channels} channels, got {mean} and {std}")
     return Splits(name, train, validation_split, test, num_classes, mean, std)

@@ -58,6 +58,10 @@ def _decode(file: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from error
     if not pyarrow.types.is_integer(table.schema.field("label").type):
         raise ValueError(f"{file}: label must be integers, got {table.schema.field('label').type}")
+    if table.column("label").null_count:
+        raise ValueError(
+            f"{file} has {table.column('label').null_count} rows without a label: leave them out"
+        )
     encoded = table.column("image").to_pylist()
     if not encoded:
         raise ValueError(f"{file} has no rows")

@@ -208,6 +208,7 @@ def test_correctness_05_the_test_split_is_never_read() -> None:
 
 def test_the_last_choice_is_made_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[np.ndarray] = []
+    best = plain("random").policy
 
     def judge(self: object, policy: np.ndarray) -> float:
         judged.append(policy)
@@ -220,7 +221,19 @@ def test_the_last_choice_is_made_on_validation(monkeypatch: pytest.MonkeyPatch) 
         result.policy, judged[2]
     )  # the best, and of equals the one with the better score
     assert result.validation_accuracy == pytest.approx(0.9)
-    np.testing.assert_array_equal(judged[0], plain("random").policy)
+    np.testing.assert_array_equal(judged[0], best)
+
+
+def test_the_last_choice_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without projection the archive holds policies beyond the budget, which a judge may well like better."""
+
+    def judge(self: object, policy: np.ndarray) -> float:
+        return float(cost(toy_space(), policy).macs_ratio)
+
+    monkeypatch.setattr(search_module.Referee, "judge", judge)
+    reward = RewardConfig(kind="lagrangian", weight=1.0, rate=2.0)
+    result = run(dataclasses.replace(BASE, projection=False, reward=reward, rerank=256))
+    assert result.macs_ratio <= BASE.budget + 1e-5
 
 
 def test_diverged_networks_are_scored_not_fatal() -> None:

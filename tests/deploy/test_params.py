@@ -132,3 +132,12 @@ def test_paths_that_collide_and_empty_trees_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="empty"):
         sculpt.save_params({}, tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dtypes_that_would_not_survive_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kernel is of float8_e4m3fn, which safetensors does not hold"):
+        sculpt.save_params({"kernel": jnp.zeros(3, jnp.float8_e4m3fn)}, tmp_path / "narrow.safetensors")
+    assert not list(tmp_path.iterdir())
+    sculpt.save_params({"counter": np.arange(3) * 2**40}, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"counter \(int64\); switch them on"):
+        sculpt.load_params(tmp_path / "wide.safetensors")

@@ -122,3 +122,43 @@ def test_a_model_without_logits_is_refused() -> None:
     model = sculpt.from_function(lambda params, x: x * params["w"], {"w": jnp.ones(())})
     with pytest.raises(ValueError, match=r"logits \[1, classes\]; this one gives \[1, 4, 4, 1\]"):
         sculpt.evaluate(model, jnp.zeros((3, 4, 4, 1)), np.zeros(3, np.int32))
+
+
+def test_labels_that_the_model_has_no_class_for_are_refused() -> None:
+    model = network("plain")
+    with pytest.raises(ValueError, match=r"labels from 0 to 4 .* got 0 to 5"):
+        sculpt.evaluate(model, IMAGES[:2], np.asarray([0, 5]))
+    space = sculpt.make_space(traced("plain"))
+    policies = np.zeros((1, space.num_sites), np.int32)
+    with pytest.raises(ValueError, match="got -1 to 0"):
+        sculpt.evaluate_policies(model, space, policies, IMAGES[:2], np.asarray([0, -1]))
+
+
+def test_images_that_the_model_does_not_take_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"does not take images \[1, 8, 8, 7\]"):
+        sculpt.evaluate(network("plain"), jnp.zeros((2, 8, 8, 7)), np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match="normalised floating-point images, got uint8"):
+        sculpt.recalibrate(network("plain"), np.zeros((2, 8, 8, 3), np.uint8))
+
+
+def test_recalibration_leaves_frozen_statistics_and_constants_alone() -> None:
+    """A frozen norm and a constant scale before a live norm: only the live one's statistics move, and to the right place."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(3.0, 2.0, (16, 4)).astype(np.float32)
+    state = {
+        name: jnp.asarray(v, jnp.float32)
+        for name, v in {"frozen": [1.0] * 4, "scale": [2.0] * 4, "mean": [7.0] * 4}.items()
+    }
+
+    def body(params: dict, state: dict, x: jax.Array) -> jax.Array:
+        return (x - state["frozen"][None]) / state["scale"][None] * params["w"][None]
+
+    def train(params: dict, state: dict, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
+        y = body(params, state, x)
+        return y, state | {"mean": 0.9 * state["mean"] + 0.1 * y.mean(0)}
+
+    model = sculpt.from_function(body, {"w": jnp.ones(4)}, state, train)
+    found = sculpt.recalibrate(model, x).state
+    np.testing.assert_array_equal(found["frozen"], state["frozen"])
+    np.testing.assert_array_equal(found["scale"], state["scale"])
+    np.testing.assert_allclose(found["mean"], ((x - 1.0) / 2.0).mean(0), rtol=1e-5)
