@@ -7,6 +7,7 @@ are separable: an option keeps some units of one or two atoms, and a mask is the
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,9 +136,13 @@ def _rect_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
     uses: dict[int, int] = {}
     for layer in trace.layers:
         uses[layer.leaf] = uses.get(layer.leaf, 0) + 1
+    readers = Counter(
+        value for eqn in trace.program.equations for value in eqn.inputs if isinstance(value, int)
+    )
     for layer in trace.layers:
         # A kernel used twice, or used other than by a convolution, keeps its window.
-        if not layer.window or layer.leaf in seen or uses[layer.leaf] > 1:
+        read_elsewhere = readers[trace.program.inputs[layer.leaf]] > 1
+        if not layer.window or layer.leaf in seen or uses[layer.leaf] > 1 or read_elsewhere:
             continue
         seen.add(layer.leaf)
         sizes = tuple(trace.axes.atom_size(a) for a in layer.window)

@@ -166,7 +166,19 @@ def _product(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[A
 
 @zero_rule("div", "rem")
 def _numerator(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    _undefined(zeros, eqn, operands[1])
     return operands[0].atoms
+
+
+@zero_rule("rsqrt", "log")
+def _undefined_at_zero(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    _undefined(zeros, eqn, operands[0])
+    return ()
+
+
+def _undefined(zeros: ZeroPass, eqn: Equation, operand: Zero) -> None:
+    """A masked unit would be 0 / 0 there, and NaN in everything that it is added to."""
+    zeros.require(set(operand.atoms), (), because(eqn, "must not be zero"))
 
 
 @zero_rule("integer_pow")
