@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sculpt.model import ApplyFn, Model, TrainFn
 from sculpt.pruning.masks import check_policies, mask_params, masks_from_choices
@@ -133,7 +134,7 @@ def check_logits(model: Model, images: jax.Array, labels: jax.Array) -> None:
             f"scoring needs a model with one output, logits [{len(images)}, classes]; this one gives {shapes}"
         )
     classes = outputs[0].shape[1]
-    if not isinstance(labels, jax.core.Tracer) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if not isinstance(labels, Tracer) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"expected labels from 0 to {classes - 1} for a model of {classes} classes, "
             f"got {int(labels.min())} to {int(labels.max())}"
