@@ -5,7 +5,8 @@
 Both networks start from the same pretrained weights (trained on lossless CIFAR-10) and are fine-tuned for the same number
 of epochs with the same recipe on the JPEG copy; both are tested on its 10,000 test images. The pruned network is searched
 by the agent with channel removal only, so that its MACs are removed, not merely zero; it is compacted before fine-tuning
-(the masked and the compacted network are one function, the smaller one trains faster). Every stage is kept under --run
+(the masked and the compacted network are one function, the smaller one trains faster), and learns from the labels and from
+the dense network fine-tuned with the same seed (distillation; `--distillation 0` leaves that out). Every stage is kept under --run
 and skipped when it is there already, so that a killed benchmark goes on where it was.
 """
 
@@ -55,6 +56,7 @@ def check_settings(options: argparse.Namespace) -> None:
         {
             "weights": options.weights.name,
             "budget": options.budget,
+            "distillation": options.distillation,
             "search": [EVALUATIONS, SCORE_IMAGES],
             "recipe": repr((RECIPE, BRIEF)),
         },
@@ -74,8 +76,15 @@ def test_accuracy(model: Model, splits: Any) -> float:
     return 100 * float(sculpt.evaluate(model, images, splits.test.labels).accuracy)
 
 
-def tuned(model: Model, splits: Any, seed: int, directory: Path) -> dict[str, Any]:
-    """Fine-tunes by the common recipe and tests."""
+def tuned(
+    model: Model,
+    splits: Any,
+    seed: int,
+    directory: Path,
+    teacher: Model | None = None,
+    distillation: float = 0.0,
+) -> dict[str, Any]:
+    """Fine-tunes by the common recipe, tests, and keeps the weights beside `directory`."""
     progress: list[dict[str, float]] = []
 
     def log(row: dict[str, float]) -> None:
@@ -83,7 +92,12 @@ def tuned(model: Model, splits: Any, seed: int, directory: Path) -> dict[str, An
         print(directory.name, progress[-1], flush=True)
 
     key = jax.random.key(seed)
-    trained = sculpt.finetune(model, None, splits, RECIPE, key, directory=directory, on_metrics=log)
+    recipe = dataclasses.replace(RECIPE, distillation=distillation)
+    trained = sculpt.finetune(
+        model, None, splits, recipe, key, teacher=teacher, directory=directory, on_metrics=log
+    )
+    weights = {"params": trained.params, "state": trained.state}
+    sculpt.save_params(weights, directory.with_suffix(".safetensors"))
     return {"test_accuracy": test_accuracy(trained, splits), "epochs": progress}
 
 
@@ -122,11 +136,27 @@ def run_stage(
         )
     else:
         policy = np.asarray(json.loads((folder / "search.json").read_text())["policy"], np.int32)
-        stage(folder / "pruned.json", lambda: pruned(model, space, splits, policy, seed, folder / "pruned"))
+        teacher = None
+        if options.distillation:
+            like = {"params": model.params, "state": model.state}
+            teacher = model.replace(**sculpt.load_params(folder / "dense.safetensors", like))
+        stage(
+            folder / "pruned.json",
+            lambda: pruned(
+                model, space, splits, policy, seed, folder / "pruned", teacher, options.distillation
+            ),
+        )
 
 
 def pruned(
-    model: Model, space: Any, splits: Any, policy: np.ndarray, seed: int, directory: Path
+    model: Model,
+    space: Any,
+    splits: Any,
+    policy: np.ndarray,
+    seed: int,
+    directory: Path,
+    teacher: Model | None,
+    distillation: float,
 ) -> dict[str, Any]:
     """Masks, compacts, fine-tunes and tests one policy."""
     masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
@@ -134,7 +164,7 @@ def pruned(
     macs, params = sculpt.count_cost(small, jnp.zeros((1, 32, 32, 3)))
     recalibrated = sculpt.recalibrate(small, splits.normalise(splits.train.images[:1024]))
     before = test_accuracy(recalibrated, splits)
-    result = tuned(small, splits, seed, directory)
+    result = tuned(small, splits, seed, directory, teacher, distillation)
     return {**result, "macs": macs, "params": params, "before_finetune": before}
 
 
@@ -149,6 +179,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/prune_cifar_jpeg"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument(
+        "--distillation",
+        type=float,
+        default=0.5,
+        help="share of the pruned network's loss that is its teacher's",
+    )
     parser.add_argument("--stages", nargs="+", default=["dense", "search", "pruned"])
     options = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
@@ -181,7 +217,7 @@ def report(rows: list[list[Any]], untuned: dict[str, Any], trace: Any, options: 
         "# ResNet-20 pruned to half of its MACs, cifar10-jpeg",
         "",
         f"Command: `python -m benchmarks.prune_cifar_jpeg --data-dir DATA/cifar10 --weights DATA/weights/{options.weights.name}`",
-        f"Recipe: {RECIPE}",
+        f"Recipe of both: {RECIPE}; the pruned network with distillation={options.distillation} besides",
         f"Search: agent, channels only, budget {options.budget}, {EVALUATIONS} evaluations by the cross-entropy on {SCORE_IMAGES} train images",
         f"Test: {10_000} JPEG test images, standard error about 0.3 points. Device: {device_name()}, {versions()}",
         f"Pretrained network before any fine-tuning on JPEG: {untuned['test_accuracy']:.2f}%. "

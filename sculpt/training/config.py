@@ -17,6 +17,8 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("momentum", *_SHARE),
     ("label_smoothing", *_SHARE),
     ("ema", *_SHARE),
+    ("distillation", "in [0, 1]", lambda value: 0 <= value <= 1),
+    ("temperature", "above 0", lambda value: value > 0),
 )
 
 
@@ -48,6 +50,10 @@ class FinetuneConfig:
     """Gradients with a larger global norm are scaled down to this; None: never."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, in [0, 1)."""
+    distillation: float = 0.0
+    """Share of the loss, in [0, 1], that is the divergence from a teacher's predictions instead of from the labels; 0: no teacher."""
+    temperature: float = 4.0
+    """What the logits of teacher and student are divided by, above 0, before they are compared; needs `distillation`."""
     augment: Augment = "none"
     """"none"; "shift": up to one pixel, zero padding (digits); "crop_flip": pad 4, random crop, mirror (CIFAR)."""
     ema: float = 0.0
@@ -80,6 +86,12 @@ class FinetuneConfig:
             self._require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         self._require(
             self.momentum > 0 or not self.nesterov, "nesterov", "False where momentum is 0", self.nesterov
+        )
+        self._require(
+            self.distillation > 0 or self.temperature == 4.0,
+            "temperature",
+            "left alone where distillation is 0",
+            self.temperature,
         )
 
     def _require(self, condition: bool, name: str, expected: str, value: Any) -> None:

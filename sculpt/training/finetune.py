@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,44 +17,10 @@ from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Split, Splits
-from sculpt.training.step import (
-    Program,
-    TrainState,
-    epoch_order,
-    make_program,
-    run_step,
-    run_steps,
-    start,
-    validate,
-)
+from sculpt.training.data import Splits
+from sculpt.training.run import Metrics, Run, TrainingDiverged
 
 __all__ = ["FinetuneConfig", "Metrics", "TrainingDiverged", "finetune", "train"]
-
-Metrics = dict[str, float]
-_LOOK_EVERY = 50
-"""Steps between two looks of the host at the run: for divergence, and to report progress."""
-
-
-class TrainingDiverged(ValueError):
-    """The loss or the weights stopped being finite."""
-
-    def __init__(self, epoch: int, step: int, checkpoint: Path | None) -> None:
-        kept = (
-            f"the last good checkpoint is {checkpoint}"
-            if checkpoint is not None
-            else "no checkpoint was kept (finetune keeps them where it is given a directory)"
-        )
-        super().__init__(
-            f"training diverged: loss or weights not finite in epoch {epoch}, step {step}; {kept}. "
-            "Lower learning_rate, or set clip_norm"
-        )
-        self.epoch = epoch
-        """Epoch, from 1."""
-        self.step = step
-        """Step, from 1, over all epochs."""
-        self.checkpoint = checkpoint
-        """Folder of the last good checkpoint, if any was kept."""
 
 
 def finetune(
@@ -65,6 +30,7 @@ def finetune(
     config: FinetuneConfig,
     key: jax.Array,
     *,
+    teacher: Model | None = None,
     directory: str | Path | None = None,
     on_metrics: Callable[[Metrics], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -82,6 +48,8 @@ def finetune(
       splits: data; must fit on the device as stored (uint8).
       config: settings.
       key: `jax.random.key`.
+      teacher: a network for the same classes, such as the dense one, whose predictions are followed; with
+        `config.distillation` above 0 only.
       directory: where to keep checkpoints (after each epoch), and to resume from if there are any; None keeps none.
       on_metrics: called after every epoch with "epoch" (from 1), "step", "train_loss", "train_accuracy",
         "validation_accuracy", "learning_rate", "images_per_second" (of training, compilation left out where it can be).
@@ -95,11 +63,12 @@ def finetune(
       TrainingDiverged: (a ValueError) if loss or weights are no longer finite.
     """
     _check(model, splits, config)
+    _check_teacher(teacher, model, splits, config)
     if masks is not None:
         masks = jax.tree.map(jnp.asarray, masks)
         model = apply_masks(model, masks)
-    run = _Run.begin(model, masks, splits, config, key)
-    with _open(directory, lambda: _fingerprint(model, masks, splits, config, key)) as keeper:
+    run = Run.begin(model, masks, splits, config, key, teacher)
+    with _open(directory, lambda: _fingerprint(model, masks, splits, config, key, teacher)) as keeper:
         if keeper is not None and (found := keeper.restore_latest(run.tree())) is not None:
             run.load(found[1])
         while run.step < run.program.total_steps:
@@ -127,168 +96,12 @@ def train(
     )
 
 
-@dataclasses.dataclass
-class _Run:
-    """A run under way: its arrays on the device, and what the host keeps beside them."""
-
-    model: Model
-    """The network to start from."""
-    config: FinetuneConfig
-    program: Program
-    masks: Any
-    images: jax.Array
-    """Raw train images `[n, ...]`."""
-    labels: jax.Array
-    """int32 `[n]`."""
-    validation: tuple[jax.Array, jax.Array]
-    """Raw images `[batches, batch, ...]` and labels int32 `[batches, batch]`."""
-    keys: tuple[jax.Array, jax.Array]
-    """Of the order of the images, and of the steps."""
-    train: TrainState
-    best: Any
-    """(params, state) of the best epoch so far; None where the last is returned."""
-    best_accuracy: np.ndarray
-    """float32 scalar; -1 before the first epoch."""
-    step: int = 0
-    seconds: float = 0.0
-    """Time of the timed steps of this epoch."""
-    timed: int = 0
-    """Steps of this epoch that were timed."""
-    warm: bool = False
-    """Whether the compiled step has run; the first call, which compiles, is not timed."""
-
-    @staticmethod
-    def begin(model: Model, masks: Any, splits: Splits, config: FinetuneConfig, key: jax.Array) -> _Run:
-        program = make_program(model.apply_train, splits, config)
-        order_key, step_key = jax.random.split(key)
-        state = start(program, model.params, model.state, masks)
-        selects = config.select_best and program.total_steps > program.steps_per_epoch
-        return _Run(
-            model=model,
-            config=config,
-            program=program,
-            masks=masks,
-            images=jnp.asarray(splits.train.images),
-            labels=jnp.asarray(splits.train.labels, jnp.int32),
-            validation=_in_batches(splits.validation),
-            keys=(order_key, step_key),
-            train=state,
-            best=_copy(state.weights) if selects else None,
-            best_accuracy=np.full((), -1, np.float32),
-        )
-
-    def tree(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"train": self.train, "best": self.best, "best_accuracy": self.best_accuracy}
-
-    def load(self, tree: dict[str, Any]) -> None:
-        """Takes over the contents of a checkpoint."""
-        self.train, self.best, self.best_accuracy = tree["train"], tree["best"], tree["best_accuracy"]
-        self.step = int(self.train.step)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 1, that the last step done belongs to."""
-        return (self.step - 1) // self.program.steps_per_epoch + 1
-
-    @property
-    def at_epoch_end(self) -> bool:
-        """Whether an epoch, or the run, is complete."""
-        return self.step % self.program.steps_per_epoch == 0 or self.step == self.program.total_steps
-
-    def advance(self, keeper: Checkpoints | None, on_progress: Callable[[int, int], None] | None) -> None:
-        """Runs to the next end of an epoch or checkpoint; the state is known to be finite afterwards."""
-        length, total = self.program.steps_per_epoch, self.program.total_steps
-        stop = min((self.step // length + 1) * length, total)
-        if keeper is not None and (every := self.config.checkpoint_every) is not None:
-            stop = min(stop, (self.step // every + 1) * every)
-        order = epoch_order(self.keys[0], len(self.labels), jnp.int32(self.step // length))
-        if self.step % length == 0:
-            self.seconds, self.timed = 0.0, 0
-        seen: jax.Array | None = None
-        begin, first = time.perf_counter(), self.step
-        while self.step < stop:
-            diverged = self._call(order, min(stop, (self.step // _LOOK_EVERY + 1) * _LOOK_EVERY))
-            if not self.warm:
-                jax.block_until_ready(diverged)
-                self.warm, begin, first = True, time.perf_counter(), self.step
-            if self.step % _LOOK_EVERY == 0 or self.step == stop:
-                # The look before the last is surely done, and reading it leaves the device a queue to work on.
-                self._require_finite(diverged if self.step == stop else seen, keeper)
-                seen = diverged
-                if on_progress is not None:
-                    on_progress(self.step, total)
-        self.seconds += time.perf_counter() - begin
-        self.timed += self.step - first
-
-    def _call(self, order: jax.Array, stop: int) -> jax.Array:
-        """One call of the compiled step or loop, up to step `stop` at the most."""
-        at_once = self.config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
-        arguments = (self.program, self.train, self.masks, self.images, self.labels, order, self.keys[1])
-        if at_once == 1:
-            self.train, diverged = run_step(*arguments)
-            self.step += 1
-        else:
-            count = min(at_once, stop - self.step)
-            self.train, diverged = run_steps(*arguments, jnp.int32(count))
-            self.step += count
-        return diverged
-
-    def _require_finite(self, diverged: jax.Array | None, keeper: Checkpoints | None) -> None:
-        if diverged is None or (step := int(diverged)) < 0:
-            return
-        checkpoint = None if keeper is None else keeper.latest()
-        raise TrainingDiverged(step // self.program.steps_per_epoch + 1, step + 1, checkpoint)
-
-    def finish_epoch(self, on_metrics: Callable[[Metrics], None] | None) -> None:
-        """Validates, where somebody wants to know, and remembers the best epoch."""
-        if on_metrics is None and self.best is None:
-            return
-        params, state = self.train.weights
-        normalisation = self.program.mean, self.program.std
-        accuracy = np.asarray(validate(self.model.apply, normalisation, params, state, *self.validation))
-        if self.best is not None and accuracy > self.best_accuracy:
-            self.best, self.best_accuracy = _copy(self.train.weights), accuracy
-        if on_metrics is None:
-            return
-        steps = self.step - (self.epoch - 1) * self.program.steps_per_epoch
-        on_metrics(
-            {
-                "epoch": float(self.epoch),
-                "step": float(self.step),
-                "train_loss": float(self.train.loss) / steps,
-                "train_accuracy": float(self.train.right) / (steps * self.config.batch_size),
-                "validation_accuracy": float(accuracy),
-                "learning_rate": float(self.program.learning_rate(self.step - 1)),
-                "images_per_second": self.timed * self.config.batch_size / max(self.seconds, 1e-9),
-            }
-        )
-
-    def result(self) -> Model:
-        """The model of the best epoch, or of the last."""
-        params, state = self.train.weights if self.best is None else self.best
-        return self.model.replace(params=params, state=state)
-
-
 def _open(
     directory: str | Path | None, fingerprint: Callable[[], str]
 ) -> contextlib.AbstractContextManager[Checkpoints | None]:
     if directory is None:
         return contextlib.nullcontext()
     return contextlib.closing(Checkpoints(directory, fingerprint()))
-
-
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
-
-
-def _in_batches(split: Split) -> tuple[jax.Array, jax.Array]:
-    """Raw images `[batches, batch, ...]` and labels, padded with images of label -1."""
-    n = len(split.labels)
-    size = min(64 if jax.default_backend() == "cpu" else 512, n)
-    images = np.concatenate([split.images, split.images[: -n % size]])
-    labels = np.concatenate([split.labels, np.full(-n % size, -1)]).astype(np.int32)
-    return jnp.asarray(images.reshape(-1, size, *images.shape[1:])), jnp.asarray(labels.reshape(-1, size))
 
 
 def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
@@ -313,11 +126,32 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
         )
 
 
-def _fingerprint(model: Model, masks: Any, splits: Splits, config: FinetuneConfig, key: jax.Array) -> str:
+def _check_teacher(teacher: Model | None, model: Model, splits: Splits, config: FinetuneConfig) -> None:
+    if (teacher is None) != (config.distillation == 0):
+        raise ValueError(
+            f"FinetuneConfig.distillation is {config.distillation} and there is {'no' if teacher is None else 'a'} teacher: "
+            "pass teacher= and set distillation above 0, or neither"
+        )
+    if teacher is None:
+        return
+    x = jax.ShapeDtypeStruct((config.batch_size, *splits.train.images.shape[1:]), jnp.float32)
+    shapes = []
+    for network in (teacher, model):
+        outputs = jax.tree.leaves(jax.eval_shape(network.apply, network.params, network.state, x))
+        shapes.append([list(output.shape) for output in outputs])
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the teacher's logits {shapes[0]} are not of the shape of the model's {shapes[1]}")
+
+
+def _fingerprint(
+    model: Model, masks: Any, splits: Splits, config: FinetuneConfig, key: jax.Array, teacher: Model | None
+) -> str:
     """Tells one run from another: settings, key, weights, masks and data; not how often it is saved, or its loops."""
     settings = dataclasses.replace(config, checkpoint_every=None, steps_per_call=None)
     digest = hashlib.sha256(repr((settings, splits.name, splits.mean, splits.std)).encode())
-    arrays = (key, model.params, model.state, masks)
+    arrays = [key, model.params, model.state, masks]
+    if teacher is not None:
+        arrays += [teacher.params, teacher.state]
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         typed_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         value = np.asarray(jax.random.key_data(leaf) if typed_key else leaf)

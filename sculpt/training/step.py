@@ -55,6 +55,8 @@ class Program:
     total_steps: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    teacher: ApplyFn | None = None
+    """Evaluates the teacher; None: there is none."""
 
     def learning_rate(self, step: Any) -> jax.Array:
         """float32: linear warm-up to the peak, then half a cosine to zero at `total_steps`."""
@@ -81,7 +83,9 @@ class Program:
         return optax.chain(*chain, optax.scale_by_learning_rate(self.learning_rate))
 
 
-def make_program(apply_train: TrainFn, splits: Splits, config: FinetuneConfig) -> Program:
+def make_program(
+    apply_train: TrainFn, splits: Splits, config: FinetuneConfig, teacher: ApplyFn | None = None
+) -> Program:
     """The program that trains by `config` on `splits`, which hold a batch at least."""
     steps_per_epoch = len(splits.train.labels) // config.batch_size
     total = steps_per_epoch * config.epochs
@@ -96,6 +100,7 @@ def make_program(apply_train: TrainFn, splits: Splits, config: FinetuneConfig) -
         total_steps=min(total, config.max_steps or total),
         mean=tuple(map(float, splits.mean)),
         std=tuple(map(float, splits.std)),
+        teacher=teacher,
     )
 
 
@@ -129,25 +134,36 @@ def one_step(
     program: Program,
     train: TrainState,
     masks: Any,
+    teacher: Any,
     images: jax.Array,
     labels: jax.Array,
     order: jax.Array,
     key: jax.Array,
 ) -> TrainState:
-    """One step: mask in the forward pass, update, project (CORRECTNESS 1). Randomness from `key` and the step alone."""
+    """One step: mask in the forward pass, update, project (CORRECTNESS 1). Randomness from `key` and the step alone.
+
+    `teacher` is the teacher's `(params, state)`, or None.
+    """
     config = program.config
     place = train.step % program.steps_per_epoch
     rows = jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size)
     augment_key, model_key = jax.random.split(jax.random.fold_in(key, train.step))
     raw = AUGMENTATIONS[config.augment](augment_key, images[rows])
     x, y = normalise(raw, program.mean, program.std), labels[rows]
+    taught = (
+        None if program.teacher is None else program.teacher(teacher[0], teacher[1], x).astype(jnp.float32)
+    )
 
     def objective(params: Params) -> tuple[jax.Array, tuple[jax.Array, State]]:
         used = params if masks is None else mask_params(params, masks)
         logits, new_state = program.apply_train(used, train.state, x, model_key)
         logits = logits.astype(jnp.float32)
         right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == y).astype(jnp.float32).sum()
-        return cross_entropy(logits, y, config.label_smoothing), (right, new_state)
+        loss = cross_entropy(logits, y, config.label_smoothing)
+        if taught is not None:
+            apart = divergence(logits, taught, config.temperature)
+            loss = (1 - config.distillation) * loss + config.distillation * apart
+        return loss, (right, new_state)
 
     (loss, (right, state)), gradients = jax.value_and_grad(objective, has_aux=True)(train.params)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
@@ -181,6 +197,16 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax
     return loss if not smoothing else (1 - smoothing) * loss - smoothing * log_p.mean()
 
 
+def divergence(logits: jax.Array, taught: jax.Array, temperature: float) -> jax.Array:
+    """`T^2 KL(teacher || student)` of softened predictions, nats, the mean over float32 `[n, classes]` each.
+
+    Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531: T^2 keeps the gradient's
+    size whatever the temperature T.
+    """
+    wanted, found = jax.nn.log_softmax(taught / temperature), jax.nn.log_softmax(logits / temperature)
+    return temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(axis=1).mean()
+
+
 def _averaged(decay: float, train: TrainState, new: Any) -> Any:
     # A low decay at first, so that a short run is not stuck at its start.
     done = train.step.astype(jnp.float32)
@@ -199,13 +225,14 @@ def run_step(
     program: Program,
     train: TrainState,
     masks: Any,
+    teacher: Any,
     images: jax.Array,
     labels: jax.Array,
     order: jax.Array,
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
     """`one_step`, compiled by itself: what CPUs want. Also returns `diverged` in a buffer that the next call leaves alone."""
-    train = one_step(program, train, masks, images, labels, order, key)
+    train = one_step(program, train, masks, teacher, images, labels, order, key)
     return train, train.diverged
 
 
@@ -214,6 +241,7 @@ def run_steps(
     program: Program,
     train: TrainState,
     masks: Any,
+    teacher: Any,
     images: jax.Array,
     labels: jax.Array,
     order: jax.Array,
@@ -222,7 +250,7 @@ def run_steps(
 ) -> tuple[TrainState, jax.Array]:
     """`count` steps (int32 scalar, traced) of one epoch in one compiled loop: what accelerators want."""
     train = jax.lax.fori_loop(
-        0, count, lambda _, t: one_step(program, t, masks, images, labels, order, key), train
+        0, count, lambda _, t: one_step(program, t, masks, teacher, images, labels, order, key), train
     )
     return train, train.diverged
 

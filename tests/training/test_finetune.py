@@ -69,7 +69,7 @@ def test_correctness_01_moments_stay_zero_where_masked(name: str) -> None:
     images, labels = jnp.asarray(splits.train.images), jnp.asarray(splits.train.labels)
     order = epoch_order(KEY, len(labels), jnp.int32(0))
     for _ in range(5):
-        state, _ = run_step(program, state, masks, images, labels, order, KEY)
+        state, _ = run_step(program, state, masks, None, images, labels, order, KEY)
     worst = [largest_masked(state.params, masks)]
     optax.tree_utils.tree_map_params(
         program.optimizer(), lambda m, mask: worst.append(largest_masked(m, mask)), state.optimizer, masks
@@ -117,8 +117,8 @@ CHANGES: dict[str, Any] = {
     "ema": 0.5,
     "max_steps": 7,
 }
-ELSEWHERE = {"select_best", "checkpoint_every", "steps_per_call"}
-"""Fields with a test of their own below."""
+ELSEWHERE = {"select_best", "checkpoint_every", "steps_per_call", "distillation", "temperature"}
+"""Fields with a test of their own below, or in test_distillation.py."""
 
 
 @pytest.fixture(scope="module")

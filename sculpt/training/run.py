@@ -1,0 +1,220 @@
+"""A training run under way: what the host does between compiled steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.model import Model
+from sculpt.training.checkpoint import Checkpoints
+from sculpt.training.config import FinetuneConfig
+from sculpt.training.data import Split, Splits
+from sculpt.training.step import (
+    Program,
+    TrainState,
+    epoch_order,
+    make_program,
+    run_step,
+    run_steps,
+    start,
+    validate,
+)
+
+Metrics = dict[str, float]
+_LOOK_EVERY = 50
+"""Steps between two looks of the host at the run: for divergence, and to report progress."""
+
+
+class TrainingDiverged(ValueError):
+    """The loss or the weights stopped being finite."""
+
+    def __init__(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        kept = (
+            f"the last good checkpoint is {checkpoint}"
+            if checkpoint is not None
+            else "no checkpoint was kept (finetune keeps them where it is given a directory)"
+        )
+        super().__init__(
+            f"training diverged: loss or weights not finite in epoch {epoch}, step {step}; {kept}. "
+            "Lower learning_rate, or set clip_norm"
+        )
+        self.epoch = epoch
+        """Epoch, from 1."""
+        self.step = step
+        """Step, from 1, over all epochs."""
+        self.checkpoint = checkpoint
+        """Folder of the last good checkpoint, if any was kept."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run under way: its arrays on the device, and what the host keeps beside them."""
+
+    model: Model
+    """The network to start from."""
+    config: FinetuneConfig
+    program: Program
+    masks: Any
+    teacher: Any
+    """The teacher's (params, state), or None."""
+    images: jax.Array
+    """Raw train images `[n, ...]`."""
+    labels: jax.Array
+    """int32 `[n]`."""
+    validation: tuple[jax.Array, jax.Array]
+    """Raw images `[batches, batch, ...]` and labels int32 `[batches, batch]`."""
+    keys: tuple[jax.Array, jax.Array]
+    """Of the order of the images, and of the steps."""
+    train: TrainState
+    best: Any
+    """(params, state) of the best epoch so far; None where the last is returned."""
+    best_accuracy: np.ndarray
+    """float32 scalar; -1 before the first epoch."""
+    step: int = 0
+    seconds: float = 0.0
+    """Time of the timed steps of this epoch."""
+    timed: int = 0
+    """Steps of this epoch that were timed."""
+    warm: bool = False
+    """Whether the compiled step has run; the first call, which compiles, is not timed."""
+
+    @staticmethod
+    def begin(
+        model: Model,
+        masks: Any,
+        splits: Splits,
+        config: FinetuneConfig,
+        key: jax.Array,
+        teacher: Model | None,
+    ) -> Run:
+        program = make_program(model.apply_train, splits, config, teacher and teacher.apply)
+        order_key, step_key = jax.random.split(key)
+        state = start(program, model.params, model.state, masks)
+        selects = config.select_best and program.total_steps > program.steps_per_epoch
+        return Run(
+            model=model,
+            config=config,
+            program=program,
+            masks=masks,
+            teacher=teacher and (teacher.params, teacher.state),
+            images=jnp.asarray(splits.train.images),
+            labels=jnp.asarray(splits.train.labels, jnp.int32),
+            validation=_in_batches(splits.validation),
+            keys=(order_key, step_key),
+            train=state,
+            best=_copy(state.weights) if selects else None,
+            best_accuracy=np.full((), -1, np.float32),
+        )
+
+    def tree(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"train": self.train, "best": self.best, "best_accuracy": self.best_accuracy}
+
+    def load(self, tree: dict[str, Any]) -> None:
+        """Takes over the contents of a checkpoint."""
+        self.train, self.best, self.best_accuracy = tree["train"], tree["best"], tree["best_accuracy"]
+        self.step = int(self.train.step)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 1, that the last step done belongs to."""
+        return (self.step - 1) // self.program.steps_per_epoch + 1
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether an epoch, or the run, is complete."""
+        return self.step % self.program.steps_per_epoch == 0 or self.step == self.program.total_steps
+
+    def advance(self, keeper: Checkpoints | None, on_progress: Callable[[int, int], None] | None) -> None:
+        """Runs to the next end of an epoch or checkpoint; the state is known to be finite afterwards."""
+        length, total = self.program.steps_per_epoch, self.program.total_steps
+        stop = min((self.step // length + 1) * length, total)
+        if keeper is not None and (every := self.config.checkpoint_every) is not None:
+            stop = min(stop, (self.step // every + 1) * every)
+        order = epoch_order(self.keys[0], len(self.labels), jnp.int32(self.step // length))
+        if self.step % length == 0:
+            self.seconds, self.timed = 0.0, 0
+        seen: jax.Array | None = None
+        begin, first = time.perf_counter(), self.step
+        while self.step < stop:
+            diverged = self._call(order, min(stop, (self.step // _LOOK_EVERY + 1) * _LOOK_EVERY))
+            if not self.warm:
+                jax.block_until_ready(diverged)
+                self.warm, begin, first = True, time.perf_counter(), self.step
+            if self.step % _LOOK_EVERY == 0 or self.step == stop:
+                # The look before the last is surely done, and reading it leaves the device a queue to work on.
+                self._require_finite(diverged if self.step == stop else seen, keeper)
+                seen = diverged
+                if on_progress is not None:
+                    on_progress(self.step, total)
+        self.seconds += time.perf_counter() - begin
+        self.timed += self.step - first
+
+    def _call(self, order: jax.Array, stop: int) -> jax.Array:
+        """One call of the compiled step or loop, up to step `stop` at the most."""
+        at_once = self.config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
+        data = (self.images, self.labels, order, self.keys[1])
+        arguments = (self.program, self.train, self.masks, self.teacher, *data)
+        if at_once == 1:
+            self.train, diverged = run_step(*arguments)
+            self.step += 1
+        else:
+            count = min(at_once, stop - self.step)
+            self.train, diverged = run_steps(*arguments, jnp.int32(count))
+            self.step += count
+        return diverged
+
+    def _require_finite(self, diverged: jax.Array | None, keeper: Checkpoints | None) -> None:
+        if diverged is None or (step := int(diverged)) < 0:
+            return
+        checkpoint = None if keeper is None else keeper.latest()
+        raise TrainingDiverged(step // self.program.steps_per_epoch + 1, step + 1, checkpoint)
+
+    def finish_epoch(self, on_metrics: Callable[[Metrics], None] | None) -> None:
+        """Validates, where somebody wants to know, and remembers the best epoch."""
+        if on_metrics is None and self.best is None:
+            return
+        params, state = self.train.weights
+        normalisation = self.program.mean, self.program.std
+        accuracy = np.asarray(validate(self.model.apply, normalisation, params, state, *self.validation))
+        if self.best is not None and accuracy > self.best_accuracy:
+            self.best, self.best_accuracy = _copy(self.train.weights), accuracy
+        if on_metrics is None:
+            return
+        steps = self.step - (self.epoch - 1) * self.program.steps_per_epoch
+        on_metrics(
+            {
+                "epoch": float(self.epoch),
+                "step": float(self.step),
+                "train_loss": float(self.train.loss) / steps,
+                "train_accuracy": float(self.train.right) / (steps * self.config.batch_size),
+                "validation_accuracy": float(accuracy),
+                "learning_rate": float(self.program.learning_rate(self.step - 1)),
+                "images_per_second": self.timed * self.config.batch_size / max(self.seconds, 1e-9),
+            }
+        )
+
+    def result(self) -> Model:
+        """The model of the best epoch, or of the last."""
+        params, state = self.train.weights if self.best is None else self.best
+        return self.model.replace(params=params, state=state)
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _in_batches(split: Split) -> tuple[jax.Array, jax.Array]:
+    """Raw images `[batches, batch, ...]` and labels, padded with images of label -1."""
+    n = len(split.labels)
+    size = min(64 if jax.default_backend() == "cpu" else 512, n)
+    images = np.concatenate([split.images, split.images[: -n % size]])
+    labels = np.concatenate([split.labels, np.full(-n % size, -1)]).astype(np.int32)
+    return jnp.asarray(images.reshape(-1, size, *images.shape[1:])), jnp.asarray(labels.reshape(-1, size))
