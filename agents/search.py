@@ -31,8 +31,9 @@ from sculpt.model import Model
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.archive import Archive
 from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
-from sculpt.scoring.evaluate import make_problem, score_policies
+from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.problem import make_problem
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.data import Splits
 

@@ -1,16 +1,16 @@
 """How good a policy is: batched evaluation, rewards, the environment of the agent."""
 
 from sculpt.scoring.evaluate import (
-    Problem,
     Scores,
     evaluate,
     evaluate_policies,
-    make_problem,
+    score_batch,
     score_params,
     score_policies,
     score_policy,
 )
 from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.problem import Problem, make_problem
 from sculpt.scoring.recalibrate import recalibrate
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "evaluate_policies",
     "make_problem",
     "recalibrate",
+    "score_batch",
     "score_params",
     "score_policies",
     "score_policy",

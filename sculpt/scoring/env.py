@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from sculpt.pruning import Space, cost, to_graph
 from sculpt.scoring.archive import Archive, empty_archive, score_with_archive
-from sculpt.scoring.evaluate import Problem, Scores, score_policies
+from sculpt.scoring.evaluate import Scores, score_policies
+from sculpt.scoring.problem import Problem
 from sculpt.scoring.reward import (
     Objective,
     RewardConfig,

@@ -11,8 +11,12 @@ import jax.numpy as jnp
 from sculpt.model import Model, State, TrainFn
 from sculpt.tracing.program import flatten
 
+_IMAGES_PER_BATCH = 64
 
-def batch_statistics(apply_train: TrainFn, params: Any, state: State, images: jax.Array) -> State:
+
+def batch_statistics(
+    apply_train: TrainFn, params: Any, state: State, images: jax.Array, axis: str | None = None
+) -> State:
     """The state that training on `images` for ever would lead to.
 
     Running statistics move as `new = m * old + (1 - m) * batch` with a momentum m that only the network knows. This is
@@ -22,6 +26,7 @@ def batch_statistics(apply_train: TrainFn, params: Any, state: State, images: ja
 
     Args:
       images: float32 `[batches, batch, ...]`, normalised. Statistics are averaged over the batches.
+      axis: name of the mapped axis over whose devices the batches are spread, as many on each; None: all are here.
     """
     leaves, treedef = jax.tree.flatten(state)
     unchanged = _unchanged(apply_train, params, state, images[0])
@@ -46,6 +51,8 @@ def batch_statistics(apply_train: TrainFn, params: Any, state: State, images: ja
 
     totals, momenta = jax.lax.scan(one_batch, zeros, images)
     count = images.shape[0]
+    if axis is not None:
+        totals, count = jax.lax.psum(totals, axis), count * jax.lax.axis_size(axis)
     statistics = []
     for total, momentum, old in zip(totals, momenta, [v for v, m in zip(leaves, floating) if m]):
         moved = 1.0 - momentum[0]
@@ -67,7 +74,7 @@ def _recalibrated(apply_train: TrainFn, params: Any, state: State, images: jax.A
     return batch_statistics(apply_train, params, state, images)
 
 
-def recalibrate(model: Model, images: Any, images_per_batch: int = 64) -> Model:
+def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_BATCH) -> Model:
     """A copy of `model` with BatchNorm statistics of these images instead of its running ones.
 
     Args:
@@ -85,7 +92,7 @@ def recalibrate(model: Model, images: Any, images_per_batch: int = 64) -> Model:
     return model.replace(state=_recalibrated(model.apply_train, model.params, model.state, batches))
 
 
-def into_batches(images: jax.Array, images_per_batch: int) -> jax.Array:
+def into_batches(images: jax.Array, images_per_batch: int = _IMAGES_PER_BATCH) -> jax.Array:
     """Whole batches `[batches, batch, ...]` of images `[n, ...]`; one smaller batch if n is below the batch size."""
     n = images.shape[0]
     if n < 1:

@@ -12,7 +12,8 @@ import numpy as np
 from sculpt.agents import AgentConfig, SiteInputs, site_inputs
 from sculpt.model import Model, from_function
 from sculpt.pruning import Space, make_space, to_graph
-from sculpt.scoring.evaluate import Problem, Scores
+from sculpt.scoring.evaluate import Scores
+from sculpt.scoring.problem import Problem
 from sculpt.tracing import trace
 from sculpt.training import Split, Splits
 

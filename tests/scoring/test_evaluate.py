@@ -27,7 +27,7 @@ def one_by_one(
     model = network(name)
     masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
     if calibration is not None:
-        masked = sculpt.recalibrate(masked, calibration, images_per_batch=16)
+        masked = sculpt.recalibrate(masked, calibration)
     logits = np.asarray(masked(IMAGES), np.float64)
     shifted = logits - logits.max(1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -112,10 +112,10 @@ def test_bad_images_and_labels_are_refused(images: object, labels: object, messa
         sculpt.evaluate_policies(model, space, policies, images, labels)
 
 
-@pytest.mark.parametrize("field", ["policies_per_chunk", "images_per_batch"])
+@pytest.mark.parametrize("field", ["policies_per_chunk", "images_per_batch", "policy_shards", "image_shards"])
 def test_plans_are_checked(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be a whole number"):
-        sculpt.EvaluationPlan(**{field: 0})
+        sculpt.EvaluationPlan(**{field: 0})  # type: ignore[arg-type]
 
 
 def test_a_model_without_logits_is_refused() -> None:

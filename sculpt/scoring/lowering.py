@@ -1,0 +1,120 @@
+"""How convolutions and matrix products of a network are computed while policies are scored: algorithm and precision.
+
+Both act on the program of the network, operation by operation, so they need nothing of the user's classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.tracing.execute import Executable, execute
+from sculpt.tracing.program import Equation, Program, flatten
+
+Convolution = Literal["lax", "im2col"]
+"""`lax`: the convolution of XLA. `im2col`: patches of the image, then one matrix product, where a convolution allows it."""
+Precision = Literal["float32", "bfloat16"]
+"""Of the operands of convolutions and matrix products; everything else, sums included, stays as the network has it."""
+
+
+def lowered(
+    function: Callable[..., Any], convolution: Convolution, precision: Precision
+) -> Callable[..., Any]:
+    """`function` with its convolutions and matrix products computed another way; itself where nothing changes.
+
+    The result is to be traced (jit, scan, vmap): each call flattens the function for the shapes that it is given.
+    """
+    if convolution == "lax" and precision == "float32":
+        return function
+
+    @functools.wraps(function)
+    def changed(*arguments: Any) -> Any:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.dtypes.result_type(x)), arguments
+        )
+        program = flatten(function, *abstract)
+        bind = functools.partial(_bind, convolution, precision)
+        results = execute(_with_bodies(program), jax.tree.leaves(arguments), bind)
+        return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *abstract)), results)
+
+    return changed
+
+
+def _with_bodies(program: Program) -> Executable:
+    """The program as written, whose bodies are run operation by operation too."""
+    bodies = {id(eqn): tuple(map(_with_bodies, eqn.bodies)) for eqn in program.equations if eqn.bodies}
+    return Executable(program, program.constants, {}, bodies, {})
+
+
+def _bind(
+    convolution: Convolution,
+    precision: Precision,
+    eqn: Equation,
+    operands: Sequence[Any],
+    params: dict[str, Any],
+) -> Any:
+    if eqn.name not in ("conv_general_dilated", "dot_general"):
+        return eqn.primitive.bind(*operands, **params)
+    narrow = precision == "bfloat16" and all(x.dtype == jnp.float32 for x in operands)
+    if narrow:
+        operands = [x.astype(jnp.bfloat16) for x in operands]
+        # A product accumulates in float32 and gives it; convolutions do so on some devices only, and round at the end.
+        wanted = jnp.float32 if eqn.name == "dot_general" else None
+        params = params | {"preferred_element_type": wanted}
+    if eqn.name == "conv_general_dilated" and convolution == "im2col" and _is_plain(operands[0], params):
+        result = _product_of_patches(operands[0], operands[1], params, jnp.float32 if narrow else None)
+    else:
+        result = eqn.primitive.bind(*operands, **params)
+    return result.astype(jnp.float32) if narrow else result
+
+
+def _is_plain(image: Any, params: dict[str, Any]) -> bool:
+    """Whether every output of a convolution is one inner product with a patch of the image."""
+    return (
+        params["feature_group_count"] == params["batch_group_count"] == 1
+        and math.prod(params["lhs_dilation"]) == 1
+        and image.ndim > 2
+    )
+
+
+def _product_of_patches(image: Any, kernel: Any, params: dict[str, Any], accumulate: Any) -> Any:
+    """A convolution without groups as one matrix product of `[positions, window * inputs]` and `[.., outputs]`."""
+    numbers = params["dimension_numbers"]
+    image = jnp.transpose(image, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+    kernel = jnp.transpose(kernel, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
+    window, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
+    zero = jnp.zeros((), image.dtype)
+    image = jax.lax.pad(
+        image, zero, [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)]
+    )
+    strides, dilation = params["window_strides"], params["rhs_dilation"]
+    sizes = [
+        (size - (k - 1) * d - 1) // s + 1
+        for size, k, d, s in zip(image.shape[1:-1], window, dilation, strides, strict=True)
+    ]
+
+    def corner(offset: Sequence[int]) -> Any:
+        """The pixels that one entry of the window meets, `[n, *sizes, inputs]`."""
+        start = [o * d for o, d in zip(offset, dilation)]
+        stop = [begin + (n - 1) * s + 1 for begin, n, s in zip(start, sizes, strides)]
+        return jax.lax.slice(image, (0, *start, 0), (image.shape[0], *stop, inputs), (1, *strides, 1))
+
+    offsets = list(np.ndindex(*window))  # row-major, like the kernel
+    patches = jnp.concatenate([corner(offset) for offset in offsets], axis=-1)
+    result = jax.lax.dot_general(
+        patches,
+        kernel.reshape(len(offsets) * inputs, outputs),
+        (((patches.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=accumulate or params["preferred_element_type"],
+        precision=params["precision"],
+    )
+    back = [0] * result.ndim
+    for place, axis in enumerate((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])):
+        back[axis] = place
+    return jnp.transpose(result, back)
