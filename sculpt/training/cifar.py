@@ -80,7 +80,7 @@ def prepare(
     sha256: str | None = None,
     timeout: float = 30.0,
 ) -> Path:
-    """Writes `data_dir/name/version`; what is already there is left as it is.
+    """Writes `data_dir/name/version`; where that is complete nothing is downloaded, read or written.
 
     Args:
       name: "cifar10" or "cifar100".
@@ -94,11 +94,12 @@ def prepare(
       The directory of the prepared data set.
 
     Raises:
-      ValueError: for an unknown name, an archive of another SHA-256 or layout, or one that is not there.
+      ValueError: for an unknown name, an archive of another SHA-256 or layout, or one that is not there; also as
+        `find_complete`.
       OSError: if the download fails. In either case nothing is left behind.
     """
-    if name not in ARCHIVES:
-        raise ValueError(f"expected one of {', '.join(ARCHIVES)}, got {name!r}")
+    if (complete := find_complete(name, data_dir)) is not None:
+        return complete
     source, directory = ARCHIVES[name], data_directory(data_dir)
     expected = (sha256 or source.sha256).lower()
     with tempfile.TemporaryDirectory(prefix=f"sculpt-{name}-") as scratch:
@@ -116,6 +117,35 @@ def prepare(
                 f"{url or archive or source.url} has the SHA-256 {digest}, expected {expected}: not used"
             )
         return _write(name, source, _read(file, source), directory, Path(scratch))
+
+
+def find_complete(name: str, data_dir: str | Path | None = None) -> Path | None:
+    """The directory of a data set that `prepare` need not write again, or None.
+
+    Raises:
+      ValueError: for an unknown name, or a directory whose contents are damaged or of another file format.
+    """
+    if name not in ARCHIVES:
+        raise ValueError(f"expected one of {', '.join(ARCHIVES)}, got {name!r}")
+    directory = data_directory(data_dir)
+    if not (directory / name).is_dir():
+        return None  # before TensorFlow Datasets is imported, which takes seconds
+    import tensorflow_datasets as tfds
+
+    official: Any = tfds.builder_cls(name)
+    try:
+        builder = official(data_dir=directory, file_format="array_record")
+    except Exception as error:  # what it raises depends on what is wrong
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{directory / name} cannot be used ({reason}): remove it first") from error
+    written = Path(builder.data_dir)
+    if not (written / "dataset_info.json").is_file():
+        return None
+    files = [Path(file) for split in builder.info.splits.values() for file in split.filepaths]
+    lost = [file.name for file in files if not file.is_file()]
+    if lost or not files:
+        raise ValueError(f"{written} is not complete ({', '.join(lost) or 'no splits'}): remove it first")
+    return written
 
 
 def _download(url: str, file: Path, timeout: float) -> str:
@@ -216,6 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sha256", help="what the archive must hash to, if not to the official value")
     options = parser.parse_args(arguments)
     try:
+        if (complete := find_complete(options.name, options.data_dir)) is not None:
+            print(f"{options.name} is complete in {complete} already: nothing to do")
+            return 0
         written = prepare(
             options.name, options.data_dir, options.archive, url=options.url, sha256=options.sha256
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import re
 import socket
 import subprocess
 import sys
@@ -165,6 +166,24 @@ def test_a_download_end_to_end(tmp_path: Path, scratch: Path, server: tuple[str,
     cifar.prepare("cifar10", tmp_path / "data", url=url, sha256=sha256)
     assert not list(scratch.glob("sculpt-*"))
     assert len(sculpt.load_data("cifar10", tmp_path / "data").test.labels) == 20
+
+
+def test_what_is_complete_is_not_downloaded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, sha256 = archive(tmp_path / "archive.tar.gz", contents("cifar10"))
+    data = tmp_path / "data"
+    written = cifar.prepare("cifar10", data, file, sha256=sha256)
+    nowhere = f"http://127.0.0.1:{closed_port()}/cifar.tar.gz"
+    assert cifar.prepare("cifar10", data, url=nowhere) == written
+    arguments = ["cifar10", "--data-dir", str(data), "--url", nowhere]
+    capsys.readouterr()
+    assert cifar.main(arguments) == 0
+    assert capsys.readouterr().out == f"cifar10 is complete in {written} already: nothing to do\n"
+    (written / "cifar10-test.array_record-00000-of-00001").unlink()
+    assert cifar.main(arguments) == 1
+    assert "is not complete (cifar10-test.array_record-00000-of-00001): remove it" in capsys.readouterr().err
+    (written / "dataset_info.json").write_text("{")
+    assert cifar.main(arguments) == 1
+    assert re.search(r"cannot be used \(.*\): remove it first", capsys.readouterr().err)
 
 
 def test_another_sha256_is_refused_and_nothing_stays(
