@@ -39,7 +39,15 @@ if TYPE_CHECKING:
         to_graph,
         uniform_policy,
     )
-    from sculpt.scoring import EvaluationPlan, Scores, evaluate, evaluate_policies, recalibrate
+    from sculpt.scoring import (
+        EvaluationPlan,
+        Scores,
+        Tuning,
+        evaluate,
+        evaluate_policies,
+        recalibrate,
+        tune_plan,
+    )
     from sculpt.tracing import Trace, trace
     from sculpt.training import FinetuneConfig, Split, Splits, finetune, from_arrays, load_data, train
 
@@ -75,7 +83,15 @@ _HOMES = {
         "to_graph",
         "uniform_policy",
     ),
-    "sculpt.scoring": ("EvaluationPlan", "Scores", "evaluate", "evaluate_policies", "recalibrate"),
+    "sculpt.scoring": (
+        "EvaluationPlan",
+        "Scores",
+        "Tuning",
+        "evaluate",
+        "evaluate_policies",
+        "recalibrate",
+        "tune_plan",
+    ),
     "sculpt.tracing": ("Trace", "trace"),
     "sculpt.training": ("FinetuneConfig", "Split", "Splits", "finetune", "from_arrays", "load_data", "train"),
 }

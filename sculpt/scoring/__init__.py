@@ -12,11 +12,14 @@ from sculpt.scoring.evaluate import (
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import Problem, make_problem
 from sculpt.scoring.recalibrate import recalibrate
+from sculpt.scoring.tune import Trial, Tuning, tune_plan
 
 __all__ = [
     "EvaluationPlan",
     "Problem",
     "Scores",
+    "Trial",
+    "Tuning",
     "evaluate",
     "evaluate_policies",
     "make_problem",
@@ -25,4 +28,5 @@ __all__ = [
     "score_params",
     "score_policies",
     "score_policy",
+    "tune_plan",
 ]
