@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from sculpt.scoring import (
         EvaluationPlan,
         Scores,
+        StreamReport,
         Tuning,
         evaluate,
+        evaluate_file,
         evaluate_policies,
         recalibrate,
         tune_plan,
@@ -86,8 +88,10 @@ _HOMES = {
     "sculpt.scoring": (
         "EvaluationPlan",
         "Scores",
+        "StreamReport",
         "Tuning",
         "evaluate",
+        "evaluate_file",
         "evaluate_policies",
         "recalibrate",
         "tune_plan",
@@ -113,7 +117,9 @@ __all__ = [
     "Space",
     "Split",
     "Splits",
+    "StreamReport",
     "Trace",
+    "Tuning",
     "__version__",
     "agents",
     "apply_masks",
@@ -123,6 +129,7 @@ __all__ = [
     "cost",
     "count_cost",
     "evaluate",
+    "evaluate_file",
     "evaluate_policies",
     "export_stablehlo",
     "finetune",
@@ -147,6 +154,7 @@ __all__ = [
     "to_graph",
     "trace",
     "train",
+    "tune_plan",
     "uniform_policy",
 ]
 

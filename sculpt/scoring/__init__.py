@@ -9,24 +9,32 @@ from sculpt.scoring.evaluate import (
     score_policies,
     score_policy,
 )
+from sculpt.scoring.journal import StreamReport, evaluate_file
 from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.policy_file import read_policies
 from sculpt.scoring.problem import Problem, make_problem
 from sculpt.scoring.recalibrate import recalibrate
+from sculpt.scoring.stream import Block, score_stream
 from sculpt.scoring.tune import Trial, Tuning, tune_plan
 
 __all__ = [
+    "Block",
     "EvaluationPlan",
     "Problem",
     "Scores",
+    "StreamReport",
     "Trial",
     "Tuning",
     "evaluate",
+    "evaluate_file",
     "evaluate_policies",
     "make_problem",
+    "read_policies",
     "recalibrate",
     "score_batch",
     "score_params",
     "score_policies",
     "score_policy",
+    "score_stream",
     "tune_plan",
 ]

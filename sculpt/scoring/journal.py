@@ -1,0 +1,331 @@
+"""Scores of a stream of policies in a file that survives being killed: `evaluate_file`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sculpt.model import Model
+from sculpt.pruning.space import Space
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.policy_file import read_policies
+from sculpt.scoring.problem import Problem, make_problem
+from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
+
+COLUMNS = (
+    "accuracy",
+    "loss",
+    "macs",
+    "macs_ratio",
+    "macs_realised",
+    "macs_realised_ratio",
+    "params",
+    "params_ratio",
+)
+"""What is written of each policy, besides its index in the stream and itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamReport:
+    """What became of a stream."""
+
+    policies: int
+    """Rows in the file."""
+    resumed: int
+    """Of them, those that were there before."""
+    evaluated: int
+    """Policies that this call scored by running the network."""
+    seconds: float
+    """Wall time of this call, compilation included."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of this call's policies whose scores were remembered; 0 where there were none."""
+        fresh = self.policies - self.resumed
+        return 1 - self.evaluated / fresh if fresh else 0.0
+
+    @property
+    def policies_per_second(self) -> float:
+        """Policies of this call per second, remembered ones included."""
+        return (self.policies - self.resumed) / self.seconds if self.seconds else 0.0
+
+
+def evaluate_file(
+    model: Model,
+    space: Space,
+    policies: str | Path | Iterable[Any],
+    out: str | Path,
+    images: Any,
+    labels: Any,
+    calibration: Any = None,
+    plan: EvaluationPlan | None = None,
+    *,
+    chunk: int = CHUNK,
+    on_progress: Callable[[StreamReport], None] | None = None,
+) -> StreamReport:
+    """Scores policies from a file or an iterable into a file, in constant memory.
+
+    Rows are appended block by block. A call that finds rows of the same task goes on behind them: nothing is scored twice,
+    nothing is lost, and the file ends as it would have without the interruption. A policy that comes back within the last
+    262,144 is not scored again.
+
+    Args:
+      model: the dense network.
+      space: sites and patterns.
+      policies: a file for `read_policies`, or integers `[sites]` one after the other (the same ones when resuming).
+      out: `.jsonl` (one object a line) or `.parquet` (rows are kept in `<out>.partial.jsonl` until all are there).
+        Every row has "index", "policy" and `COLUMNS`; `<out>.json` says what was scored on what. On several hosts
+        the first one writes.
+      images: as for `evaluate_policies`.
+      labels: as for `evaluate_policies`.
+      calibration: as for `evaluate_policies`.
+      plan: as for `evaluate_policies`.
+      chunk: policies in a block.
+      on_progress: told after every block.
+
+    Raises:
+      ValueError: for what does not fit, a file that belongs to another task, or one that another process is writing.
+    """
+    out = Path(out)
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"scores are written to .jsonl or .parquet files, got {out}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    begun = time.perf_counter()
+    stream = read_policies(policies) if isinstance(policies, str | Path) else iter(policies)
+    problem = make_problem(model, space, images, labels, calibration, plan)
+    writer = jax.process_index() == 0
+    memory, report = Memory(), StreamReport(0, 0, 0, 0.0)
+    with Journal(out, _about(problem)) if writer else _Nothing() as journal:
+        resumed = _agreed(journal.rows)
+        # Every host must know the same scores, and only the first one has the file.
+        if jax.process_count() == 1:
+            journal.recall(memory)
+        skipped = sum(1 for _ in itertools.islice(stream, resumed))
+        if skipped < resumed:
+            raise ValueError(
+                f"{out} holds {resumed} rows, there are only {skipped} policies: give another --out"
+            )
+        report = StreamReport(resumed, resumed, 0, time.perf_counter() - begun)
+        for block in score_stream(problem, stream, start=resumed, chunk=chunk, memory=memory):
+            journal.append(block)
+            seconds = time.perf_counter() - begun
+            report = StreamReport(
+                report.policies + len(block.policies), resumed, report.evaluated + block.evaluated, seconds
+            )
+            if on_progress is not None:
+                on_progress(report)
+        journal.finish()
+    return report
+
+
+class _Nothing:
+    """The journal of a host that writes nothing."""
+
+    rows = 0
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def recall(self, memory: Memory) -> None: ...
+    def append(self, block: Block) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Journal:
+    """Rows on disk: whole lines, flushed after every block, behind what was there before.
+
+    Raises:
+      ValueError: if the file belongs to another task, is damaged, or is being written by another process.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        self._out, self._about_file = out, out.with_name(out.name + ".json")
+        self._lines = out if out.suffix == ".jsonl" else out.with_name(out.name + ".partial.jsonl")
+        self._about = about
+        self.rows = 0
+        """Whole rows on disk."""
+
+    def __enter__(self) -> Journal:
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self._out.with_name(f".{self._out.name}.lock"))
+        self._claim()
+        if self._out.suffix == ".parquet" and self._out.exists():
+            _unpacked(self._out, self._lines)
+        self._file = self._lines.open("ab+")
+        self.rows = self._whole_rows()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._lock.close()
+
+    def _claim(self) -> None:
+        """Sees that the file belongs to this task, or is new."""
+        if self._lines.exists() or self._out.exists():
+            try:
+                there = json.loads(self._about_file.read_text())
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{self._out} exists, but {self._about_file.name}, which says what it belongs to, cannot be read: "
+                    "give another file, or delete it"
+                ) from error
+            if there != self._about:
+                differ = ", ".join(
+                    sorted(k for k in {*there, *self._about} if there.get(k) != self._about.get(k))
+                )
+                raise ValueError(
+                    f"{self._out} belongs to another task (other {differ}): give another file, or delete it"
+                )
+            return
+        temporary = self._about_file.with_name(self._about_file.name + ".tmp")
+        temporary.write_text(json.dumps(self._about, indent=1))
+        os.replace(temporary, self._about_file)
+
+    def _whole_rows(self) -> int:
+        """Counts the rows, and cuts off what a killed process left of the last one."""
+        rows, end = 0, 0
+        self._file.seek(0)
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            rows, end = rows + 1, end + len(line)
+        self._file.truncate(end)
+        self._file.seek(0, os.SEEK_END)
+        return rows
+
+    def recall(self, memory: Memory) -> None:
+        """Fills `memory` with the rows on disk."""
+        for row in _rows(self._lines):
+            memory.put(np.asarray(row["policy"], np.int32), row["accuracy"], row["loss"])
+
+    def append(self, block: Block) -> None:
+        """Writes a block, and sees it safely on disk."""
+        columns = {"accuracy": block.scores.accuracy, "loss": block.scores.loss}
+        columns |= {name: getattr(block.cost, name) for name in COLUMNS[2:]}
+        texts = {name: [str(value) for value in np.asarray(values)] for name, values in columns.items()}
+        lines = []
+        for place, policy in enumerate(block.policies):
+            row: dict[str, Any] = {"index": block.start + place, "policy": policy.tolist()}
+            # The shortest text that reads back as the same float32.
+            row |= {name: float(text[place]) for name, text in texts.items()}
+            lines.append(json.dumps(row))
+        self._file.write(("\n".join(lines) + "\n").encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows += len(lines)
+
+    def finish(self) -> None:
+        """Turns the rows into the format that was asked for."""
+        if self._lines == self._out:
+            return
+        _packed(self._lines, self._out)
+        self._lines.unlink()
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{file}, line {number} is damaged: delete the file, or mend that line"
+                ) from error
+
+
+def _packed(lines: Path, out: Path) -> None:
+    """JSON lines as one parquet file, some thousand rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [("index", pa.int64()), ("policy", pa.list_(pa.int32())), *((name, pa.float32()) for name in COLUMNS)]
+    )
+    temporary = out.with_name(out.name + ".tmp")
+    rows = _rows(lines)
+    with pq.ParquetWriter(temporary, schema) as writer:
+        while block := list(itertools.islice(rows, 8192)):
+            writer.write_table(pa.Table.from_pylist(block, schema))
+    os.replace(temporary, out)
+
+
+def _unpacked(out: Path, lines: Path) -> None:
+    """The rows of a parquet file as JSON lines again, to be gone on with."""
+    import pyarrow.parquet as pq
+
+    temporary = lines.with_name(lines.name + ".tmp")
+    try:
+        with temporary.open("w") as target, pq.ParquetFile(out) as source:
+            for batch in source.iter_batches(8192):
+                for row in batch.to_pylist():
+                    row |= {name: float(str(np.float32(row[name]))) for name in COLUMNS}
+                    target.write(json.dumps(row) + "\n")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out} is damaged: {error}; delete it") from error
+    os.replace(temporary, lines)
+
+
+def _locked(file: Path) -> Any:
+    """An open file that no other process has locked; the lock goes with it."""
+    handle = file.open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such locks on this system
+        pass
+    except OSError as error:
+        handle.close()
+        raise ValueError(
+            f"another process is writing beside {file}: wait for it, or give another file"
+        ) from error
+    return handle
+
+
+def _about(problem: Problem) -> dict[str, Any]:
+    """What scores depend on: two tasks with the same description have the same scores."""
+
+    def digest(tree: Any) -> str:
+        found = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+            found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
+            found.update(np.ascontiguousarray(leaf).tobytes())
+        return found.hexdigest()
+
+    labels = np.asarray(problem.labels).reshape(-1)
+    real = labels >= 0
+    images = np.asarray(problem.images).reshape(-1, *problem.images.shape[2:])
+    sites = [
+        [site.name, site.family, *(option.label for option in site.options)] for site in problem.space.sites
+    ]
+    return {
+        "images": int(real.sum()),
+        "calibration images": 0
+        if problem.calibration is None
+        else int(np.prod(problem.calibration.shape[:2])),
+        "precision": problem.plan.precision,
+        "network sha256": digest((problem.params, problem.state)),
+        "data sha256": digest((images[real], labels[real], problem.calibration)),
+        "sites sha256": hashlib.sha256(json.dumps(sites).encode()).hexdigest(),
+    }
+
+
+def _agreed(rows: int) -> int:
+    """The first host's number of rows, on every host."""
+    if jax.process_count() == 1:
+        return rows
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(rows)))

@@ -1,0 +1,168 @@
+"""Scores of a stream of policies: any number of them, in constant memory."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.pruning.cost import Cost, cost
+from sculpt.pruning.masks import check_policies
+from sculpt.pruning.space import Space
+from sculpt.scoring.evaluate import Scores, _scored
+from sculpt.scoring.problem import Problem
+
+CHUNK = 256
+"""Policies that are scored by one call."""
+_REMEMBERED = 1 << 18
+"""Policies whose scores are kept in memory, about 200 bytes each."""
+
+
+class Memory:
+    """Scores of the policies seen last, so that one that comes back is not scored again."""
+
+    def __init__(self) -> None:
+        self._scores: collections.OrderedDict[bytes, tuple[np.float32, np.float32]] = (
+            collections.OrderedDict()
+        )
+
+    def put(self, policy: np.ndarray, accuracy: Any, loss: Any) -> None:
+        """Remembers the scores of a policy int32 `[sites]`."""
+        self._scores[policy.tobytes()] = np.float32(accuracy), np.float32(loss)
+        if len(self._scores) > _REMEMBERED:
+            self._scores.popitem(last=False)
+
+    def get(self, policy: np.ndarray) -> tuple[np.float32, np.float32] | None:
+        """(accuracy, loss) of a policy, if it is remembered."""
+        return self._scores.get(policy.tobytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some policies of a stream, in its order, with their scores."""
+
+    start: int
+    """Index of the first of them in the stream."""
+    policies: np.ndarray
+    """int32 `[n, sites]`."""
+    scores: Scores
+    """numpy float32 `[n]` each."""
+    cost: Cost
+    """numpy float32 `[n]` each."""
+    evaluated: int
+    """Policies that were scored by running the network; the others were remembered."""
+
+
+@dataclasses.dataclass
+class _Flight:
+    """A block that the device is working on."""
+
+    start: int
+    policies: np.ndarray
+    fresh: np.ndarray
+    """int64: rows that are being scored."""
+    known: dict[int, tuple[np.float32, np.float32]]
+    """Row -> scores remembered from before."""
+    scores: Scores
+    """Of the fresh rows, not waited for."""
+    cost: Cost
+
+    def land(self, memory: Memory) -> Block:
+        """Waits for the scores and takes the rest from memory."""
+        found = jax.device_get(self.scores)
+        for place, row in enumerate(self.fresh):
+            memory.put(self.policies[row], found.accuracy[place], found.loss[place])
+        pairs = []
+        for row, policy in enumerate(self.policies):
+            pair = self.known.get(row) or memory.get(policy)
+            assert pair is not None
+            pairs.append(pair)
+        accuracy, loss = (np.asarray([pair[i] for pair in pairs], np.float32) for i in range(2))
+        costs = jax.tree.map(lambda x: np.asarray(x)[: len(pairs)], self.cost)
+        return Block(self.start, self.policies, Scores(accuracy, loss), costs, len(self.fresh))  # type: ignore[arg-type]
+
+
+def score_stream(
+    problem: Problem,
+    policies: Iterable[Any],
+    *,
+    start: int = 0,
+    chunk: int = CHUNK,
+    memory: Memory | None = None,
+) -> Iterator[Block]:
+    """Scores policies as they come; while the device works on a block, the host reads the next one.
+
+    The number of policies may be unknown, and unbounded: one program of `chunk` policies serves all of them.
+
+    Args:
+      problem: from `make_problem`.
+      policies: integers `[sites]` each.
+      start: index of the first policy, where a stream is taken up again.
+      chunk: policies in a block.
+      memory: scores known from before; filled on the way.
+
+    Raises:
+      ValueError: for a policy that does not fit the space, naming its index.
+    """
+    memory = Memory() if memory is None else memory
+    policies, ahead = iter(policies), None
+    for index in itertools.count(start, chunk):
+        rows = list(itertools.islice(policies, chunk))
+        flight = (
+            _launch(problem, _checked(problem.space, rows, index), index, chunk, memory, ahead)
+            if rows
+            else None
+        )
+        if ahead is not None:
+            yield ahead.land(memory)
+        if flight is None:
+            return
+        ahead = flight
+
+
+def _launch(
+    problem: Problem, policies: np.ndarray, start: int, chunk: int, memory: Memory, ahead: _Flight | None
+) -> _Flight:
+    """Starts scoring what is neither remembered nor under way."""
+    coming = {ahead.policies[row].tobytes() for row in ahead.fresh} if ahead is not None else set()
+    known, fresh = {}, []
+    for row, policy in enumerate(policies):
+        if (pair := memory.get(policy)) is not None:
+            known[row] = pair
+        elif policy.tobytes() not in coming:
+            fresh.append(row)
+            coming.add(policy.tobytes())
+    rows = np.asarray(fresh, np.int64)
+    place = problem.plan.place
+    padded = _padded(policies[rows], chunk)
+    scores = _scored(problem, place(padded), place(jnp.int32(len(rows))))
+    costs = _costs(problem.space, _padded(policies, chunk))
+    return _Flight(start, policies, rows, known, scores, costs)
+
+
+def _padded(policies: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(policies, ((0, rows - len(policies)), (0, 0)))
+
+
+def _checked(space: Space, rows: Sequence[Any], start: int) -> np.ndarray:
+    """The policies as int32 `[n, sites]`."""
+    for place, row in enumerate(rows):
+        try:
+            if np.ndim(row) != 1:
+                raise ValueError(f"expected one policy [{space.num_sites}], got {list(np.shape(row))}")
+            check_policies(space, np.asarray(row))
+        except ValueError as error:
+            raise ValueError(f"policy {start + place}: {error}") from error
+    return np.asarray(rows, np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _costs(space: Space, policies: jax.Array) -> Cost:
+    return cost(space, policies)

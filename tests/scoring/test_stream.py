@@ -1,0 +1,244 @@
+"""Policies streamed from files into files: same scores, constant programs, nothing lost or done twice after a kill."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sculpt
+from sculpt.scoring import evaluate_file, make_problem, read_policies, score_stream
+from sculpt.scoring.evaluate import _scored
+from sculpt.scoring.journal import Journal
+from sculpt.scoring.policy_file import count_policies
+from tests.conftest import REPOSITORY
+
+IMAGES = jax.random.normal(jax.random.key(0), (40, 6))
+LABELS = jax.random.randint(jax.random.key(1), (40,), 0, 4)
+
+
+def small_task() -> tuple[sculpt.Model, sculpt.Space]:
+    """Three dense layers; the same each time."""
+
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jax.nn.relu(jax.nn.relu(x @ params["a"]) @ params["b"]) @ params["c"]
+
+    shapes = {"a": (6, 16), "b": (16, 16), "c": (16, 4)}
+    params = {name: jax.random.normal(jax.random.key(i), s) for i, (name, s) in enumerate(shapes.items())}
+    model = sculpt.from_function(apply, params)
+    return model, sculpt.make_space(sculpt.trace(model, jnp.zeros((1, 6))))
+
+
+MODEL, SPACE = small_task()
+PROBLEM = make_problem(MODEL, SPACE, IMAGES, LABELS)
+
+
+def some_policies(n: int) -> np.ndarray:
+    """Random policies, of which some come back."""
+    return np.asarray(sculpt.random_policies(SPACE, jax.random.key(5), n))
+
+
+def run(policies: object, out: Path, **options: object) -> sculpt.StreamReport:
+    return evaluate_file(MODEL, SPACE, policies, out, IMAGES, LABELS, **options)  # type: ignore[arg-type]
+
+
+def test_a_stream_gives_the_scores_and_costs_of_one_call() -> None:
+    policies = some_policies(75)
+    expected = sculpt.evaluate_policies(MODEL, SPACE, policies, IMAGES, LABELS)
+    costs = sculpt.cost(SPACE, policies)
+    blocks = list(score_stream(PROBLEM, iter(policies), chunk=16))
+    assert [block.start for block in blocks] == [0, 16, 32, 48, 64]
+    joined = np.concatenate([block.policies for block in blocks])
+    assert np.array_equal(joined, policies)
+    for name in ("accuracy", "loss"):
+        found = np.concatenate([getattr(block.scores, name) for block in blocks])
+        np.testing.assert_allclose(found, getattr(expected, name), rtol=1e-6)
+    realised = np.concatenate([block.cost.macs_realised for block in blocks])
+    np.testing.assert_allclose(realised, costs.macs_realised, rtol=1e-6)
+
+
+def test_policies_that_come_back_are_not_scored_again() -> None:
+    policies = some_policies(20)
+    twice = np.concatenate([policies, policies[::-1], policies[:3]])
+    blocks = list(score_stream(PROBLEM, iter(twice), chunk=8))
+    distinct = len({policy.tobytes() for policy in policies})
+    assert sum(block.evaluated for block in blocks) == distinct
+    losses = np.concatenate([block.scores.loss for block in blocks])
+    assert np.array_equal(losses[:20], losses[20:40][::-1])
+    assert np.array_equal(losses[:3], losses[40:])
+
+
+def test_an_endless_stream_is_read_no_further_than_a_block_ahead_and_compiles_once() -> None:
+    taken = 0
+
+    def endless() -> Iterator[np.ndarray]:
+        nonlocal taken
+        for seed in itertools.count():
+            taken += 1
+            yield np.random.default_rng(seed).integers(0, SPACE.num_options)
+
+    stream = score_stream(PROBLEM, endless(), chunk=4)
+    next(stream)
+    assert taken == 8
+    compiled = getattr(_scored, "_cache_size")()  # noqa: B009
+    for _ in range(5):
+        next(stream)
+    assert getattr(_scored, "_cache_size")() == compiled  # noqa: B009
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".npz", ".npy"])
+@pytest.mark.parametrize("out", ["scores.jsonl", "scores.parquet"])
+def test_files_in_and_out(tmp_path: Path, suffix: str, out: str) -> None:
+    import pyarrow.parquet as pq
+
+    policies = some_policies(30)
+    source = tmp_path / f"policies{suffix}"
+    if suffix == ".jsonl":
+        rows = [p.tolist() if i % 2 else {"policy": p.tolist(), "name": i} for i, p in enumerate(policies)]
+        source.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    elif suffix == ".npz":
+        np.savez(source, policies=policies)
+    else:
+        np.save(source, policies)
+    assert count_policies(source) == 30
+    seen: list[int] = []
+    report = run(source, tmp_path / out, chunk=8, on_progress=lambda r: seen.append(r.policies))
+    assert seen == [8, 16, 24, 30]
+    assert (report.policies, report.resumed) == (30, 0)
+    if out.endswith("parquet"):
+        rows = pq.read_table(tmp_path / out).to_pylist()
+        assert not (tmp_path / f"{out}.partial.jsonl").exists()
+    else:
+        rows = [json.loads(line) for line in (tmp_path / out).read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(30))
+    assert np.array_equal([row["policy"] for row in rows], policies)
+    expected = sculpt.evaluate_policies(MODEL, SPACE, policies, IMAGES, LABELS)
+    np.testing.assert_allclose([row["loss"] for row in rows], expected.loss, rtol=1e-6)
+    np.testing.assert_allclose(
+        [row["macs_ratio"] for row in rows], sculpt.cost(SPACE, policies).macs_ratio, rtol=1e-6
+    )
+    before = (tmp_path / out).read_bytes()
+    again = run(source, tmp_path / out, chunk=8)
+    assert (again.resumed, again.evaluated, again.hit_rate) == (30, 0, 0.0)
+    assert (tmp_path / out).read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["scores.jsonl", "scores.parquet"])
+def test_a_stream_cut_anywhere_ends_as_if_it_had_not_been(tmp_path: Path, out: str) -> None:
+    policies = some_policies(60)
+    run(iter(policies), tmp_path / "whole" / out, chunk=16)
+
+    def interrupted() -> Iterator[np.ndarray]:
+        yield from policies[:40]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted(), tmp_path / out, chunk=16)
+    lines = tmp_path / (out if out.endswith("jsonl") else f"{out}.partial.jsonl")
+    with lines.open("a") as file:
+        file.write('{"index": 32, "poli')  # what a kill in mid-write leaves
+    report = run(iter(policies), tmp_path / out, chunk=16)
+    assert 0 < report.resumed < 40
+    assert (tmp_path / out).read_bytes() == (tmp_path / "whole" / out).read_bytes()
+
+
+SCRIPT = """
+import sys, itertools, time
+import jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+from tests.scoring.test_stream import run, some_policies
+
+def slowly(policies):
+    for index, policy in enumerate(policies):
+        if index % 50 == 0:
+            time.sleep(float(sys.argv[3]))
+        yield policy
+
+run(slowly(some_policies(1000)), __import__("pathlib").Path(sys.argv[1]), chunk=50)
+"""
+
+
+def test_a_thousand_policies_survive_a_kill_in_the_middle(tmp_path: Path) -> None:
+    out = tmp_path / "killed.jsonl"
+    cache = str(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
+    command = [sys.executable, "-c", SCRIPT, str(out), cache, "0.2"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    killed_at = out.read_bytes().count(b"\n")
+    assert 0 < killed_at < 1000
+    report = run(some_policies(1000), out, chunk=50)
+    assert report.resumed == killed_at
+    run(some_policies(1000), tmp_path / "whole.jsonl", chunk=50)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_file_of_another_task_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    run(some_policies(5), out)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"belongs to another task \(other data sha256\): give another file"):
+        evaluate_file(MODEL, SPACE, some_policies(5), out, IMAGES + 1, LABELS)
+    with pytest.raises(ValueError, match="holds 5 rows, there are only 3 policies"):
+        run(some_policies(3), out)
+    (tmp_path / "scores.jsonl.json").unlink()
+    with pytest.raises(ValueError, match="which says what it belongs to, cannot be read"):
+        run(some_policies(5), out)
+    assert out.read_bytes() == before
+
+
+def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    with (
+        Journal(out, {}),
+        pytest.raises(ValueError, match="another process is writing beside"),
+        Journal(out, {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", b"1,2", r"policies are read from \.jsonl, \.npz, \.npy files"),
+        ("p.jsonl", b"[0, 0]\nzero\n", "line 2 is not JSON"),
+        ("p.jsonl", b'[0, 0]\n{"mask": 3}\n', "line 2: expected a list of integers"),
+        ("p.jsonl", b"[0, 1.5]\n", "line 1: expected a list of integers"),
+        ("p.jsonl", b"[0, 0]\n[0, 99]\n", r"policy 1: site .* has options"),
+        ("p.jsonl", b"[0]\n", r"policy 0: expected policies as integers"),
+        ("p.npz", b"not a zip", "cannot read policies from"),
+        ("p.npy", b"", "cannot read policies from"),
+    ],
+)
+def test_bad_policies_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run(file, tmp_path / "scores.jsonl")
+
+
+def test_missing_and_unfit_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no file of policies at"):
+        read_policies(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match=r"scores are written to \.jsonl or \.parquet files"):
+        run(some_policies(1), tmp_path / "scores.csv")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(ValueError, match=r"holds \['weights'\], expected an array 'policies'"):
+        run(tmp_path / "other.npz", tmp_path / "scores.jsonl")
+    np.save(tmp_path / "float.npy", np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"integers \[n, sites\] .* got float64\[3, 2\]"):
+        run(tmp_path / "float.npy", tmp_path / "scores.jsonl")
