@@ -12,6 +12,8 @@ from sculpt.training.config import FinetuneConfig
 Method = Literal["agent", "random", "uniform", "magnitude", "evolution"]
 
 _LARGE_BATCH_FROM = 2048
+_OF_THE_AGENT = ("agent", "learning_rate", "epochs", "clip_ratio", "entropy")
+_BRIEF = FinetuneConfig(max_steps=100)
 
 
 def _require(fine: bool, message: str) -> None:
@@ -78,10 +80,10 @@ class SearchConfig:
     """Further images of the train split, for the BatchNorm statistics of each pruned network; 0: no recalibration."""
     rerank: int = 8
     """At the end the best so many distinct policies are fine-tuned briefly and compared on the validation split; 0: off."""
-    rerank_finetune: FinetuneConfig = FinetuneConfig(max_steps=100)
+    rerank_finetune: FinetuneConfig = _BRIEF
     """How each of them is fine-tuned."""
     agent: AgentConfig = AgentConfig()
-    """The size of the agent."""
+    """The size of the agent. This and what follows is for `method="agent"` alone; other methods refuse another value."""
     learning_rate: float = 3e-3
     """Adam's, for the agent."""
     epochs: int = 6
@@ -160,6 +162,18 @@ class SearchConfig:
             self.projection or self.method == "agent",
             f"SearchConfig.projection=False needs method='agent': method={self.method!r} has only the projection to "
             "keep the budget",
+        )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _require(
+                self.method == "agent" or field.name not in _OF_THE_AGENT or value == field.default,
+                f"SearchConfig.{field.name}={value} needs method='agent': method={self.method!r} has no use for it",
+            )
+        # The plain settings are what a compiled program, which knows of no re-rank, has in their place.
+        _require(
+            self.rerank > 0 or self.rerank_finetune in (_BRIEF, FinetuneConfig()),
+            "SearchConfig.rerank_finetune says how the best policies are fine-tuned, and rerank=0 fine-tunes none: leave "
+            "it out, or set rerank",
         )
 
     @property

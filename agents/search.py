@@ -117,7 +117,7 @@ def search(
     keeper = (
         None
         if directory is None
-        else Checkpoints(directory, _fingerprint(model, space, config, key, task.env))
+        else Checkpoints(directory, _fingerprint(model, space, splits, config, key, task.env))
     )
     run = _Run.start(program, task, init_key, config)
     referee = Referee(model, space, splits, config, calibration, rerank_key)
@@ -248,12 +248,19 @@ def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
     return tuple(front)
 
 
-def _fingerprint(model: Model, space: Space, config: SearchConfig, key: jax.Array, task: EnvParams) -> str:
-    """Tells one search from another: settings, key, sites, weights and images."""
-    digest = hashlib.sha256(repr(config).encode())
+def _fingerprint(
+    model: Model, space: Space, splits: Splits, config: SearchConfig, key: jax.Array, task: EnvParams
+) -> str:
+    """Tells one search from another: settings, key, sites, weights and data; not how often it is saved."""
+    settings = dataclasses.replace(config, checkpoint_every=1)
+    digest = hashlib.sha256(repr((settings, splits.name, splits.mean, splits.std)).encode())
     digest.update(np.asarray(jax.random.key_data(key)).tobytes())
     for site in space.sites:
         digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())
     for leaf in jax.tree.leaves(jax.device_get((model.params, model.state, task))):
         digest.update(np.asarray(leaf).tobytes())
+    # Beyond the images to score on: the re-rank trains on the whole train split and judges on validation.
+    for split in (splits.train, splits.validation):
+        for array in (split.images, split.labels):
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sculpt.agents import AgentConfig, RewardConfig, SearchConfig
+from sculpt.training import FinetuneConfig
 
 LAGRANGIAN = RewardConfig(kind="lagrangian")
 
@@ -38,6 +39,15 @@ LAGRANGIAN = RewardConfig(kind="lagrangian")
         ({"reward": LAGRANGIAN}, "set projection=False"),
         ({"projection": False}, "would ignore the budget"),
         ({"projection": False, "reward": LAGRANGIAN, "method": "random"}, "needs method='agent'"),
+        (
+            {"method": "evolution", "agent": AgentConfig(hidden=16)},
+            "agent=AgentConfig.* needs method='agent'",
+        ),
+        ({"method": "random", "learning_rate": 0.01}, "learning_rate=0.01 needs method='agent'"),
+        ({"method": "uniform", "epochs": 1}, "epochs=1 needs method='agent'"),
+        ({"method": "magnitude", "clip_ratio": 0.1}, "clip_ratio=0.1 needs method='agent'"),
+        ({"method": "random", "entropy": 0.0}, "entropy=0.0 needs method='agent'"),
+        ({"rerank": 0, "rerank_finetune": FinetuneConfig(max_steps=7)}, "rerank=0 fine-tunes none"),
     ],
 )
 def test_refusals(wrong: dict, says: str) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sculpt.agents import AgentConfig, RewardConfig, SearchConfig, SearchResult, search
+from sculpt.agents import AgentConfig, Method, RewardConfig, SearchConfig, SearchResult, search
 from sculpt.agents.update import update
 from sculpt.model import Model
 from sculpt.pruning import cost, macs_ratio
@@ -25,6 +25,7 @@ from sculpt.training import FinetuneConfig, Split, Splits
 from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
 
 BASE = SearchConfig(budget=0.5, evaluations=256, batch_size=16, rerank=0, agent=SMALL, checkpoint_every=4)
+CONTROL = dataclasses.replace(BASE, method="random", agent=AgentConfig())
 # The package's name `search` is the function.
 search_module = importlib.import_module("sculpt.agents.search")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -43,8 +44,8 @@ def run(config: SearchConfig, seed: int = 0, scorer: TableScorer | None = None, 
 
 
 @functools.cache
-def plain(method: str = "agent", seed: int = 0) -> SearchResult:
-    return run(dataclasses.replace(BASE, method=method), seed)  # type: ignore[arg-type]
+def plain(method: Method = "agent", seed: int = 0) -> SearchResult:
+    return run(BASE if method == "agent" else dataclasses.replace(CONTROL, method=method), seed)
 
 
 def same(first: SearchResult, second: SearchResult) -> bool:
@@ -98,7 +99,7 @@ def test_the_agent_finds_more_than_chance_and_nearly_the_optimum() -> None:
 
 
 @pytest.mark.parametrize("method", ["agent", "random", "uniform", "magnitude", "evolution"])
-def test_correctness_18_every_method_has_the_same_evaluations_and_interface(method: str) -> None:
+def test_correctness_18_every_method_has_the_same_evaluations_and_interface(method: Method) -> None:
     result = plain(method)
     assert result.method == method
     assert result.evaluations == BASE.evaluations == result.history[-1]["evaluations"]
@@ -170,8 +171,30 @@ def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
     again: list[float] = []
     assert same(run(BASE, directory=tmp_path, on_metrics=lambda row: again.append(row["update"])), resumed)
     assert again == []
+    # How often it is saved makes no other search of it; other data do, in whichever split that is read.
+    seldom = dataclasses.replace(BASE, checkpoint_every=7)
+    assert same(run(seldom, directory=tmp_path, on_metrics=lambda row: again.append(row["update"])), resumed)
+    assert again == []
     with pytest.raises(ValueError, match="another run"):
         run(dataclasses.replace(BASE, budget=0.4), directory=tmp_path)
+    splits = toy_splits()
+    # An image that is neither scored nor calibrated on: the re-rank trains on it.
+    unseen = int(jax.random.permutation(jax.random.split(jax.random.key(0), 4)[0], 600)[-1])
+    for which, row in (("train", unseen), ("validation", 0)):
+        split = getattr(splits, which)
+        images = split.images.copy()
+        images[row] ^= 1
+        other = dataclasses.replace(splits, **{which: dataclasses.replace(split, images=images)})
+        with pytest.raises(ValueError, match="another run"):
+            search(
+                toy_model(),
+                toy_space(),
+                other,
+                BASE,
+                jax.random.key(0),
+                directory=tmp_path,
+                scorer=TableScorer(),
+            )
 
 
 class Watched:
@@ -193,7 +216,7 @@ def test_correctness_05_the_test_split_is_never_read() -> None:
     splits = toy_splits()
     watched = Watched(splits.test)
     config = dataclasses.replace(
-        BASE, method="random", evaluations=32, rerank=2, rerank_finetune=FinetuneConfig(max_steps=2)
+        CONTROL, evaluations=32, rerank=2, rerank_finetune=FinetuneConfig(max_steps=2)
     )
     result = search(
         toy_model(),
@@ -215,7 +238,7 @@ def test_the_last_choice_is_made_on_validation(monkeypatch: pytest.MonkeyPatch) 
         return {0: 0.2, 1: 0.6, 2: 0.9, 3: 0.9}[len(judged) - 1]
 
     monkeypatch.setattr(search_module.Referee, "judge", judge)
-    result = run(dataclasses.replace(BASE, method="random", rerank=4))
+    result = run(dataclasses.replace(CONTROL, rerank=4))
     assert len(judged) == 4 and len({tuple(p) for p in judged}) == 4
     np.testing.assert_array_equal(
         result.policy, judged[2]
@@ -237,7 +260,7 @@ def test_the_last_choice_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_diverged_networks_are_scored_not_fatal() -> None:
-    result = run(dataclasses.replace(BASE, method="random"), scorer=TableScorer(diverge_at=0))
+    result = run(CONTROL, scorer=TableScorer(diverge_at=0))
     assert all(np.isfinite(list(row.values())).all() for row in result.history)
     assert result.policy[0] != 0
 
@@ -295,8 +318,7 @@ def test_correctness_04_settings_of_every_method_change_the_search(
 
     original = search_module.make_problem
     monkeypatch.setattr(search_module, "make_problem", watch)
-    config = dataclasses.replace(BASE, method="random")
-    before, after = (run(c) for c in (config, dataclasses.replace(config, **change)))
+    before, after = (run(c) for c in (CONTROL, dataclasses.replace(CONTROL, **change)))
     assert _changed(before) != _changed(after) or shapes[0] != shapes[1]
 
 
@@ -342,7 +364,7 @@ def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(rerank, "finetune", fake)
     wanted = FinetuneConfig(max_steps=7, learning_rate=0.123)
-    run(dataclasses.replace(BASE, method="random", rerank=1, rerank_finetune=wanted))
+    run(dataclasses.replace(CONTROL, rerank=1, rerank_finetune=wanted))
     assert told == [wanted]
 
 
