@@ -13,6 +13,7 @@ from sculpt.scoring.journal import StreamReport, evaluate_file
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.policy_file import read_policies
 from sculpt.scoring.problem import Problem, make_problem
+from sculpt.scoring.race import Race, Rung, race_policies
 from sculpt.scoring.recalibrate import recalibrate
 from sculpt.scoring.stream import Block, score_stream
 from sculpt.scoring.tune import Trial, Tuning, tune_plan
@@ -21,6 +22,8 @@ __all__ = [
     "Block",
     "EvaluationPlan",
     "Problem",
+    "Race",
+    "Rung",
     "Scores",
     "StreamReport",
     "Trial",
@@ -29,6 +32,7 @@ __all__ = [
     "evaluate_file",
     "evaluate_policies",
     "make_problem",
+    "race_policies",
     "read_policies",
     "recalibrate",
     "score_batch",

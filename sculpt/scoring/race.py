@@ -1,0 +1,141 @@
+"""`race_policies`: the best of many policies for a fraction of the evaluations, by successive halving over images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from sculpt.model import Model
+from sculpt.pruning.masks import check_policies
+from sculpt.pruning.space import Space
+from sculpt.scoring.evaluate import score_batch
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.problem import make_problem
+from sculpt.scoring.reward import Objective, quality
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One round of a race."""
+
+    images: int
+    """Images that policies were scored on."""
+    policies: int
+    """Policies that took part."""
+    rank_correlation: float
+    """Spearman correlation of the scores on these images with the scores on all of them, over a random sample of all
+    policies; nan where either does not vary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """How a race ended."""
+
+    order: np.ndarray
+    """int64 `[n]`: indices of the policies, best first: finalists by their full score, then who dropped out last."""
+    accuracy: np.ndarray
+    """float32 `[n]`: of every policy on the images of the last rung that it ran in."""
+    loss: np.ndarray
+    """float32 `[n]`: the same, cross-entropy in nats."""
+    images: np.ndarray
+    """int64 `[n]`: images that accuracy and loss were measured on."""
+    rungs: tuple[Rung, ...]
+    """From few images to all."""
+    work: float
+    """Forward passes through the network, calibration and the sample for the correlation included, as a share of what scoring
+    all policies on all images would have taken."""
+
+
+def race_policies(
+    model: Model,
+    space: Space,
+    policies: Any,
+    images: Any,
+    labels: Any,
+    key: jax.Array,
+    calibration: Any = None,
+    plan: EvaluationPlan | None = None,
+    *,
+    first_images: int = 64,
+    factor: int = 4,
+    objective: Objective = "loss",
+    sample: int = 32,
+) -> Race:
+    """Scores all policies on a few images, the best of them on more, and so on up to all images.
+
+    Successive halving (Jamieson and Talwalkar, arXiv 1502.07943). The winner may differ from the one of
+    `evaluate_policies`; how far the early rungs are to be trusted is measured on a random sample of policies that are scored
+    on everything.
+
+    Args:
+      model: the dense network.
+      space: sites and patterns.
+      policies: integers `[n, sites]`.
+      images: `[m, ...]`, in random order; a rung takes the first of them.
+      labels: integers `[m]`.
+      key: draws the sample.
+      calibration: as for `evaluate_policies`.
+      plan: as for `evaluate_policies`.
+      first_images: images of the first rung.
+      factor: from rung to rung the images grow by it and the policies shrink by it.
+      objective: what is compared: "loss", or "accuracy", which ties on few images.
+      sample: policies for the correlation, at least 2.
+
+    Raises:
+      ValueError: if the arguments do not fit, or a number is out of range.
+    """
+    policies = np.asarray(check_policies(space, policies))
+    if policies.ndim != 2 or not len(policies):
+        raise ValueError(f"expected policies [n, {space.num_sites}] with n >= 1, got {list(policies.shape)}")
+    for name, value, least in (
+        ("first_images", first_images, 1),
+        ("factor", factor, 2),
+        ("sample", sample, 2),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    number, total = len(policies), len(images)
+    sizes = _sizes(min(first_images, total), total, factor)
+    # What a policy costs beside its score images: a training-mode pass over the calibration images.
+    fixed = 0 if calibration is None else len(calibration)
+    drawn = np.asarray(jax.random.permutation(key, number))[: min(sample, number)]
+    accuracy, loss = np.zeros(number, np.float32), np.zeros(number, np.float32)
+    seen = np.zeros(number, np.int64)
+    running, early, passes, order = np.arange(number), [], 0, []
+    for index, size in enumerate(sizes):
+        # The sample is scored in every rung, so that its last scores are its full ones.
+        scored = np.unique(np.concatenate([running, drawn]))
+        problem = make_problem(model, space, images[:size], labels[:size], calibration, plan)
+        scores = jax.device_get(score_batch(problem, jax.numpy.asarray(policies[scored])))
+        accuracy[scored], loss[scored], seen[scored] = scores.accuracy, scores.loss, size
+        passes += len(scored) * (size + fixed)
+        early.append((size, len(running), quality(accuracy[drawn], loss[drawn], objective)))
+        worth = quality(accuracy[running], loss[running], objective)
+        ranked = running[np.lexsort((loss[running], -worth))]
+        kept = len(ranked) if index + 1 == len(sizes) else -(-len(ranked) // factor)
+        order.append(ranked[kept:])
+        running = ranked[:kept]
+    full = early[-1][2]
+    rungs = tuple(Rung(size, count, _spearman(worth, full)) for size, count, worth in early)
+    finish = np.concatenate([running, *reversed(order)])
+    return Race(finish, accuracy, loss, seen, rungs, passes / (number * (total + fixed)))
+
+
+def _sizes(first: int, total: int, factor: int) -> list[int]:
+    """Images of each rung: from `first`, growing by `factor`, the last being all."""
+    sizes = [first]
+    while sizes[-1] * factor < total:
+        sizes.append(sizes[-1] * factor)
+    return sizes if sizes[-1] == total else [*sizes, total]
+
+
+def _spearman(one: Any, other: Any) -> float:
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(np.asarray(values)) for values in (one, other)]
+    if min(np.ptp(rank) for rank in ranks) == 0:
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
