@@ -22,6 +22,7 @@ from sculpt.pruning.space import Space
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.execute import Executable, as_written, execute
 from sculpt.tracing.program import flatten, with_known_sizes
+from sculpt.tracing.rules import WINDOW
 from sculpt.tracing.trace import Trace, axis_flow, leaf_paths, shapes_of
 
 TOLERANCE = 1e-4
@@ -73,13 +74,16 @@ class CompactFunction:
 
     def __call__(self, params: Params, state: State, x: jax.Array, *key: jax.Array) -> Any:
         rewritten = self.rewritten(x, *key)
-        arguments = [*jax.tree.leaves((params, state)), x, *key]
+        arguments = jax.tree.leaves((params, state, x, key))
         return jax.tree.unflatten(rewritten.out_tree, execute(rewritten.executable, arguments, bind))
 
     def rewritten(self, x: jax.Array, *key: jax.Array) -> _Rewritten:
         """The program for inputs of these shapes."""
-        rest = [jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.result_type(a)) for a in (x, *key)]
-        signature = tuple((a.shape, a.dtype) for a in rest)
+        rest = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.result_type(a)), (x, *key)
+        )
+        arrays, structure = jax.tree.flatten(rest)
+        signature = (structure, *((a.shape, a.dtype) for a in arrays))
         if signature not in self._programs:
             self._programs[signature] = _rewritten(self.function, self.plan, self.training, rest)
         return self._programs[signature]
@@ -140,16 +144,19 @@ def _difference(a: jax.Array, b: jax.Array) -> float:
 
 
 def _check(model: Model, small: Model, traced: Trace) -> None:
-    shape, dtype = (2, *traced.input_shape), traced.input_dtype
-    draw = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    # Integers are taken for token ids or the like, of which every network knows 0 and 1.
-    x = draw.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else (draw > 0).astype(dtype)
+    x = jax.tree.map(_drawn, traced.inputs)
     difference = max_difference(model, small, x)
     if not difference <= TOLERANCE:
         raise ValueError(
             f"compacted and masked outputs differ by {difference:.2e} of the largest output (at most {TOLERANCE} expected), "
             f"first {_first_difference(model, small, traced, x)}; please report this network"
         )
+
+
+def _drawn(array: jax.ShapeDtypeStruct) -> jax.Array:
+    draw = jax.random.normal(jax.random.key(0), array.shape, jnp.float32)
+    # Integers are taken for token ids or the like, of which every network knows 0 and 1.
+    return (draw if jnp.issubdtype(array.dtype, jnp.inexact) else draw > 0).astype(array.dtype)
 
 
 def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array) -> str:
@@ -161,13 +168,13 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array) -
     compacted: list[Any] = []
     execute(
         as_written(rewritten.executable.program),
-        [*jax.tree.leaves((model.params, model.state)), x],
+        jax.tree.leaves((model.params, model.state, x)),
         bind,
         lambda _, results: dense.append(results),
     )
     execute(
         rewritten.executable,
-        [*jax.tree.leaves((small.params, small.state)), x],
+        jax.tree.leaves((small.params, small.state, x)),
         bind,
         lambda _, results: compacted.append(results),
     )
@@ -177,6 +184,8 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array) -
         rewritten.executable.program.equations, traced.program.equations, dense, compacted
     ):
         last = f"at or after layer {names[id(known)]}" if id(known) in names else last
+        if rewritten.executable.program.is_table(eqn):
+            continue
         for output, a, b in zip(eqn.outputs, big, cut):
             kept = take(a, rewritten.sizes, rewritten.sizes.flow.terms[output])
             if jnp.issubdtype(kept.dtype, jnp.number) and not _difference(kept, b) <= TOLERANCE:
@@ -187,7 +196,8 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array) -
 def _make_plan(model: Model, space: Space, masks: Any) -> _Plan:
     traced, axes = space.trace, space.trace.axes
     kept = _kept_atoms(traced, space, masks)
-    terms = [traced.flow.terms[v] for v in traced.program.inputs[:-1]]
+    arrays = len(jax.tree.leaves((model.params, model.state)))
+    terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
     keeps = tuple(tuple(np.asarray(axes.keep(axis, kept)) for axis in term) for term in terms)
     rows = []
     for layer in traced.layers:
@@ -215,11 +225,13 @@ def _kept_atoms(traced: Trace, space: Space, masks: Any) -> dict[Atom, np.ndarra
     return kept
 
 
-def _rewritten(function: Callable[..., Any], plan: _Plan, training: bool, rest: list[Any]) -> _Rewritten:
+def _rewritten(
+    function: Callable[..., Any], plan: _Plan, training: bool, rest: tuple[Any, ...]
+) -> _Rewritten:
     """Traces `function` at full width for these input shapes and rewrites its static shapes."""
     out_tree = jax.tree.structure(jax.eval_shape(function, plan.params, plan.state, *rest))
     program = flatten(function, plan.params, plan.state, *rest)
-    known, symbolic = program, any(not isinstance(n, int) for x in rest for n in x.shape)
+    known, symbolic = program, any(not isinstance(n, int) for x in jax.tree.leaves(rest) for n in x.shape)
     if symbolic:
         known = with_known_sizes(program, 2)
     # With a symbolic batch a program is exported, not trained: own derivatives are not looked at.
@@ -239,4 +251,7 @@ def _rewritten(function: Callable[..., Any], plan: _Plan, training: bool, rest: 
         for axis, units in zip(term, keep):
             if not np.array_equal(flow.axes.keep(axis, kept), units):
                 raise ValueError("the training program couples axes otherwise than the evaluation program")
+    for reason in map(flow.axes.frozen, kept):
+        if reason is not None and not reason.startswith(WINDOW):
+            raise ValueError(f"an axis that lost units cannot do so in training mode: {reason}")
     return _Rewritten(rewrite(flow, program, kept), out_tree, Sizes(flow, program, kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,9 +78,12 @@ def rewrite(flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> Ex
     params: dict[int, dict[str, Any]] = {}
     bodies: dict[int, tuple[Executable, ...]] = {}
     derivatives: dict[int, Executable] = {}
+    whole: set[Any] = set()
     for known, eqn in zip(flow.program.equations, program.equations):
-        # Where nothing shrinks the equation stays as it was written.
-        if eqn.bodies:
+        # Tables are computed as they were written, and where nothing shrinks so is the rest.
+        if program.is_table(eqn):
+            whole.update(eqn.inputs)
+        elif eqn.bodies:
             inner = flow.bodies[id(known)]
             if sizes.changes(eqn) or any(_has_smaller_constants(body, kept) for body in inner):
                 bodies[id(eqn)] = tuple(rewrite(f, b, kept) for f, b in zip(inner, eqn.bodies))
@@ -88,8 +92,17 @@ def rewrite(flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> Ex
                     derivatives[id(eqn)] = rewrite(backward, backward.program, kept)
         elif eqn.name in REWRITES and sizes.changes(eqn):
             params[id(eqn)] = {**eqn.params, **REWRITES[eqn.name](sizes, eqn)}
-    constants = {value: take(array, sizes, flow.terms[value]) for value, array in program.constants.items()}
-    return Executable(program, constants, params, bodies, derivatives)
+    constants = {
+        value: array if value in whole else take(array, sizes, flow.terms[value])
+        for value, array in program.constants.items()
+    }
+    tables = {
+        value: functools.partial(take, sizes=sizes, term=flow.terms[value])
+        for value in program.tables
+        if value in whole or value not in constants
+        if any(map(sizes.shrinks, flow.terms[value]))
+    }
+    return Executable(program, constants, params, bodies, derivatives, tables)
 
 
 def _has_smaller_constants(flow: Flow, kept: Mapping[Atom, np.ndarray]) -> bool:
@@ -105,7 +118,7 @@ def take(array: Any, sizes: Sizes, term: Term) -> Any:
     return array
 
 
-@rewrite_rule("broadcast_in_dim", "iota", "random_bits", "rng_uniform")
+@rewrite_rule("broadcast_in_dim", "random_bits", "rng_uniform")
 def _shape(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
     return {"shape": sizes.shape(eqn.outputs[0])}
 

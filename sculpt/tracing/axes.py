@@ -219,10 +219,12 @@ class Axes:
     def unify(self, x: Axis, y: Axis, reason: str) -> None:
         """Makes two axes of equal size one; where their terms cannot be matched, freezes both."""
         x, y = self.resolve(x), self.resolve(y)
-        if x == y:
-            return
         if self.size(x) != self.size(y):
             raise AssertionError(f"cannot unify axes of sizes {self.size(x)} and {self.size(y)}")
+        if x != y and len(x) == len(y) == 1:
+            x, y = self._without_units(x[0], reason), self._without_units(y[0], reason)
+        if x == y:
+            return
         for a, b in ((x, y), (y, x)):
             if len(a) == 1 and len(a[0]) == 1 and self._bindings[a[0][0]] is None:
                 if a[0][0] in self.atoms(b):
@@ -240,18 +242,18 @@ class Axes:
         self.unify(x_head, y_head, reason)
         self.unify(x_tail, y_tail, reason)
 
+    def _without_units(self, segment: Segment, reason: str) -> Axis:
+        """A single unit cut out of a concatenation multiplies nothing, but may not be removed from a product."""
+        units = [a for a in segment if len(segment) > 1 and self._sizes[a] == 1]
+        self.freeze((tuple(units),), reason)
+        return (tuple(a for a in segment if a not in units),)
+
     def _unify_products(self, x: Segment, y: Segment, reason: str) -> None:
         if len(x) == len(y) == 1:
             # Two concatenations behind names.
             first, second = self._bindings[x[0]], self._bindings[y[0]]
             self.unify(first or (x,), second or (y,), reason)
             return
-        for a, b in ((x, y), (y, x)):
-            if self._sizes[a[0]] == 1:
-                # A lone unit cut out of a concatenation multiplies nothing, but may not be removed from a product.
-                self.freeze(((a[0],),), reason)
-                self.unify((a[1:],), (b,), reason)
-                return
         outer_x, outer_y = self._sizes[x[0]], self._sizes[y[0]]
         outer = min(outer_x, outer_y)
         total = self._segment_size(x)

@@ -26,6 +26,8 @@ class Executable:
     """The equation's bodies, by `id(equation)`; equations that are not named run as they were written."""
     derivatives: dict[int, Executable]
     """What `derivative` of the equation is to be replaced by, by `id(equation)`."""
+    tables: dict[int, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+    """By value id, what other than tables read of a table of the program that is computed whole."""
 
 
 Observer = Callable[[Equation, Sequence[Any]], None]
@@ -55,11 +57,14 @@ def execute(
     values: dict[int, Any] = dict(zip(program.inputs, arguments, strict=True))
     values.update(executable.constants)
 
-    def read(operand: Any) -> Any:
-        return operand.value if isinstance(operand, Literal) else values[operand]
+    def read(operand: Any, whole: bool = False) -> Any:
+        if isinstance(operand, Literal):
+            return operand.value
+        part = None if whole else executable.tables.get(operand)
+        return values[operand] if part is None else part(values[operand])
 
     for eqn in program.equations:
-        operands = [read(o) for o in eqn.inputs]
+        operands = [read(o, program.is_table(eqn)) for o in eqn.inputs]
         if eqn.function is not None:
             results = _structured(eqn, operands, executable, bind)
         else:

@@ -88,7 +88,11 @@ class Flow:
 
     def _step(self, eqn: Equation) -> None:
         rule = RULES.get(eqn.name)
-        results = self.unknown(eqn) if rule is None else rule(self, eqn)
+        if self.program.is_table(eqn):
+            # Computed whole, whatever the operation: what is pruned is left out where the table is read.
+            results = [self.fresh(shape) for shape in self.out_shapes(eqn)]
+        else:
+            results = self.unknown(eqn) if rule is None else rule(self, eqn)
         for output, term in zip(eqn.outputs, results, strict=True):
             sizes = tuple(map(self.axes.size, term))
             if sizes != self.program.shape(output):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 
 from sculpt.tracing.flow import Flow
 from sculpt.tracing.program import Equation, Literal
 from sculpt.tracing.trace import Trace
 
-_MERGES = ("add", "add_any", "sub", "concatenate")
+_JOINS = ("concatenate", "stack")
+_MERGES = ("add", "add_any", "sub", *_JOINS)
 
 NODE_KINDS = ("conv", "dense", "add", "concat", "axis")
 EDGE_KINDS = ("flow", "skip", "coupling", "flow back", "skip back", "coupling back")
@@ -66,7 +68,8 @@ def topology(trace: Trace) -> Topology:
     """
     builder = _Builder(trace)
     # Only values that depend on the image carry data flow; masks of constants and parameters do not.
-    builder.visit(trace.flow, {trace.program.inputs[-1]: frozenset()})
+    images = trace.program.inputs[-len(jax.tree.leaves(trace.inputs)) :]
+    builder.visit(trace.flow, dict.fromkeys(images, frozenset()))
     nodes, edges = builder.nodes, builder.edges
     first_axis = len(nodes)
     for group in trace.groups:
@@ -99,6 +102,8 @@ class _Builder:
     def visit(self, flow: Flow, sources: Sources) -> list[frozenset[int] | None]:
         """Adds the nodes and edges of a program; returns the nodes that its outputs flow from."""
         for eqn in flow.program.equations:
+            if flow.program.is_table(eqn):
+                continue
             flowing = [i for i in eqn.inputs if not isinstance(i, Literal) and i in sources]
             origin = frozenset().union(*(sources[i] for i in flowing))
             if eqn.bodies:
@@ -111,7 +116,7 @@ class _Builder:
             if layer is not None:
                 origin = self._add(layer.kind, layer.name, layer.index, origin)
             elif eqn.name in _MERGES and len(set(branches)) > 1 and all(branches):
-                kind = "concat" if eqn.name == "concatenate" else "add"
+                kind = "concat" if eqn.name in _JOINS else "add"
                 origin = self._add(kind, f"{kind}{len(self.nodes)}", -1, origin)
             for output in eqn.outputs:
                 sources[output] = origin

@@ -30,7 +30,7 @@ def _gather(flow: Flow, eqn: Equation) -> list[Term]:
     return [tuple((window if d in numbers.offset_dims else batch).pop(0) for d in range(len(shape)))]
 
 
-@rule("scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max")
+@rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
 def _scatter(flow: Flow, eqn: Equation) -> list[Term]:
     numbers = eqn.params["dimension_numbers"]
     operand, indices, updates = (flow.term(o) for o in eqn.inputs)

@@ -64,7 +64,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product without a parameter of its own, such as attention scores."""
+    """A matrix product of two computed values, such as attention scores."""
 
     name: str
     """The line it comes from."""
@@ -88,16 +88,17 @@ class _View:
 _RENAMING = ("convert_element_type", "copy", "transpose", "reshape", "squeeze", "broadcast_in_dim")
 
 
-def find_layers(flow: Flow, leaves: Sequence[Leaf]) -> tuple[tuple[Layer, ...], tuple[Product, ...]]:
-    """Lists layers and products in program order; the last input of the program is the image, axis 0 its batch."""
+def find_layers(
+    flow: Flow, leaves: Sequence[Leaf], images: Sequence[int]
+) -> tuple[tuple[Layer, ...], tuple[Product, ...]]:
+    """Lists layers and products in program order; axis 0 of the program's inputs `images` is their batch."""
     program = flow.program
-    image = program.inputs[-1]
-    finder = _Finder(leaves, frozenset(flow.axes.atoms(flow.terms[image][0])))
+    finder = _Finder(leaves, frozenset(a for i in images for a in flow.axes.atoms(flow.terms[i][0])))
     views = {
         value: _View(i, tuple(range(len(leaves[i].shape))), True)
         for i, value in enumerate(program.inputs[: len(leaves)])
     }
-    finder.visit(flow, views, {image}, 1)
+    finder.visit(flow, views, set(images), 1)
     return tuple(finder.layers), tuple(finder.products)
 
 
@@ -111,12 +112,14 @@ class _Finder:
     def visit(self, flow: Flow, views: dict[int, _View], image: set[int], repeats: int) -> set[int]:
         """Goes through a program; returns the positions of its outputs that depend on the image."""
         for eqn in flow.program.equations:
+            if flow.program.is_table(eqn):
+                continue
             depends = any(isinstance(i, int) and i in image for i in eqn.inputs)
             if eqn.bodies:
                 image.update(self._bodies(flow, eqn, views, image, repeats))
                 continue
             if eqn.name in ("conv_general_dilated", "dot_general"):
-                self._contraction(flow, eqn, views, depends, repeats)
+                self._contraction(flow, eqn, views, repeats)
             if depends:
                 image.update(eqn.outputs)
             else:
@@ -161,12 +164,8 @@ class _Finder:
             found |= {eqn.outputs[k] for k in reached if k < len(eqn.outputs)}
         return set(eqn.outputs) if depends else found
 
-    def _contraction(
-        self, flow: Flow, eqn: Equation, views: dict[int, _View], depends: bool, repeats: int
-    ) -> None:
+    def _contraction(self, flow: Flow, eqn: Equation, views: dict[int, _View], repeats: int) -> None:
         kernels = [i for i, o in enumerate(eqn.inputs) if isinstance(o, int) and o in views]
-        if not kernels and not depends:
-            return
         operand = kernels[-1] if kernels else len(eqn.inputs) - 1
         term = flow.term(eqn.inputs[operand])
         output = flow.terms[eqn.outputs[0]]

@@ -22,7 +22,9 @@ _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
+    "call": "call_jaxpr",
+    "composite": "jaxpr",
+    "custom_vmap_call": "call",
 }
 """Call primitives that are inlined, and the parameter that holds their body."""
 
@@ -81,6 +83,12 @@ class Program:
     outputs: tuple[Operand, ...]
     constants: dict[int, Any]
     """Arrays that the function closed over, by id."""
+    tables: frozenset[int]
+    """Ids of values that depend on no input: the constants, positions and masks, and what is computed of them alone."""
+
+    def is_table(self, eqn: Equation) -> bool:
+        """Whether an equation gives tables."""
+        return eqn.outputs[0] in self.tables
 
     def shape(self, operand: Operand) -> tuple[int, ...]:
         if isinstance(operand, Literal):
@@ -174,12 +182,17 @@ def _program(closed: Any, caller: str) -> Program:
     equations = _live_equations(builder.equations, outputs)
     read = {i for eqn in equations for i in eqn.inputs if not isinstance(i, Literal)}
     read |= {i for i in outputs if not isinstance(i, Literal)}
+    tables = read & set(builder.constants)
+    for eqn in equations:
+        if all(isinstance(i, Literal) or i in tables for i in eqn.inputs):
+            tables.update(eqn.outputs)
     return Program(
         equations=tuple(equations),
         avals=tuple(builder.avals),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         constants={i: value for i, value in builder.constants.items() if i in read},
+        tables=frozenset(tables),
     )
 
 

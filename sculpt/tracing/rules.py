@@ -8,12 +8,16 @@ from sculpt.tracing.axes import ONE, Axis, Term
 from sculpt.tracing.flow import Flow, because, rule
 from sculpt.tracing.program import Equation
 
+WINDOW = "window of a convolution"
+"""Why a kernel's spatial axes are frozen: units cannot go one by one, but a smaller window may be kept."""
+
 ELEMENTWISE = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz conj convert_element_type copy "
-    "copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le "
-    "le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not or population_count pow real "
-    "reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh "
-    "sqrt square stop_gradient sub tan tanh xor"
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj "
+    "convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma "
+    "igammac imag integer_pow is_finite layout_constraint le le_to lgamma log log1p logistic lt lt_to max min mul name ne "
+    "neg nextafter not or polygamma population_count pow real reduce_precision rem reshard round rsqrt select_n "
+    "sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub "
+    "tan tanh xor zeta"
 ).split()
 
 
@@ -29,6 +33,19 @@ def _elementwise(flow: Flow, eqn: Equation) -> list[Term]:
             flow.axes.unify(same[0], other, because(eqn, "axes of different structure meet"))
         result.append(ONE if size == 1 else same[0])
     return [tuple(result)]
+
+
+@rule("bitcast_convert_type")
+def _bitcast(flow: Flow, eqn: Equation) -> list[Term]:
+    (shape,) = flow.out_shapes(eqn)
+    # Wider or narrower numbers lose or gain a last axis.
+    term = flow.term(eqn.inputs[0])[: len(shape)]
+    return [(*term, *flow.fresh(shape[len(term) :], because(eqn, "parts of a number")))]
+
+
+@rule("optimization_barrier", "device_put")
+def _each_as_it_is(flow: Flow, eqn: Equation) -> list[Term]:
+    return [flow.term(o) for o in eqn.inputs]
 
 
 @rule("broadcast_in_dim")
@@ -58,8 +75,11 @@ def _squeeze(flow: Flow, eqn: Equation) -> list[Term]:
 @rule("reshape")
 def _reshape(flow: Flow, eqn: Equation) -> list[Term]:
     (shape,) = flow.out_shapes(eqn)
-    term = flow.term(eqn.inputs[0])
-    old = flow.program.shape(eqn.inputs[0])
+    term, old = flow.term(eqn.inputs[0]), flow.program.shape(eqn.inputs[0])
+    if eqn.params["dimensions"] is not None:
+        # Transposed first.
+        term = tuple(term[d] for d in eqn.params["dimensions"])
+        old = tuple(old[d] for d in eqn.params["dimensions"])
     reason = because(eqn, "reshape across coupled axes")
     if 0 in old:
         return [flow.fresh(shape, reason)]
@@ -99,6 +119,22 @@ def _concatenate(flow: Flow, eqn: Equation) -> list[Term]:
                 flow.axes.unify(result[d], axis, because(eqn, "axes of different structure meet"))
     result[dim] = tuple(s for term in terms for s in term[dim])
     return [tuple(result)]
+
+
+@rule("stack")
+def _stack(flow: Flow, eqn: Equation) -> list[Term]:
+    terms = [flow.term(o) for o in eqn.inputs]
+    for other in terms[1:]:
+        flow.unify(terms[0], other, because(eqn, "axes of different structure meet"))
+    dim = eqn.params["axis"]
+    return [(*terms[0][:dim], ONE * len(terms), *terms[0][dim:])]
+
+
+@rule("unstack")
+def _unstack(flow: Flow, eqn: Equation) -> list[Term]:
+    term, dim = flow.term(eqn.inputs[0]), eqn.params["axis"]
+    flow.axes.freeze(term[dim], because(eqn, "taken apart unit by unit"))
+    return [term[:dim] + term[dim + 1 :]] * len(eqn.outputs)
 
 
 @rule("pad")
@@ -168,6 +204,15 @@ def _cumulative(flow: Flow, eqn: Equation) -> list[Term]:
     return [term]
 
 
+@rule("fft")
+def _fourier(flow: Flow, eqn: Equation) -> list[Term]:
+    (shape,) = flow.out_shapes(eqn)
+    term, kept = flow.term(eqn.inputs[0]), len(shape) - len(eqn.params["fft_lengths"])
+    reason = because(eqn, "transformed as a whole")
+    flow.freeze(term[kept:], reason)
+    return [(*term[:kept], *flow.fresh(shape[kept:], reason))]
+
+
 @rule("rev")
 def _reverse(flow: Flow, eqn: Equation) -> list[Term]:
     term = flow.term(eqn.inputs[0])
@@ -176,16 +221,9 @@ def _reverse(flow: Flow, eqn: Equation) -> list[Term]:
     return [term]
 
 
-@rule("iota")
-def _iota(flow: Flow, eqn: Equation) -> list[Term]:
-    (shape,) = flow.out_shapes(eqn)
-    term = flow.fresh(shape)
-    flow.axes.freeze(term[eqn.params["dimension"]], because(eqn, "positions counted along the axis"))
-    return [term]
-
-
 @rule(
     "random_bits",
+    "random_clone",
     "rng_uniform",
     "random_seed",
     "random_wrap",
@@ -246,7 +284,7 @@ def _conv(flow: Flow, eqn: Equation) -> list[Term]:
     result[numbers.out_spec[1]] = outputs
     for i, j, k in zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:]):
         flow.axes.freeze(lhs[i], because(eqn, "spatial axis of a convolution"))
-        flow.axes.freeze(rhs[j], because(eqn, "window of a convolution"))
+        flow.axes.freeze(rhs[j], because(eqn, WINDOW))
         result[k] = flow.axes.fresh(shape[k], because(eqn, "spatial axis of a convolution"))
     return [tuple(result)]
 

@@ -57,14 +57,34 @@ class Trace:
     layers: tuple[Layer, ...]
     products: tuple[Product, ...]
     """Matrix products of activations with each other."""
-    input_shape: tuple[int, ...]
-    """Shape of one image, without the batch."""
-    input_dtype: np.dtype
+    inputs: Any
+    """Tree of `ShapeDtypeStruct` `[2, ...]`: what the network was traced on; most take one array."""
     program: Program
     flow: Flow
     """Axes of every value of `program`."""
     leaf_monomials: tuple[Monomials, ...]
     """Size of each parameter leaf as a polynomial in atom sizes."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image, without the batch.
+
+        Raises:
+          ValueError: if the network takes other than one array.
+        """
+        return self._image.shape[1:]
+
+    @property
+    def input_dtype(self) -> np.dtype:
+        """Dtype of an image; raises `ValueError` like `input_shape`."""
+        return np.dtype(self._image.dtype)
+
+    @property
+    def _image(self) -> jax.ShapeDtypeStruct:
+        arrays = jax.tree.leaves(self.inputs)
+        if len(arrays) != 1:
+            raise ValueError(f"expected a network of one input array, this one takes {len(arrays)}")
+        return arrays[0]
 
     @property
     def axes(self) -> Axes:
@@ -106,19 +126,15 @@ def trace(model: Model, example_input: Any) -> Trace:
 
     Args:
       model: the model; its arrays may be `jax.ShapeDtypeStruct`s.
-      example_input: array or `ShapeDtypeStruct` `[batch, ...]`; only the shape past the batch and the dtype matter.
+      example_input: array or `ShapeDtypeStruct` `[batch, ...]`, or a pytree of them where `model.apply` takes one as its `x`;
+        only shapes past the batch and dtypes matter.
 
     Raises:
-      ValueError: if no operation of the network reads a parameter.
+      ValueError: if no operation of the network reads a parameter, or the input holds a scalar.
     """
-    shape = tuple(np.shape(example_input))
-    if not shape:
-        raise ValueError("trace expected an example input [batch, ...], got a scalar")
-    dtype = example_input.dtype if hasattr(example_input, "dtype") else np.asarray(example_input).dtype
-    # Two images, so that the batch is told from axes of size one.
-    image = jax.ShapeDtypeStruct((2, *shape[1:]), dtype)
+    inputs = jax.tree.map(_two_of, example_input)
     params, state = shapes_of(model.params), shapes_of(model.state)
-    program = flatten(model.apply, params, state, image)
+    program = flatten(model.apply, params, state, inputs)
     paths = leaf_paths(params)
     leaves = tuple(
         Leaf(i, p, tuple(x.shape), x.dtype) for i, (p, x) in enumerate(zip(paths, jax.tree.leaves(params)))
@@ -130,12 +146,17 @@ def trace(model: Model, example_input: Any) -> Trace:
             "its `params` argument instead of closing over them"
         )
     flow = axis_flow(program)
-    flow.freeze(flow.term(program.inputs[-1]), "network input")
+    images = program.inputs[-len(jax.tree.leaves(inputs)) :]
+    for value in images:
+        flow.freeze(flow.term(value), "network input")
     for output in program.outputs:
         flow.freeze(flow.term(output), "network output")
-    for atom, reason in unsound_atoms(flow, program.inputs[: len(leaves)]).items():
+    weights = program.inputs[: len(leaves)]
+    if not read.issuperset(weights):
+        _follow_training(flow, model, (params, state, inputs), weights, read)
+    for atom, reason in unsound_atoms(flow, weights).items():
         flow.axes.freeze(((atom,),), reason)
-    layers, products = find_layers(flow, leaves)
+    layers, products = find_layers(flow, leaves, images)
     groups = tuple(_groups(flow, leaves, layers))
     monomials = tuple(
         tuple(product([flow.axes.monomials(a) for a in flow.terms[program.inputs[leaf.index]]]))
@@ -147,12 +168,36 @@ def trace(model: Model, example_input: Any) -> Trace:
         frozen=tuple(_frozen(flow, leaves)),
         layers=layers,
         products=products,
-        input_shape=shape[1:],
-        input_dtype=np.dtype(dtype),
+        inputs=inputs,
         program=program,
         flow=flow,
         leaf_monomials=monomials,
     )
+
+
+def _two_of(example: Any) -> jax.ShapeDtypeStruct:
+    """Two images, so that the batch is told from axes of size one."""
+    array = example if hasattr(example, "dtype") else np.asarray(example)
+    if not array.shape:
+        raise ValueError("trace expected an example input [batch, ...], got a scalar")
+    return jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype)
+
+
+def _follow_training(
+    flow: Flow, model: Model, arguments: tuple[Any, ...], weights: Sequence[int], read: set[int]
+) -> None:
+    """Couples weights that only training reads (such as those of an auxiliary head) to those that evaluation reads too."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = flatten(lambda *a: model.apply_train(*a)[0], *arguments, key)
+    training = Flow(program, flow.axes, [*map(flow.term, flow.program.inputs), ()])
+    for term in training.results:
+        flow.freeze(term, "network output")
+    for atom, reason in unsound_atoms(training, program.inputs[: len(weights)]).items():
+        flow.axes.freeze(((atom,),), reason)
+    atoms = {value: {a for axis in flow.term(value) for a in flow.axes.atoms(axis)} for value in weights}
+    used = set().union(*(atoms[value] for value in read.intersection(weights)))
+    for atom in set().union(*atoms.values()) - used:
+        flow.axes.freeze(((atom,),), "not read in evaluation")
 
 
 def axis_flow(program: Program, derivatives: bool = True) -> Flow:
@@ -201,14 +246,23 @@ def _computed_axes(flow: Flow) -> Iterator[Axis]:
             yield from flow.terms[output]
 
 
+def _has_single_units(axes: Axes, axis: Axis) -> bool:
+    """Whether an axis is put together of parts one of which has a single unit, that cannot go: nothing would be left of it."""
+    single = [segment for segment in axes.resolve(axis) if axes.size((segment,)) == 1]
+    return any(all(axes.frozen(atom) is None for atom in segment) for segment in single)
+
+
 def _frozen(flow: Flow, leaves: Sequence[Leaf]) -> list[Frozen]:
     rows = []
     for leaf in leaves:
         for dim, axis in enumerate(flow.terms[flow.program.inputs[leaf.index]]):
-            reasons = [flow.axes.frozen(a) for a in flow.axes.atoms(axis)]
-            reasons = [r for r in reasons if r is not None]
+            atoms = flow.axes.atoms(axis)
+            reasons = [r for r in map(flow.axes.frozen, atoms) if r is not None]
+            free = [a for a in atoms if flow.axes.frozen(a) is None and flow.axes.atom_size(a) > 1]
             if leaf.shape[dim] == 1:
                 reasons = ["size one"]
+            elif not (free or reasons) or _has_single_units(flow.axes, axis):
+                reasons.append("single units side by side")
             if reasons:
                 rows.append(
                     Frozen(

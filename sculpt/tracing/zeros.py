@@ -105,12 +105,13 @@ class ZeroPass:
 
     def _step(self, eqn: Equation) -> None:
         operands = [self.read(o) for o in eqn.inputs]
-        if eqn.bodies:
+        if eqn.bodies and not self.flow.program.is_table(eqn):
             results = _BODY_RULES[eqn.name](self, eqn, operands)
         else:
-            zero = ZERO_RULES.get(eqn.name)
+            zero = None if self.flow.program.is_table(eqn) else ZERO_RULES.get(eqn.name)
             atoms = frozenset(() if zero is None else zero(self, eqn, operands))
-            constant = operands[0].constant if eqn.name in _CARRY_CONSTANT and operands else None
+            constants = {o.constant for o in operands} if eqn.name in _CARRY_CONSTANT else set()
+            constant = constants.pop() if len(constants) == 1 else None
             results = [Zero(atoms, constant)] * len(eqn.outputs)
         for output, found in zip(eqn.outputs, results, strict=True):
             alive = self.live(self.flow.terms[output])
@@ -118,7 +119,10 @@ class ZeroPass:
             self.zeros[output] = Zero(frozenset(alive if everywhere else found.atoms & alive), found.constant)
 
 
-_CARRY_CONSTANT = {"convert_element_type", "broadcast_in_dim", "copy", "reshape"}
+_CARRY_CONSTANT = {
+    *("convert_element_type", "broadcast_in_dim", "copy", "reshape", "transpose", "squeeze", "slice"),
+    *("concatenate", "stack", "pad"),
+}
 
 
 def _single_number(array: Any) -> Any:
@@ -131,13 +135,19 @@ def _single_number(array: Any) -> Any:
 
 
 @zero_rule(
-    *"neg abs sign tanh sin tan sqrt cbrt square erf floor ceil round expm1 log1p asin atan sinh asinh atanh "
-    "convert_element_type copy copy_p reduce_precision real imag stop_gradient reshape transpose squeeze slice rev "
-    "split tile reduce_max reduce_min reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin "
+    *"neg abs sign tanh sin tan sqrt cbrt square erf floor ceil round expm1 log1p asin atan sinh asinh atanh fft "
+    "convert_element_type copy copy_p name reshard sharding_constraint layout_constraint reduce_precision real imag stop_gradient reshape transpose squeeze slice rev "
+    "split unstack tile reduce_max reduce_min reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin "
     "gather dynamic_slice top_k".split()
 )
 def _kept(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
     return operands[0].atoms
+
+
+@zero_rule("optimization_barrier", "device_put")
+def _each_as_it_is(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    parts = [(zeros.live(zeros.term(o)), z.atoms) for o, z in zip(eqn.inputs, operands)]
+    return frozenset().union(*(z for _, z in parts)) - frozenset().union(*(live - z for live, z in parts))
 
 
 @zero_rule("sort")
@@ -218,7 +228,7 @@ def _clamp(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Ato
     return x.atoms if low.constant <= 0 <= high.constant else ()
 
 
-@zero_rule("concatenate")
+@zero_rule("concatenate", "stack")
 def _concatenate(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
     parts = [(zeros.live(zeros.term(o)), z) for o, z in zip(eqn.inputs, operands)]
     return [

@@ -9,6 +9,7 @@ from tests.architectures import (
     language,
     mobile,
     normalised,
+    odd,
     recurrent,
     vision_transformer,
 )
@@ -23,6 +24,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **language.ARCHITECTURES,
     **recurrent.ARCHITECTURES,
     **functions.ARCHITECTURES,
+    **odd.ARCHITECTURES,
 }
 """Name -> network, in order of what they are built of."""
 

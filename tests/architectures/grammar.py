@@ -270,3 +270,26 @@ def scanned(weight: Weight, x: jax.Array, y: jax.Array, width: int) -> jax.Array
 def either(weight: Weight, x: jax.Array, y: jax.Array, width: int) -> jax.Array:
     one, other = weight(x.shape[-1], width), weight(x.shape[-1], width)
     return jax.lax.cond(x.sum() > 0.0, lambda z: jnp.tanh(z @ one), lambda z: z @ other, x)
+
+
+@operation
+def stacked(weight: Weight, x: jax.Array, y: jax.Array, width: int) -> jax.Array:
+    both = jnp.stack([x, _matched(weight, y, x.shape[-1])], axis=width % 5)
+    first, second = jax.lax.unstack(both, axis=width % 5)
+    return both.max(width % 5) + jnp.tanh(first) * second
+
+
+@operation
+def positioned(weight: Weight, x: jax.Array, y: jax.Array, width: int) -> jax.Array:
+    """Sines at even and cosines at odd channels, as position embeddings are written."""
+    angle = jnp.arange(x.shape[-1], dtype=x.dtype) * float(width)
+    table = jnp.zeros(x.shape[-1], x.dtype).at[0::2].set(jnp.sin(angle)[0::2])
+    return x * _along(table.at[1::2].set(jnp.cos(angle)[1::2]), x)
+
+
+@operation
+def own_kernel(weight: Weight, x: jax.Array, y: jax.Array, width: int) -> jax.Array:
+    """A kernel for every image, mixed of two by what is seen on it."""
+    mixture = jax.nn.sigmoid(y.mean((1, 2)) @ weight(y.shape[-1], 2))
+    kernels = jnp.einsum("nk,khwio->nhwio", mixture, weight(2, 3, 3, x.shape[-1], width))
+    return jax.vmap(lambda image, kernel: _convolved(image[None], kernel)[0])(x, kernels)

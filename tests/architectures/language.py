@@ -157,7 +157,7 @@ ARCHITECTURES = {
         from_linen(TiedEmbedding(), TOKENS),
         groups=(2, 4, 4, 8, 10),
         example_input=TOKENS,
-        frozen={"position:1": "positions counted", "Embed_0/embedding:0": TABLE},
+        frozen={"position:1": "reduced over", "Embed_0/embedding:0": TABLE},
     ),
     "llama": Architecture(
         from_function(_llama, LLAMA),

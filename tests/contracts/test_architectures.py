@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -35,21 +36,17 @@ EVERYWHERE = ("network input", "network output", "window of a convolution", "siz
 
 BOTH = ("channels", "rect")
 
-UNFINISHED: tuple[str, ...] = ("routed_experts", "llama")
-"""Networks that the engine cannot do yet. Temporary: empty when it is finished."""
-
-FINISHED = [n for n in ARCHITECTURES if n not in UNFINISHED]
-WITH_GROUPS = [n for n in FINISHED if ARCHITECTURES[n].groups]
+WITH_GROUPS = [n for n in ARCHITECTURES if ARCHITECTURES[n].groups]
 WITH_GRADIENTS = [n for n in WITH_GROUPS if ARCHITECTURES[n].differentiable]
 IN_DOUBLE = [n for n in WITH_GROUPS if not ARCHITECTURES[n].single]
 
-each = pytest.mark.parametrize("name", FINISHED)
+each = pytest.mark.parametrize("name", ARCHITECTURES)
 each_with_groups = pytest.mark.parametrize("name", WITH_GROUPS)
 
 
-def slow_but(*chosen: str, among: list[str] = WITH_GROUPS) -> pytest.MarkDecorator:
+def slow_but(*chosen: str, among: Iterable[str] = WITH_GROUPS) -> pytest.MarkDecorator:
     """Parametrises over networks of which all but a few are slow."""
-    assert set(chosen) <= {*among, *UNFINISHED}
+    assert set(chosen) <= {*among}
     params = [n if n in chosen else pytest.param(n, marks=pytest.mark.slow) for n in among]
     return pytest.mark.parametrize("name", params)
 
@@ -117,7 +114,7 @@ def test_claimed_cost_equals_the_compact_program(name: str) -> None:
     pruned(name, 1).assert_claimed_cost(inputs(name))
 
 
-@slow_but("channels_first", "regularised", "wavenet", among=FINISHED)
+@slow_but("channels_first", "regularised", "wavenet", among=ARCHITECTURES)
 def test_channels_and_windows_together(name: str) -> None:
     try:
         space = space_of(name, families=BOTH)
