@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,8 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
-
+STAGE_FILES: dict[str, tuple[str, ...]] = {
+    "train": ("dense.safetensors",),
+    "search": ("masks.safetensors",),
+    "finetune": ("params.safetensors",),
+    "compact": ("compact.safetensors",),
+    "evaluate": ("result.json",),
+    "export": ("compact.stablehlo",),
+    "report": ("report.html", *(f"plots/{name}.svg" for name in ("graph", "kept", "pareto", "reward"))),
+}
+"""The files that each stage leaves beside its record; the stage is not complete without them."""
 RESULT_FIELDS: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "dataset": None,
@@ -33,6 +42,19 @@ RESULT_FIELDS: dict[str, tuple[str, ...] | None] = {
     "policy": None,
 }
 """The fields of `result.json`, and of the objects in it."""
+_LOCK = ".lock"
+_MADE_AGAIN = "remove it to have it made again"
+
+
+class Record(dict[str, Any]):
+    """An object of a JSON file. A key that it lacks is a ValueError that names the file, for the file is at fault."""
+
+    def __init__(self, content: Mapping[str, Any], file: Path, remedy: str) -> None:
+        super().__init__(content)
+        self._file, self._remedy = file, remedy
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self._file} is damaged (it lacks {key!r}); {self._remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +62,8 @@ class RunDirectory:
     """One run on disk.
 
     `config.json` holds sections of settings, each fixed when it is first written; `stages/NAME.json` says that a stage is
-    complete and what came out; `metrics.jsonl` grows by a line per step; `result.json` ends the run.
+    has run and what came out; `metrics.jsonl` grows by a line per step; `result.json` ends the run. A process that writes
+    holds `.lock`.
     """
 
     path: Path
@@ -56,7 +79,8 @@ class RunDirectory:
         folder = Path(path)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, expected a run directory")
-        if folder.is_dir() and not (folder / "config.json").exists() and any(folder.iterdir()):
+        begun = (folder / "config.json").exists() or not folder.is_dir()
+        if not begun and any(file.name != _LOCK for file in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and is no run directory; choose another --run")
         return RunDirectory(folder)
 
@@ -71,6 +95,26 @@ class RunDirectory:
             raise ValueError(f"{path} is no run directory: it has no config.json")
         return RunDirectory(Path(path))
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing this run; the folder is made if need be. Ends with the process at the latest.
+
+        Raises:
+          ValueError: if another process has it.
+        """
+        import fcntl  # not on every system that reads run directories
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The file stays: were it removed, two processes could each hold a lock on a file of that name.
+        with (self.path / _LOCK).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"another process is working on {self.path}: wait until it ends, or choose another --run"
+                ) from error
+            yield
+
     @property
     def config(self) -> dict[str, Record]:
         """Section name -> settings.
@@ -81,12 +125,11 @@ class RunDirectory:
         file = self.path / "config.json"
         if not file.exists():
             return {}
-        content = read_json(file)
+        remedy = "restore it, or choose another --run: a run cannot go on without its settings"
+        content = read_json(file, remedy)
         sections = content.get("sections")
         if not isinstance(sections, dict) or content.get("fingerprint") != fingerprint(sections):
-            raise ValueError(
-                f"{file} is damaged: it does not match its fingerprint; start a new run directory"
-            )
+            raise ValueError(f"{file} is damaged (it does not match its fingerprint); {remedy}")
         return sections
 
     def merged(self, section: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Record:
@@ -115,31 +158,54 @@ class RunDirectory:
         return found
 
     def settle(self, section: str, settings: Mapping[str, Any]) -> None:
-        """Writes the settings of a section, from now on fixed; a section on disk stays as it is."""
+        """Writes the settings of a section, from now on fixed.
+
+        Raises:
+          ValueError: if the section is on disk with other settings.
+        """
         sections = self.config
-        if section not in sections:
+        if section in sections:
+            self.merged(section, settings, {})
+        else:
             sections = {**sections, section: _plain(settings)}
             write_json(
                 self.path / "config.json", {"fingerprint": fingerprint(sections), "sections": sections}
             )
 
     def done(self, stage: str) -> bool:
-        """Whether a stage is complete."""
+        """Whether a stage is complete: its record and all the files that it leaves are there."""
+        files = STAGE_FILES.get(stage, ())
+        return self.recorded(stage) and all((self.path / name).is_file() for name in files)
+
+    def recorded(self, stage: str) -> bool:
+        """Whether a stage has run, even if files that it left were removed since."""
         return self._stage(stage).is_file()
 
-    def complete(self, stage: str, record: Mapping[str, Any]) -> Record:
-        """Marks a stage as complete and returns what came out of it, as it will be read back."""
+    def file(self, name: str) -> Path:
+        """The path of a file that a stage left.
+
+        Raises:
+          ValueError: if it is not there; the message names the stage that makes it.
+        """
+        path = self.path / name
+        if not path.is_file():
+            (stage,) = (stage for stage, files in STAGE_FILES.items() if name in files)
+            raise ValueError(f"{path} is not there: `sculpt {stage}` on the same --run makes it again")
+        return path
+
+    def complete(self, stage: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the record of a stage and returns it as it will be read back."""
         plain = _plain(record)
         write_json(self._stage(stage), plain)
         return plain
 
     def record(self, stage: str) -> Record:
-        """What came out of a complete stage.
+        """What came out of a stage that has run.
 
         Raises:
-          ValueError: if the stage is not complete, or its file is damaged.
+          ValueError: if it has not, or its record is damaged; also, later, where a key is asked for that it lacks.
         """
-        if not self.done(stage):
+        if not self.recorded(stage):
             raise ValueError(f"{self.path} has no finished stage {stage!r}: run `sculpt {stage}` on it first")
         return read_json(self._stage(stage))
 
@@ -155,7 +221,7 @@ class RunDirectory:
                 out.write(b"\n")
             out.write((json.dumps({"stage": stage, **_plain(row)}) + "\n").encode())
 
-    def metrics(self, stage: str) -> list[Record]:
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The rows that one stage logged; lines cut short by a kill are left out."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
@@ -215,18 +281,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> Record:
-    """Reads a JSON object.
+def read_json(path: Path, remedy: str = _MADE_AGAIN) -> Record:
+    """Reads a JSON object, whose objects are `Record`s all the way down.
+
+    Args:
+      path: the file.
+      remedy: what to do should it be damaged.
 
     Raises:
       ValueError: if the file holds something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), object_hook=lambda found: Record(found, path, remedy))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to have it made again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (no JSON object); remove it to have it made again")
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(content, Record):
+        raise ValueError(f"{path} is damaged (no JSON object); {remedy}")
     return content
 
 
@@ -248,7 +318,7 @@ def _ends_line(file: Any) -> bool:
     return file.read(1) == b"\n"
 
 
-def _rows(lines: Sequence[str]) -> Iterator[Record]:
+def _rows(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             yield json.loads(line)

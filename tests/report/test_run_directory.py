@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sculpt.report import RESULT_FIELDS, RunDirectory, check_result
+from sculpt.report.run_directory import STAGE_FILES
 
 DEFAULTS = {"budget": 0.5, "families": ("channels", "rect"), "weights": None}
 
@@ -22,7 +23,9 @@ def test_settings_are_fixed_when_first_written(tmp_path: Path) -> None:
     assert merged == {"budget": 0.3, "families": ["channels", "rect"], "weights": None}
     assert not run.path.exists()
     run.settle("search", merged)
-    run.settle("search", {"budget": 0.9})
+    run.settle("search", merged)
+    with pytest.raises(ValueError, match=r"budget is 0.3 there, 0.9 was"):
+        run.settle("search", {"budget": 0.9})
     again = RunDirectory.open(tmp_path / "deep" / "run")
     assert again.merged("search", {}, DEFAULTS) == merged
     assert again.merged("search", {"families": ("channels", "rect")}, DEFAULTS) == merged
@@ -48,8 +51,11 @@ def test_a_damaged_configuration_is_noticed(tmp_path: Path, damage: bytes | None
     run.settle("search", DEFAULTS)
     file = tmp_path / "config.json"
     file.write_bytes(file.read_bytes().replace(b"0.5", b"0.6") if damage is None else damage)
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
+    with pytest.raises(
+        ValueError, match=r"config.json is damaged .*restore it, or choose another --run"
+    ) as error:
         RunDirectory.open(tmp_path).merged("search", {}, DEFAULTS)
+    assert "made again" not in str(error.value)
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
@@ -74,6 +80,46 @@ def test_stages(tmp_path: Path) -> None:
     (tmp_path / "stages" / "search.json").write_text('{"policy": [1,')
     with pytest.raises(ValueError, match=r"search.json is damaged"):
         run.record("search")
+
+
+def test_a_stage_is_complete_with_its_record_and_its_files(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    for stage, files in STAGE_FILES.items():
+        for name in files:
+            with pytest.raises(ValueError, match=f"{name} is not there: `sculpt {stage}`"):
+                run.file(name)
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("")
+            assert run.file(name) == tmp_path / name
+        assert not run.done(stage)
+        run.complete(stage, {})
+        assert run.done(stage)
+        (tmp_path / files[0]).unlink()
+        assert run.recorded(stage) and not run.done(stage)
+
+
+def test_a_record_that_lacks_something_is_a_clear_error(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    run.complete("evaluate", {"rows": [{"name": "dense"}]})
+    record = run.record("evaluate")
+    assert record["rows"][0]["name"] == "dense"
+    for read in (lambda: record["device"], lambda: record["rows"][0]["accuracy"]):
+        with pytest.raises(
+            ValueError, match=r"evaluate.json is damaged \(it lacks '\w+'\); remove it to have it made"
+        ):
+            read()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    with run.locked():
+        # A lock belongs to whoever opened the file, so that a second opening is like that of another process.
+        with pytest.raises(ValueError, match=f"another process is working on {run.path}: wait"), run.locked():
+            pass
+        # Killed before anything was settled, the folder may be begun again.
+        assert RunDirectory.open(run.path) == run
+    with run.locked():
+        pass
 
 
 def test_metrics_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
