@@ -83,51 +83,68 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--run", type=Path, required=name != "info", help="the run directory")
         command.add_argument("--debug", action="store_true", default=False, help="show tracebacks of errors")
         if name in ("train", "info", "prune"):
-            _train_options(command, name)
+            _network_options(command)
+        if name in ("train", "prune"):
+            _train_options(command, ["--epochs"] if name == "train" else [])
         if name in ("search", "info", "prune"):
+            _space_options(command)
+        if name in ("search", "prune"):
             _search_options(command)
         if name in ("finetune", "prune"):
             _finetune_options(command)
     return parser
 
 
-def _train_options(command: argparse.ArgumentParser, name: str) -> None:
-    group = command.add_argument_group("the dense network")
+def _network_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("the network")
     group.add_argument("--model", help="name of a network (`sculpt info` lists them)")
     group.add_argument("--dataset", help="name of a data set, such as digits or cifar10")
-    group.add_argument("--data-dir", dest="data_dir", help="folder of the data set")
+    group.add_argument("--data-dir", help="folder of the data set")
+
+
+def _train_options(command: argparse.ArgumentParser, short: Sequence[str]) -> None:
+    group = command.add_argument_group("training")
     group.add_argument(
         "--weights", help="safetensors file of pretrained weights; without it the network is trained"
     )
     group.add_argument("--seed", type=int, help="of every random draw (0)")
-    if name != "info":
-        own = ["--epochs"] if name == "train" else []
-        group.add_argument(
-            "--train-epochs", *own, dest="train_epochs", type=int, help="epochs of dense training (20)"
-        )
-        group.add_argument(
-            "--train-learning-rate", dest="train_learning_rate", type=float, help="its peak (0.1)"
-        )
+    group.add_argument(
+        "--augment",
+        help="none, shift or crop_flip (shift for grey images; crop_flip, which mirrors, for colour ones)",
+    )
+    group.add_argument("--train-epochs", *short, type=int, help="epochs of dense training (20)")
+    group.add_argument("--train-learning-rate", type=float, help="its peak (0.1)")
+    group.add_argument("--train-clip-norm", type=float, help="largest norm of its gradients (any)")
 
 
-def _search_options(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("the search")
+def _space_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("what can go")
     group.add_argument("--budget", type=float, help="MACs kept / dense, at the most (0.5)")
     group.add_argument(
         "--families", type=_names, help="pattern families, separated by commas (channels,rect)"
     )
+    group.add_argument("--round-to", type=int, help="kept channels are multiples of it (1)")
+
+
+def _search_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("the search")
+    group.add_argument(
+        "--importance",
+        help="which channels stay: energy, l1, l2, batch_norm, geometric_median, taylor, activation or random (energy)",
+    )
     group.add_argument("--method", help="agent, evolution, random, uniform or magnitude (agent)")
+    group.add_argument("--objective", help="what policies are scored by: accuracy or loss (accuracy)")
     group.add_argument("--evaluations", type=int, help="policies scored (512)")
+    group.add_argument("--score-images", type=int, help="train images that each is scored on (256)")
+    group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
     group.add_argument("--rerank", type=int, help="policies fine-tuned briefly for the last choice (4)")
-    group.add_argument("--round-to", dest="round_to", type=int, help="kept channels are multiples of it (1)")
 
 
 def _finetune_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("fine-tuning")
-    group.add_argument("--finetune-epochs", "--epochs", dest="finetune_epochs", type=int, help="epochs (15)")
-    group.add_argument(
-        "--finetune-learning-rate", dest="finetune_learning_rate", type=float, help="its peak (0.03)"
-    )
+    group.add_argument("--finetune-epochs", "--epochs", type=int, help="epochs (15)")
+    group.add_argument("--finetune-learning-rate", type=float, help="its peak (0.03)")
+    group.add_argument("--finetune-clip-norm", type=float, help="largest norm of the gradients (any)")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -150,6 +167,19 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def _require_device() -> None:
+    """Raises ValueError where the device that JAX is told to use is absent, which JAX may say with an empty assertion."""
+    import jax
+
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"no device for JAX_PLATFORMS={jax.config.jax_platforms or ''}: set it to cpu, or to what is here "  # type: ignore[attr-defined]
+            f"({str(error) or 'JAX found none'})"
+        ) from error
+
+
 def _run(command: str, options: dict[str, Any]) -> None:
     from rich.console import Console
 
@@ -158,6 +188,7 @@ def _run(command: str, options: dict[str, Any]) -> None:
     from sculpt.pipeline.progress import watching
     from sculpt.report import RunDirectory, closing_table
 
+    _require_device()
     folder = options.pop("run")
     begins = command in ("train", "prune")
     run = RunDirectory.open(folder) if begins else RunDirectory.existing(folder)
@@ -177,8 +208,14 @@ def _info(options: dict[str, Any]) -> None:
 
     console = Console(markup=False)
     if "run" in options:
+        if others := sorted(name.replace("_", "-") for name in set(options) - {"run"}):
+            raise ValueError(f"info about a run goes without --{' and --'.join(others)}")
         _info_run(console, options["run"])
-    elif "model" in options:
+        return
+    _require_device()
+    if options:
+        if missing := sorted({"model", "dataset"} - set(options)):
+            raise ValueError(f"info about a network needs --{' and --'.join(missing)}")
         _info_model(console, options)
     else:
         from sculpt import nets
@@ -210,7 +247,7 @@ def _info_model(console: Console, options: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from sculpt.pipeline.stages import describe
+    from sculpt.pipeline.artefacts import describe
 
     space = describe(options)
     trace = space.trace

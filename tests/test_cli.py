@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import sculpt
 from sculpt.cli import main
+from sculpt.pipeline import TrainSettings, stages
+from sculpt.pruning import KINDS
 from sculpt.report import RunDirectory
+from sculpt.training import FinetuneConfig
+from sculpt.training.finetune import TrainingDiverged
 
 
 def run_main(*arguments: object) -> int:
@@ -49,13 +55,22 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--method", "luck"), "method must be one of agent, random"),
         ((*NEW, "--evaluations", "0"), "evaluations must be at least 1"),
         ((*NEW, "--rerank", "-1"), "rerank must not be negative"),
+        ((*NEW, "--objective", "speed"), "objective must be one of accuracy, loss"),
+        ((*NEW, "--importance", "luck"), "importance must be one of energy, .*got 'luck'"),
+        ((*NEW, "--importance", "l1", "--families", "rect"), "importance 'l1' is of channels"),
+        ((*NEW, "--score-images", "0"), "score_images must be at least 1"),
+        ((*NEW, "--score-images", "1000"), "need 1128 images of the train split of digits, which has 1097"),
+        ((*NEW, "--calibration-images", "900"), "--calibration-images 900 need 1156 images"),
+        ((*NEW, "--augment", "mirror"), "augment must be one of none, shift, crop_flip, got 'mirror'"),
+        ((*NEW, "--train-clip-norm", "0"), "clip_norm must be above 0"),
+        ((*NEW, "--finetune-clip-norm", "-1"), "clip_norm must be above 0"),
         ((*NEW, "--round-to", "0"), "round_to must be at least 1"),
         ((*NEW, "--train-epochs", "0"), "epochs must be"),
         ((*NEW, "--epochs", "0"), "epochs must be"),
         ((*NEW, "--finetune-learning-rate", "-1"), "learning_rate must be"),
         ((*NEW, "--seed", "-1"), "seed must be from 0 to 4294967295"),
-        ((*NEW, "--weights", "absent.safetensors"), "no weights at absent.safetensors"),
-        ((*NEW, "--data-dir", "absent"), "no such data directory: absent"),
+        ((*NEW, "--weights", "absent.safetensors"), "no weights at /.*/absent.safetensors"),
+        ((*NEW, "--data-dir", "absent"), "no such data directory: /.*/absent"),
         (("--model", "resnet8"), "a new run needs --dataset"),
         ((), "a new run needs --dataset and --model"),
         ((*NEW, "--bugdet", "0.5"), "unrecognized arguments: --bugdet"),
@@ -125,16 +140,16 @@ def test_no_command_and_no_run_directory(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_stage_before_its_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     fails(capsys, "is no run directory: it has no config.json", command, "--run", tmp_path)
     run = RunDirectory.open(tmp_path / "run")
-    run.settle("train", {"model": "resnet8", "dataset": "digits", "seed": 0} | TRAIN)
+    run.settle("train", TRAIN)
     fails(capsys, "has no finished stage 'train'", command, "--run", run.path)
 
 
-TRAIN = {"data_dir": None, "weights": None, "train_epochs": 20, "train_learning_rate": 0.1}
+TRAIN = dataclasses.asdict(TrainSettings("resnet8", "digits"))
 
 
 def test_foreign_and_damaged_run_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory.open(tmp_path / "run")
-    run.settle("train", {"model": "resnet8", "dataset": "digits", "seed": 3} | TRAIN)
+    run.settle("train", TRAIN | {"seed": 3})
     arguments = ("prune", *NEW, "--run", run.path)
     fails(
         capsys,
@@ -150,12 +165,53 @@ def test_foreign_and_damaged_run_directories(tmp_path: Path, capsys: pytest.Capt
     config = json.loads((run.path / "config.json").read_text())
     config["sections"]["train"]["seed"] = 5
     (run.path / "config.json").write_text(json.dumps(config))
-    fails(capsys, "config.json is damaged", *arguments)
+    fails(capsys, r"config.json is damaged .*choose another --run", *arguments)
 
     (run.path / "config.json").unlink()
     fails(capsys, "is not empty and is no run directory", *arguments)
     (tmp_path / "file").write_text("")
     fails(capsys, "is a file", "prune", *NEW, "--run", tmp_path / "file")
+
+
+def test_a_run_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    run.settle("train", {"model": "resnet8", "dataset": "digits", "colour": "red"})
+    fails(capsys, r"another version, .*lack \['augment', .*unknown \['colour'\]", "prune", "--run", run.path)
+
+
+def test_two_processes_on_one_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory.open(tmp_path / "run")
+    with run.locked():
+        fails(capsys, f"another process is working on {run.path}: wait", "train", *NEW, "--run", run.path)
+    assert [file.name for file in run.path.iterdir()] == [".lock"]
+
+
+def test_an_absent_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> None:
+        raise AssertionError  # what JAX_PLATFORMS=cuda ends in where jax has no CUDA
+
+    monkeypatch.setattr(jax, "devices", absent)
+    fails(capsys, r"no device for JAX_PLATFORMS=\w*: set it to", "prune", *NEW, "--run", tmp_path / "run")
+    fails(capsys, r"no device for JAX_PLATFORMS=\w*: set it to .*JAX found none", "info")
+
+
+def test_diverged_training_names_options_that_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[FinetuneConfig] = []
+
+    def diverge(
+        model: object, splits: object, config: FinetuneConfig, *more: object, **hooks: object
+    ) -> None:
+        asked.append(config)
+        raise TrainingDiverged(2, 7, None)
+
+    monkeypatch.setattr(stages, "train", diverge)
+    run = ("train", *NEW, "--augment", "none", "--train-clip-norm", "3", "--run", tmp_path / "run")
+    fails(capsys, "diverged in epoch 2, step 7.*--train-learning-rate.*--train-clip-norm 1", *run)
+    assert (asked[0].augment, asked[0].clip_norm) == ("none", 3.0)
 
 
 def test_debug_shows_where_it_came_from(tmp_path: Path) -> None:
@@ -172,6 +228,21 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "747,136 MACs per image" in printed
     assert "channels" not in printed.split("frozen")[0]
     fails(capsys, "cannot be reached", "info", *NEW, "--budget", "0.00001")
+
+
+def test_info_takes_no_option_without_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--seed", "--evaluations", "--rerank", "--method", "--weights"):
+        fails(capsys, f"unrecognized arguments: {option}", "info", *NEW, option, "1")
+    fails(capsys, "info about a network needs --dataset and --model", "info", "--families", "rect")
+    fails(
+        capsys, "info about a run goes without --data-dir", "info", "--run", tmp_path, "--data-dir", tmp_path
+    )
+
+
+def test_help_names_every_importance(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("search", "--help") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(KINDS[:-1])} or {KINDS[-1]} (energy)" in printed
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

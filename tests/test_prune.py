@@ -16,9 +16,10 @@ import pytest
 
 import sculpt
 from sculpt.cli import main
-from sculpt.pipeline import STAGES, Pipeline, stages
+from sculpt.pipeline import STAGES, Pipeline, artefacts, stages
 from sculpt.pipeline.progress import Bars
 from sculpt.report import RunDirectory, check_result
+from sculpt.report.run_directory import STAGE_FILES, fingerprint, write_json
 
 OPTIONS = [
     *("--model", "resnet8", "--dataset", "digits", "--budget", "0.5", "--seed", "1"),
@@ -39,6 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_artefact_is_there(finished: Path) -> None:
     expected = {
+        ".lock",
         "compact.safetensors",
         "compact.stablehlo",
         "config.json",
@@ -139,6 +141,89 @@ def test_other_options_on_a_finished_run_are_refused(
     assert contents(finished) == before
 
 
+def test_whatever_is_removed_is_made_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    whole = Pipeline(RunDirectory.existing(finished), {})
+    # Training has tests of its own; here it is enough that it is asked for.
+    monkeypatch.setattr(stages, "train", lambda *arguments, **hooks: whole.dense)
+    monkeypatch.setattr(stages, "finetune", lambda *arguments, **hooks: whole.tuned)
+    monkeypatch.setattr(stages, "search", None)  # the record still knows the policy
+    monkeypatch.setattr(stages.closing, "measure", None)  # and what the test split gave
+    for files in STAGE_FILES.values():
+        for name in files:
+            (run / name).unlink()
+    assert main(["info", "--run", str(run)]) == 0
+    assert "complete  nothing yet" in capsys.readouterr().out
+    assert main(["evaluate", "--run", str(run)]) == 0
+    assert main(["compact", "--run", str(run)]) == 2
+    assert "params.safetensors is not there: `sculpt finetune` on" in capsys.readouterr().err
+    assert main(["prune", "--run", str(run)]) == 0
+    before, after = contents(finished), contents(run)
+    assert set(after) == set(before)
+    for name in ("result.json", *(n for n in before if n.endswith((".safetensors", ".svg")))):
+        assert after[name] == before[name], name
+    first, second = (sculpt.load_stablehlo(folder / "compact.stablehlo") for folder in (finished, run))
+    np.testing.assert_array_equal(first(whole.example), second(whole.example))
+
+
+def test_a_finished_run_is_reported_and_exported_without_its_data_and_weights(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    sections = RunDirectory.existing(run).config
+    sections["train"] |= {"data_dir": "/moved/data", "weights": "/moved/weights.safetensors"}
+    write_json(run / "config.json", {"fingerprint": fingerprint(sections), "sections": sections})
+    for name in ("report.html", "compact.stablehlo"):
+        (run / name).unlink()
+    assert main(["export", "--run", str(run)]) == 0
+    assert main(["report", "--run", str(run)]) == 0
+    assert (run / "compact.stablehlo").is_file() and (run / "report.html").is_file()
+    (run / "dense.safetensors").unlink()
+    assert main(["train", "--run", str(run)]) == 2
+    assert "no such data directory: /moved/data" in capsys.readouterr().err
+
+
+def test_a_search_by_loss_and_another_importance(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    for name in ("dense.safetensors", "stages/train.json", "stages/data.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(finished / name, folder / name)
+    sections = {"train": RunDirectory.existing(finished).config["train"]}
+    write_json(folder / "config.json", {"fingerprint": fingerprint(sections), "sections": sections})
+    asked: list[Any] = []
+
+    def keep(model: Any, masks: Any, splits: Any, config: Any, *arguments: Any, **hooks: Any) -> Any:
+        asked.append(config)
+        return model
+
+    monkeypatch.setattr(stages, "finetune", keep)
+    wishes = ["--importance", "l1", "--objective", "loss", "--score-images", "64"]
+    cheap = ["--method", "uniform", "--evaluations", "2", "--rerank", "0", "--calibration-images", "64"]
+    assert main(["search", *wishes, *cheap, "--run", str(folder)]) == 0
+    for stage in (["finetune", "--finetune-clip-norm", "2"], ["compact"]):
+        assert main([*stage, "--run", str(folder)]) == 0
+    assert (asked[0].augment, asked[0].clip_norm) == ("shift", 2.0)
+    run = Pipeline(RunDirectory.existing(folder), {})
+    found = run.run.record("search")
+    assert found["score"] < 0 < found["accuracy"] <= 1
+    assert found["n_score"] == 64
+    scores = run.ranked_space.importance
+    assert scores is not None and scores.kind == "l1"
+    by_energy = sculpt.make_masks(run.space, run.dense.params, run.policy)
+    by_l1 = sculpt.make_masks(run.ranked_space, run.dense.params, run.policy)
+    leaves = [jax.tree.leaves(tree) for tree in (run.masks, by_l1, by_energy)]
+    assert all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[1], strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
+    # The compact network keeps those channels too.
+    assert run.run.record("compact")["max_abs_diff"] <= 1e-4
+
+
 def test_lost_and_damaged_files_are_named(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,8 +236,15 @@ def test_lost_and_damaged_files_are_named(
     assert "params.safetensors is not a readable safetensors file" in capsys.readouterr().err
     (copy / "params.safetensors").write_bytes(whole)
     (copy / "stages" / "search.json").write_text("{")
+    (copy / "report.html").unlink()
     assert main(["report", "--run", str(copy)]) == 2
     assert "search.json is damaged" in capsys.readouterr().err
+    (copy / "stages" / "search.json").write_text("{}")
+    shutil.copy(finished / "stages" / "export.json", copy / "stages")
+    assert main(["report", "--run", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert "search.json is damaged (it lacks 'accuracy'); remove it to have it made again" in error
+    assert error.count("\n") == 1
 
 
 def test_an_interrupted_search_resumes_and_ends_where_it_would_have(
@@ -200,7 +292,7 @@ def test_correctness_05_the_test_split_is_read_once_at_the_end_and_a_chain_of_st
         counted.append(Counting(dataclasses.replace(splits, test=shuffled)))
         return counted[-1]
 
-    monkeypatch.setattr(stages, "load_data", load)
+    monkeypatch.setattr(artefacts, "load_data", load)
     train, search, tune = OPTIONS[:4] + OPTIONS[6:10], OPTIONS[4:6] + OPTIONS[10:14], OPTIONS[14:]
     chain = {
         "train": train,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -157,15 +158,20 @@ def caption_of(record: dict[str, Any], seed: int) -> str:
     )
 
 
+def chosen_point(found: dict[str, Any]) -> tuple[float, float]:
+    """MACs ratio and accuracy on the score images of the policy chosen; not a number, hence not drawn, where untold."""
+    accuracy = found["accuracy"]
+    return found["macs_ratio"], math.nan if accuracy is None else accuracy
+
+
 def write_report(p: Pipeline) -> list[str]:
     """Writes plots and `report.html`; returns the names of the plots."""
     found, record = p.run.record("search"), p.run.record("evaluate")
-    chosen = (found["macs_ratio"], found["score"])
     plots = {
         "reward": ("Reward over the policies scored", reward_plot(found["history"])),
         "pareto": (
             "Accuracy against theoretical MACs, before fine-tuning",
-            pareto_plot(found["pareto"], chosen, p.search_settings.budget, found["n_score"]),
+            pareto_plot(found["pareto"], chosen_point(found), p.search_settings.budget, found["n_score"]),
         ),
         "kept": ("Theoretical MACs kept in each layer", kept_plot(p.space, p.policy)),
         "graph": ("The network and the pattern chosen at each site", graph_plot(p.space, p.policy)),

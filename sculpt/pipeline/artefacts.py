@@ -1,0 +1,196 @@
+"""What the stages of a run work on: settings, data, networks, space and masks, each read when it is first asked for."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt import nets
+from sculpt.deploy import load_params
+from sculpt.model import Model, from_linen
+from sculpt.pipeline.settings import (
+    DEFAULT_IMPORTANCE,
+    FinetuneSettings,
+    SearchSettings,
+    TrainSettings,
+    read_settings,
+)
+from sculpt.pruning import Space, check_budget, compact, importance, make_space
+from sculpt.report import RunDirectory
+from sculpt.tracing import trace
+from sculpt.training import Splits, load_data
+
+_DRAWS = {"init": 0, "train": 1, "search": 2, "finetune": 3, "importance": 4, "example": 5}
+"""What the seed is folded with, for each use."""
+_EXAMPLE_BATCH = 128
+_IMPORTANCE_IMAGES = 1024
+
+
+class Artefacts:
+    """What a run directory holds, and what its settings name.
+
+    Data are read by the stages that need images, pretrained weights by the first stage only: the others go by the shapes
+    that were recorded, so that a finished run can be reported and exported without either.
+
+    Args:
+      run: the directory.
+      given: settings asked for explicitly, by the names of the fields in `sculpt.pipeline.settings`.
+
+    Every property raises ValueError on bad settings, and where what it reads is absent or damaged.
+    """
+
+    def __init__(self, run: RunDirectory, given: Mapping[str, Any]) -> None:
+        self.run = run
+        self._given = given
+
+    @functools.cached_property
+    def train_settings(self) -> TrainSettings:
+        return read_settings(self.run, "train", self._given)
+
+    @functools.cached_property
+    def search_settings(self) -> SearchSettings:
+        return read_settings(self.run, "search", self._given)
+
+    @functools.cached_property
+    def finetune_settings(self) -> FinetuneSettings:
+        return read_settings(self.run, "finetune", self._given)
+
+    @functools.cached_property
+    def splits(self) -> Splits:
+        settings = self.train_settings
+        if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
+            raise ValueError(f"no such data directory: {settings.data_dir}")
+        return load_data(settings.dataset, settings.data_dir, seed=settings.seed)
+
+    @functools.cached_property
+    def data(self) -> dict[str, Any]:
+        """What tells the data set from others, read from the images themselves; the test split is left alone."""
+        digest = hashlib.sha256()
+        for split in (self.splits.train, self.splits.validation):
+            digest.update(np.ascontiguousarray(split.images).tobytes())
+            digest.update(np.ascontiguousarray(split.labels).tobytes())
+        return {
+            "sha256": digest.hexdigest(),
+            "image": list(self.splits.train.images.shape[1:]),
+            "num_classes": self.splits.num_classes,
+        }
+
+    @functools.cached_property
+    def _sizes(self) -> Mapping[str, Any]:
+        return self.run.record("data") if self.run.recorded("data") else self.data
+
+    @property
+    def image(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one normalised image, as a batch of one."""
+        return jax.ShapeDtypeStruct((1, *self._sizes["image"]), jnp.float32)
+
+    @functools.cached_property
+    def example(self) -> jax.Array:
+        """Noise `[batch, height, width, channels]` like normalised images, to measure latency and export on."""
+        return jax.random.normal(self.key("example"), (_EXAMPLE_BATCH, *self.image.shape[1:]))
+
+    @functools.cached_property
+    def outline(self) -> Model:
+        """The network with shapes and dtypes in place of its arrays."""
+        module = nets.create(self.train_settings.model, self._sizes["num_classes"])
+        shapes = jax.eval_shape(module.init, self.key("init"), self.image)
+        return from_linen(module, shapes)
+
+    @functools.cached_property
+    def untrained(self) -> Model:
+        """The network as it starts: drawn by the seed, or with pretrained weights."""
+        settings, classes = self.train_settings, self._sizes["num_classes"]
+        if settings.weights is None:
+            module = nets.create(settings.model, classes)
+            variables = jax.jit(module.init)(self.key("init"), jnp.zeros(self.image.shape))
+        else:
+            module, variables = nets.load(settings.model, settings.weights, classes)
+        model = from_linen(module, variables)
+        _check_takes(model, self.image, settings)
+        return model
+
+    @functools.cached_property
+    def space(self) -> Space:
+        settings = self.search_settings
+        return make_space(trace(self.outline, self.image), settings.families, settings.round_to)
+
+    @functools.cached_property
+    def ranked_space(self) -> Space:
+        """The space whose masks rank channels by the importance asked for.
+
+        Only masks are made with it. After them the channels that stay are told by their energy: the others have none.
+        """
+        settings, train = self.search_settings, self.splits.train
+        if settings.importance == DEFAULT_IMPORTANCE:
+            return self.space
+        scores = importance(
+            self.dense,
+            self.space.trace,
+            settings.importance,
+            images=self.splits.normalise(train.images[:_IMPORTANCE_IMAGES]),
+            labels=train.labels[:_IMPORTANCE_IMAGES],
+            key=self.key("importance"),
+        )
+        return make_space(self.space.trace, settings.families, settings.round_to, importance=scores)
+
+    @functools.cached_property
+    def dense(self) -> Model:
+        return self._load("dense", self.outline)
+
+    @functools.cached_property
+    def policy(self) -> np.ndarray:
+        return np.asarray(self.run.record("search")["policy"], np.int32)
+
+    @functools.cached_property
+    def masks(self) -> Any:
+        like = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bool_), self.outline.params)
+        return load_params(self.run.file("masks.safetensors"), like)
+
+    @functools.cached_property
+    def tuned(self) -> Model:
+        return self._load("params", self.outline)
+
+    @functools.cached_property
+    def small(self) -> Model:
+        return self._load("compact", compact(self.tuned, self.space, self.policy, check=False))
+
+    def key(self, use: str) -> jax.Array:
+        """The key of one use of randomness."""
+        return jax.random.fold_in(jax.random.key(self.train_settings.seed), _DRAWS[use])
+
+    def _load(self, name: str, like: Model) -> Model:
+        template = {"params": like.params, "state": like.state}
+        return like.replace(**load_params(self.run.file(f"{name}.safetensors"), template))
+
+
+def describe(given: Mapping[str, Any]) -> Space:
+    """The search space of a network and data set by name, without a run; a budget among the settings is checked.
+
+    Raises:
+      ValueError: on bad settings, or a budget that cannot be reached.
+    """
+    space = Artefacts(RunDirectory(Path("-")), given).space
+    if "budget" in given:
+        check_budget(space, given["budget"])
+    return space
+
+
+def _check_takes(model: Model, image: jax.ShapeDtypeStruct, settings: TrainSettings) -> None:
+    """Raises ValueError unless the network takes such images."""
+    from flax.errors import FlaxError
+
+    try:
+        jax.eval_shape(model.apply, model.params, model.state, image)
+    # What a network raises for images of a wrong shape depends on its first operation.
+    except (FlaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{settings.model} with {settings.weights or 'fresh weights'} does not take the images "
+            f"{list(image.shape[1:])} of {settings.dataset} ({type(error).__name__})"
+        ) from error
