@@ -13,7 +13,7 @@ from tests.architectures.architecture import CLASSES, Architecture, batch_norm, 
 
 
 def _excited(x: jax.Array, reduced: int) -> jax.Array:
-    gate = nn.relu(nn.Dense(reduced)(x.mean((1, 2))))
+    gate = nn.silu(nn.Dense(reduced)(x.mean((1, 2))))
     return x * nn.sigmoid(nn.Dense(x.shape[-1])(gate))[:, None, None, :]
 
 

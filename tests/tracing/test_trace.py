@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +116,74 @@ def test_unknown_operation_names_itself_and_its_line() -> None:
     params = {"w": jnp.ones((3, 8)), "v": jnp.ones((2, 5))}
     trace = sculpt.trace(sculpt.from_function(apply, params), jnp.zeros((1, 3)))
     assert any("qr at test_trace.py" in f.reason for f in trace.frozen)
+
+
+def test_axes_without_a_prunable_unit_say_so() -> None:
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        y = jnp.concatenate([x @ params["one"], x @ params["other"]], axis=-1)
+        return jnp.tanh(y @ params["both"]) @ params["head"]
+
+    shapes = {"one": (3, 1), "other": (3, 1), "both": (2, 6), "head": (6, 5), "idle": (4,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    trace = sculpt.trace(sculpt.from_function(apply, params), jnp.zeros((1, 3)))
+    assert [g.size for g in trace.groups] == [6]
+    reasons = {f.name: f.reason for f in trace.frozen}
+    assert reasons["both:0"] == "single units side by side"
+    assert reasons["idle:0"] == "not read in evaluation"
+    assert reasons["one:1"] == "size one"
+
+
+def test_reasons_for_an_operation_end_with_its_line() -> None:
+    for name in NETWORKS:
+        for row in traced(name).frozen:
+            alone = ("network input", "network output", "size one", "single units side by side")
+            for reason in row.reason.split("; "):
+                assert reason in alone or re.search(r" \(\w+ at \w+\.py:\d+ \(.+\)\)$", reason), row
+
+
+def test_several_inputs_and_outputs() -> None:
+    def apply(params: dict[str, jax.Array], x: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        words = jnp.take(params["table"], x["tokens"], axis=0) * x["mask"][:, :, None]
+        joint = jnp.tanh(words.sum(1) + x["image"] @ params["image"])
+        return {"joint": joint @ params["head"], "mean": joint.mean(-1)}
+
+    shapes = {"table": (7, 6), "image": (3, 6), "head": (6, 5)}
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items())}
+    x = {"tokens": jnp.ones((4, 2), jnp.int32), "mask": jnp.ones((4, 2)), "image": jnp.ones((4, 3))}
+    model = sculpt.from_function(apply, params)
+    trace = sculpt.trace(model, x)
+    assert [(g.size, len(g.slots)) for g in trace.groups] == [(6, 3)]
+    with pytest.raises(ValueError, match="takes 3"):
+        _ = trace.input_shape
+    space = sculpt.make_space(trace)
+    policy = space.num_options - 1
+    masked = sculpt.apply_masks(model, sculpt.make_masks(space, params, policy))
+    small = sculpt.compact(masked, space, policy)
+
+    def outputs(model: sculpt.Model) -> Any:
+        inputs: Any = x
+        return model(inputs)
+
+    for expected, found in zip(*(jax.tree.leaves(outputs(m)) for m in (masked, small)), strict=True):
+        assert expected.shape == found.shape and jnp.allclose(expected, found, atol=1e-5)
+
+
+def test_what_cannot_be_trained_compact_is_refused() -> None:
+    def train(params: dict[str, jax.Array], x: jax.Array, key: jax.Array) -> jax.Array:
+        y = x @ params["first"]
+        return (y / (1.0 + jnp.abs(y).max(-1, keepdims=True))) @ params["head"]
+
+    params = {"first": jnp.ones((3, 8)), "head": jnp.ones((8, 5))}
+    model = sculpt.from_function(
+        lambda params, x: x @ params["first"] @ params["head"], params, apply_train=train
+    )
+    x = jnp.ones((2, 3))
+    space = sculpt.make_space(sculpt.trace(model, x))
+    masked = sculpt.apply_masks(model, sculpt.make_masks(space, params, space.num_options - 1))
+    small = sculpt.compact(masked, space, space.num_options - 1)
+    with pytest.raises(ValueError, match="cannot do so in training mode: reduced over"):
+        small.apply_train(small.params, small.state, x, jax.random.key(0))
 
 
 def test_closed_over_parameters_are_refused() -> None:
