@@ -243,7 +243,7 @@ def test_lost_and_damaged_files_are_named(
     shutil.copy(finished / "stages" / "export.json", copy / "stages")
     assert main(["report", "--run", str(copy)]) == 2
     error = capsys.readouterr().err
-    assert "search.json is damaged (it lacks 'accuracy'); remove it to have it made again" in error
+    assert "search.json is damaged (it lacks 'history'); remove it to have it made again" in error
     assert error.count("\n") == 1
 
 
