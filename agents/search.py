@@ -25,6 +25,7 @@ from sculpt.agents.update import (
     init_state,
     make_program,
     ranking,
+    snapshot,
     update,
 )
 from sculpt.model import Model
@@ -96,21 +97,25 @@ def search(
       key: `jax.random.key`.
       directory: where to keep checkpoints, and to resume from if there are any; None keeps none.
       on_metrics: called with each new row of the history.
-      plan: sizes of the pieces in which policies are evaluated; None: the defaults.
+      plan: how evaluations are laid out, over several devices for instance; None: one device, as `EvaluationPlan()`.
+        `sculpt.tune_plan` finds the fastest.
       scorer: what scores policies; another one than the network itself is for experiments.
 
     Raises:
       ValueError: if the budget cannot be reached, the train split is too small, or `directory` holds another search.
     """
     check_budget(space, config.budget)
+    plan = plan or EvaluationPlan()
     data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)
     images, labels, calibration = _draw_images(splits, config, data_key)
-    task = Task(
-        env=EnvParams(
-            make_problem(model, space, images, labels, calibration, plan), jnp.float32(config.budget)
-        ),
-        sites=site_inputs(space, model.params),
-        rule=fixed_policy(config.method, space, model.params, config.budget),
+    task = plan.place(
+        Task(
+            env=EnvParams(
+                make_problem(model, space, images, labels, calibration, plan), jnp.float32(config.budget)
+            ),
+            sites=site_inputs(space, model.params),
+            rule=fixed_policy(config.method, space, model.params, config.budget),
+        )
     )
     env = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)
     program = make_program(env, config)
@@ -119,17 +124,20 @@ def search(
         if directory is None
         else Checkpoints(directory, _fingerprint(model, space, splits, config, key, task.env))
     )
-    run = _Run.start(program, task, init_key, config)
+    run = _Run.start(program, task, plan, init_key, config)
     referee = Referee(model, space, splits, config, calibration, rerank_key)
     try:
-        if keeper is not None and (found := keeper.restore_latest(run.tree())) is not None:
+        if keeper is not None and (found := keeper.restore_latest(run.tree(run.state))) is not None:
             run.load(found[1])
-        while run.done < config.updates:
-            run.advance(update_key, on_metrics)
+        block = run.launch(update_key)
+        while block is not None:
+            following = run.launch(update_key)
+            run.settle(block, on_metrics)
             if keeper is not None:
-                keeper.save(run.done, run.tree())
+                keeper.save(block.stop, run.tree(block.state))
+            block = following
         order, rewards = ranking(run.state.env, config.budget, config.objective)
-        archive = jax.device_get(run.state.env.archive)
+        archive, metrics = jax.device_get((run.state.env.archive, run.state.metrics))
         # Policies beyond the budget are considered only where none meets it.
         within = int((archive.macs_ratio[order] <= config.budget + TOLERANCE).sum())
         candidates = order[: min(max(config.rerank, 1), within or len(order))]
@@ -137,7 +145,7 @@ def search(
             if np.isnan(run.judged[place]):
                 run.judged[place] = referee.judge(archive.policies[row])
                 if keeper is not None:
-                    keeper.save(config.updates + place + 1, run.tree())
+                    keeper.save(config.updates + place + 1, run.tree(run.state))
     finally:
         if keeper is not None:
             keeper.close()
@@ -149,7 +157,7 @@ def search(
         score=float(rewards[best]),
         macs_ratio=float(archive.macs_ratio[candidates[best]]),
         validation_accuracy=float(run.judged[best]),
-        history=tuple(run.row(i) for i in range(config.updates)),
+        history=tuple(run.row(metrics, i) for i in range(config.updates)),
         pareto=_pareto(archive),
         evaluations=int(archive.total),
         unique_evaluations=int(archive.count),
@@ -159,52 +167,78 @@ def search(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Some updates that the device was told to do."""
+
+    start: int
+    stop: int
+    state: SearchState
+    """The state behind them, which the device may still be working on."""
+
+
 @dataclasses.dataclass
 class _Run:
     """A search under way: the device's state, and what the host keeps beside it."""
 
     program: Program
     task: Task
+    plan: EvaluationPlan
     config: SearchConfig
     state: SearchState
     done: int
+    """Updates done, or under way."""
+    clock: float
+    """When the last block ended."""
     seconds: np.ndarray
     """float32 `[updates]`."""
     judged: np.ndarray
     """float32 `[rerank or 1]`: validation accuracies of the re-ranked, NaN where still to come."""
 
     @staticmethod
-    def start(program: Program, task: Task, key: jax.Array, config: SearchConfig) -> _Run:
-        state = init_state(program, task, key)
+    def start(
+        program: Program, task: Task, plan: EvaluationPlan, key: jax.Array, config: SearchConfig
+    ) -> _Run:
+        # A copy: an update reuses the buffers of its state, and equal constants may share one.
+        state = plan.place(snapshot(init_state(program, task, key)))
         judged = np.full(max(config.rerank, 1), np.nan, np.float32)
-        return _Run(program, task, config, state, 0, np.zeros(config.updates, np.float32), judged)
+        seconds = np.zeros(config.updates, np.float32)
+        return _Run(program, task, plan, config, state, 0, time.perf_counter(), seconds, judged)
 
-    def tree(self) -> dict[str, Any]:
+    def tree(self, state: SearchState) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"state": self.state, "seconds": self.seconds, "judged": self.judged}
+        return {"state": state, "seconds": self.seconds, "judged": self.judged}
 
     def load(self, tree: dict[str, Any]) -> None:
         """Takes over the contents of a checkpoint."""
-        self.state = jax.tree.map(jnp.asarray, tree["state"])
+        self.state = self.plan.place(jax.tree.map(jnp.asarray, tree["state"]))
         self.seconds, self.judged = np.array(tree["seconds"]), np.array(tree["judged"])
-        self.done = int(self.state.update)
+        self.done, self.clock = int(self.state.update), time.perf_counter()
 
-    def advance(self, key: jax.Array, on_metrics: Callable[[Metrics], None] | None) -> None:
-        """One block of updates; between blocks the host reads the metrics."""
-        block = range(self.done, min(self.done + self.config.checkpoint_every, self.config.updates))
-        begin = time.perf_counter()
-        for _ in block:
+    def launch(self, key: jax.Array) -> _Block | None:
+        """Gives the device its next block of updates without waiting for it; None where all are done or under way."""
+        start, stop = self.done, min(self.done + self.config.checkpoint_every, self.config.updates)
+        if start == stop:
+            return None
+        for _ in range(start, stop):
             self.state = update(self.program, self.task, self.state, key)
-        jax.block_until_ready(self.state)
-        self.seconds[block.start : block.stop] = (time.perf_counter() - begin) / len(block)
-        self.done = block.stop
-        for index in block:
-            if on_metrics is not None:
-                on_metrics(self.row(index))
+        self.done = stop
+        return _Block(start, stop, snapshot(self.state))
 
-    def row(self, index: int) -> Metrics:
+    def settle(self, block: _Block, on_metrics: Callable[[Metrics], None] | None) -> None:
+        """Waits for a block and reads its metrics, while the device goes on with the next one."""
+        jax.block_until_ready(block.state)
+        now = time.perf_counter()
+        self.seconds[block.start : block.stop] = (now - self.clock) / (block.stop - block.start)
+        self.clock = now
+        if on_metrics is not None:
+            metrics = jax.device_get(block.state.metrics)
+            for index in range(block.start, block.stop):
+                on_metrics(self.row(metrics, index))
+
+    def row(self, metrics: dict[str, Any], index: int) -> Metrics:
         """The history's row of one update."""
-        measured = {name: float(rows[index]) for name, rows in jax.device_get(self.state.metrics).items()}
+        measured = {name: float(rows[index]) for name, rows in metrics.items()}
         if not np.isfinite(measured["best"]):
             del measured["best"]
         return {"update": float(index + 1), **measured, "seconds": float(self.seconds[index])}

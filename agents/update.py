@@ -102,13 +102,22 @@ def _init_agent(program: Program, task: Task, env_state: EnvState, key: jax.Arra
     return ActorCritic(program.config.agent).init(key, one, task.sites)["params"]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def update(program: Program, task: Task, state: SearchState, key: jax.Array) -> SearchState:
-    """One update: propose a batch, score what is new of it, learn. `key` is the search's: it is folded with the update."""
+    """One update: propose a batch, score what is new of it, learn. `key` is the search's: it is folded with the update.
+
+    The buffers of `state` are reused: take a `snapshot` of what is to be read later.
+    """
     after, measured = _update(program, task, state, key)
     row = state.update
     metrics = {name: rows.at[row].set(measured[name]) for name, rows in state.metrics.items()}
     return dataclasses.replace(after, metrics=metrics)
+
+
+@jax.jit
+def snapshot(state: SearchState) -> SearchState:
+    """A copy of `state` that later updates leave alone."""
+    return jax.tree.map(jnp.copy, state)
 
 
 def _update(

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sculpt.model import Model
@@ -109,11 +110,13 @@ def race_policies(
         # The sample is scored in every rung, so that its last scores are its full ones.
         scored = np.unique(np.concatenate([running, drawn]))
         problem = make_problem(model, space, images[:size], labels[:size], calibration, plan)
-        scores = jax.device_get(score_batch(problem, jax.numpy.asarray(policies[scored])))
+        scores = jax.device_get(score_batch(problem, jnp.asarray(policies[scored])))
         accuracy[scored], loss[scored], seen[scored] = scores.accuracy, scores.loss, size
         passes += len(scored) * (size + fixed)
-        early.append((size, len(running), quality(accuracy[drawn], loss[drawn], objective)))
-        worth = quality(accuracy[running], loss[running], objective)
+        early.append(
+            (size, len(running), quality(jnp.asarray(accuracy[drawn]), jnp.asarray(loss[drawn]), objective))
+        )
+        worth = np.asarray(quality(jnp.asarray(accuracy[running]), jnp.asarray(loss[running]), objective))
         ranked = running[np.lexsort((loss[running], -worth))]
         kept = len(ranked) if index + 1 == len(sizes) else -(-len(ranked) // factor)
         order.append(ranked[kept:])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sculpt
 from sculpt.agents import AgentConfig, Method, RewardConfig, SearchConfig, SearchResult, search
 from sculpt.agents.update import update
 from sculpt.model import Model
@@ -395,3 +396,30 @@ def test_on_digits_the_agent_beats_chance(trained_digits: tuple[Model, Splits]) 
         for method in ("agent", "random", "uniform", "magnitude")
     }
     assert scores["agent"] > max(scores["random"], scores["uniform"], scores["magnitude"])
+
+
+def test_a_search_over_several_devices_finds_the_same(
+    trained_digits: tuple[Model, Splits], tmp_path: Path
+) -> None:
+    model, splits = trained_digits
+    space = sculpt.make_space(sculpt.trace(model, splits.normalise(splits.train.images[:1])), ("channels",))
+    config = SearchConfig(evaluations=12, batch_size=4, rerank=0, score_images=64, calibration_images=64)
+    # Halfway, then on from the checkpoint: what is restored has to lie on all devices too.
+    plan, key = sculpt.EvaluationPlan(policy_shards=2), jax.random.key(0)
+
+    def stop(row: dict[str, float]) -> None:
+        if row["update"] == 2:
+            raise KeyboardInterrupt
+
+    config = dataclasses.replace(config, checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        search(model, space, splits, config, key, directory=tmp_path, on_metrics=stop, plan=plan)
+    over_two = search(model, space, splits, config, key, directory=tmp_path, plan=plan)
+    alone = search(model, space, splits, config, key)
+    assert np.array_equal(over_two.policy, alone.policy)
+    assert over_two.score == pytest.approx(alone.score, abs=1e-6)
+    np.testing.assert_allclose(
+        [row["mean_reward"] for row in over_two.history],
+        [row["mean_reward"] for row in alone.history],
+        atol=1e-4,
+    )
