@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "info":
             _info(options)
+        elif command == "evaluate" and set(options) != {"run"}:
+            _evaluate_policies(options)
         else:
             _run(command, options)
     # RuntimeError: what jax raises where a device is absent, or its memory is full.
@@ -92,6 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
             _search_options(command)
         if name in ("finetune", "prune"):
             _finetune_options(command)
+        if name == "evaluate":
+            _policies_options(command)
     return parser
 
 
@@ -147,6 +151,24 @@ def _finetune_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--finetune-clip-norm", type=float, help="largest norm of the gradients (any)")
 
 
+def _policies_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("many policies of the dense network, instead of the test split")
+    group.add_argument("--policies", type=Path, help="file of policies: .jsonl, .npz or .npy")
+    group.add_argument(
+        "--out", type=Path, help="file for their scores: .jsonl or .parquet; run again to resume"
+    )
+    group.add_argument("--images", type=int, help="validation images that each is scored on (512)")
+    group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
+    group.add_argument("--precision", help="float32 or bfloat16 (float32)")
+    group.add_argument("--explain", action="store_true", help="show how the plan was found")
+    plan = command.add_argument_group("the plan of their evaluation; without any of these it is tuned")
+    plan.add_argument("--policies-per-chunk", type=int, help="policies side by side on a device")
+    plan.add_argument("--images-per-batch", type=int, help="images in one forward pass")
+    plan.add_argument("--convolution", help="lax or im2col")
+    plan.add_argument("--policy-shards", type=int, help="groups of devices that share the policies")
+    plan.add_argument("--image-shards", type=int, help="devices in a group, which share the images")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -162,9 +184,13 @@ def _use_compilation_cache() -> None:
     import jax
 
     if getattr(jax.config, _CACHE_OPTION) is None:
-        folder = os.environ.get("SCULPT_CACHE_DIR") or str(Path.home() / ".cache" / "sculpt")
-        jax.config.update(_CACHE_OPTION, folder)
+        jax.config.update(_CACHE_OPTION, str(_cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _cache_folder() -> Path:
+    named = os.environ.get("SCULPT_CACHE_DIR")
+    return Path(named) if named else Path.home() / ".cache" / "sculpt"
 
 
 def _require_device() -> None:
@@ -201,6 +227,47 @@ def _run(command: str, options: dict[str, Any]) -> None:
         console.print(closing_table(rows_of(record), caption_of(record, pipeline.train_settings.seed)))
     if command in ("prune", "report"):
         console.print(f"report: {run.path / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _evaluate_policies(options: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from sculpt.pipeline.policies import PLAN_FIELDS, PolicyOptions, score_policies_of_run
+    from sculpt.pipeline.progress import watching
+    from sculpt.report import RunDirectory
+    from sculpt.scoring import EvaluationPlan, StreamReport, Tuning
+
+    if missing := sorted({"policies", "out"} - set(options)):
+        raise ValueError(f"scores of many policies need --{' and --'.join(missing)}")
+    _require_device()
+    run = RunDirectory.existing(options.pop("run"))
+    explain = options.pop("explain", False)
+    plan = {name: options.pop(name) for name in PLAN_FIELDS if name in options}
+    console = Console(markup=False)
+
+    def on_plan(chosen: EvaluationPlan, tuning: Tuning | None) -> None:
+        lines = [f"plan: {chosen.describe()}"] if tuning is None or not explain else tuning.describe()
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
+
+    with watching(console) as watcher:
+        watcher.start("evaluate")
+
+        def on_progress(report: StreamReport, total: int) -> None:
+            note = f"{report.hit_rate:.0%} remembered"
+            watcher.progress(report.policies, total, "policies", note)
+
+        report = score_policies_of_run(
+            run, PolicyOptions(**options), plan, _cache_folder(), on_plan, on_progress
+        )
+        watcher.finish("evaluate", report.seconds)
+    console.print(
+        f"{report.policies} policies in {options['out']}, {report.resumed} of them from before; "
+        f"{report.evaluated} evaluated, {report.hit_rate:.0%} remembered, "
+        f"{report.policies_per_second:.1f} policies/s",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _info(options: dict[str, Any]) -> None:

@@ -320,3 +320,37 @@ def test_correctness_05_the_test_split_is_read_once_at_the_end_and_a_chain_of_st
     chained, pruned = (json.loads((f / "result.json").read_text()) for f in (tmp_path / "run", finished))
     assert chained["policy"] == pruned["policy"]
     assert chained["pruned"]["test_accuracy"] < 0.5 < pruned["pruned"]["test_accuracy"]
+
+
+def test_many_policies_of_a_finished_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCULPT_CACHE_DIR", str(tmp_path / "cache"))
+    before = contents(finished)
+    policy = json.loads((finished / "result.json").read_text())["policy"]
+    source, out = tmp_path / "policies.jsonl", tmp_path / "scores.jsonl"
+    source.write_text(f"{[0] * len(policy)}\n{policy}\n{policy}\n")
+    base = ["evaluate", "--run", str(finished), "--policies", str(source), "--out", str(out)]
+    sizes = ["--images", "64", "--calibration-images", "64"]
+    fixed = ["--images-per-batch", "64", "--policy-shards", "2"]
+    assert main([*base, *sizes, *fixed]) == 0
+    text = capsys.readouterr().out
+    assert "plan: 1 policies x 64 images at a time, lax convolutions in float32, 2 x 1 devices" in text
+    assert f"3 policies in {out}, 0 of them from before; 2 evaluated, 33% remembered" in text
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["policy"] for row in rows] == [[0] * len(policy), policy, policy]
+    assert rows[0]["macs_ratio"] == 1.0 and rows[1] == rows[2] | {"index": 1}
+    assert rows[0]["accuracy"] >= rows[1]["accuracy"]
+    assert main([*base, *sizes, *fixed]) == 0
+    assert "3 of them from before; 0 evaluated" in capsys.readouterr().out
+    assert contents(finished) == before
+    for wrong, message in (
+        (["--images", "65"], "belongs to another task (other data sha256, images"),
+        (["--images", "0"], "--images of at least 1"),
+        (["--images", "99999"], "--images 99999 is more than the"),
+        (["--convolution", "fft"], "convolution must be one of lax, im2col"),
+    ):
+        assert main([*base, *sizes, *fixed, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["evaluate", "--run", str(finished), "--policies", str(source)]) == 2
+    assert "scores of many policies need --out" in capsys.readouterr().err
