@@ -7,6 +7,7 @@ price held constant.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -27,11 +28,13 @@ def at_price(logits: jax.Array, price: jax.Array, cost: jax.Array) -> jax.Array:
       price: float32 `[n]`, one per sample.
       cost: float32 `[sites, options]`, what each option costs.
     """
+    chex.assert_rank([logits, price, cost], [3, 1, 2])
     return logits - jax.lax.stop_gradient(price)[:, None, None] * cost[None]
 
 
 def log_prob(logits: jax.Array, actions: jax.Array) -> jax.Array:
     """Log-probability float32 `[n, sites]` of `actions` int32 `[n, sites]` under softmax of `logits` `[n, sites, options]`."""
+    chex.assert_rank([logits, actions], [3, 2])
     chosen = jax.nn.one_hot(actions, logits.shape[-1], dtype=bool)
     return jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits), 0.0), axis=-1)
 

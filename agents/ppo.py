@@ -11,6 +11,7 @@ import functools
 import types
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,8 @@ def generalised_advantages(
       discount: per step.
       gae_lambda: trades bias (0) against variance (1).
     """
+    chex.assert_rank([rewards, values, continues], 2)
+    chex.assert_equal_shape([rewards, values[1:], continues])
     estimate = load_rlax().truncated_generalized_advantage_estimation
     return jax.vmap(lambda r, c, v: estimate(r, c * discount, gae_lambda, v), in_axes=1, out_axes=1)(
         rewards, continues, values
@@ -113,6 +116,7 @@ def prepare(
 
 def explained_variance(targets: jax.Array, predictions: jax.Array) -> jax.Array:
     """1 - var(targets - predictions) / var(targets), of two float32 `[m]`; 0 where the targets do not vary."""
+    chex.assert_rank([targets, predictions], 1)
     spread = jnp.var(targets)
     return jnp.where(spread > 1e-12, 1.0 - jnp.var(targets - predictions) / jnp.maximum(spread, 1e-12), 0.0)
 

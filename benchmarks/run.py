@@ -15,13 +15,12 @@ from pathlib import Path
 
 def commands(data: Path | None) -> list[list[str]]:
     """Arguments of `python -m` for each benchmark."""
-    alone = [["benchmarks.trace_networks"]]
+    alone = [["benchmarks.trace_networks"], ["benchmarks.bench_evaluate"], ["benchmarks.bench_search"]]
     if data is None:
-        return [*alone, ["benchmarks.evaluate_policies"]]
+        return alone
     weights = str(data / "weights" / "cifar10_resnet20.safetensors")
     return [
         *alone,
-        ["benchmarks.evaluate_policies", "--weights", weights],
         ["benchmarks.prune_cifar_jpeg", "--weights", weights, "--data-dir", str(data / "cifar10")],
     ]
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 import sculpt
-from sculpt.deploy.environment import device_name, versions
+from benchmarks.timing import provenance, write_results
 
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 
@@ -89,8 +88,8 @@ def main() -> None:
     lines = [
         "# Tracing",
         "",
-        "Command: `python -m benchmarks.trace_networks`",
-        f"Median of {options.repeats} calls (fastest to slowest), nothing allocated. Device: {device_name()}, {versions()}",
+        *provenance(),
+        f"Median of {options.repeats} calls (fastest to slowest), nothing allocated.",
         "",
         "| network | equations | parameters | GMACs | groups | frozen kernel widths | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -111,10 +110,7 @@ def main() -> None:
             f"| {name} | {len(trace.program.equations)} | {trace.num_params:,} | {trace.macs / 1e9:.3f} | {len(trace.groups)} | "
             f"{', '.join(frozen)} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) |"
         )
-        print(lines[-1], flush=True)
-    target = Path("benchmarks/results/trace_networks.md")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
+    write_results("trace_networks", lines)
 
 
 if __name__ == "__main__":

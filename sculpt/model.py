@@ -7,7 +7,7 @@ frozen dataclasses that compare by value, so that adapting the same module twice
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,8 +59,7 @@ class _LinenApply:
     train_argument: str | None
 
     def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
-        options = {} if self.train_argument is None else {self.train_argument: False}
-        return self.module.apply({"params": params, **state}, x, **options)
+        return self.module.apply({"params": params, **state}, x, **_mode(self.train_argument, False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +67,40 @@ class _LinenTrain:
     module: Any
     train_argument: str | None
     mutable: tuple[str, ...]
+    rngs: tuple[str, ...]
 
     def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
-        options = {} if self.train_argument is None else {self.train_argument: True}
+        keys = {name: jax.random.fold_in(key, i) if i else key for i, name in enumerate(self.rngs)}
+        options = _mode(self.train_argument, True)
         logits, updated = self.module.apply(
-            {"params": params, **state}, x, mutable=list(self.mutable), rngs={"dropout": key}, **options
+            {"params": params, **state}, x, mutable=list(self.mutable), rngs=keys, **options
         )
         return logits, {**state, **updated}
 
 
-def from_linen(module: Any, variables: Mapping[str, Any], train_argument: str | None = "train") -> Model:
+_OFF_IN_TRAINING = ("deterministic", "use_running_average")
+"""Keywords of the kind that is True in evaluation."""
+
+
+def _mode(argument: str | None, training: bool) -> dict[str, bool]:
+    """The keyword that switches training mode on or off."""
+    return {} if argument is None else {argument: training != (argument in _OFF_IN_TRAINING)}
+
+
+def from_linen(
+    module: Any,
+    variables: Mapping[str, Any],
+    train_argument: str | None = "train",
+    rngs: Sequence[str] = ("dropout",),
+) -> Model:
     """Adapts a Flax Linen module.
 
     Args:
       module: a `flax.linen.Module` whose `__call__(x, train=False)` returns logits.
       variables: what `module.init` returned: a mapping with "params" and, perhaps, further collections.
       train_argument: name of the boolean keyword that switches training mode on; None if the module has none.
+        "deterministic" and "use_running_average" are known to mean the opposite.
+      rngs: names of the random streams that the module draws from in training.
 
     Raises:
       ValueError: if `variables` has no "params" collection, or the module does not take `train_argument`.
@@ -96,7 +113,7 @@ def from_linen(module: Any, variables: Mapping[str, Any], train_argument: str | 
     state = {name: value for name, value in variables.items() if name != "params"}
     return Model(
         apply=_LinenApply(module, train_argument),
-        apply_train=_LinenTrain(module, train_argument, tuple(state)),
+        apply_train=_LinenTrain(module, train_argument, tuple(state), tuple(rngs)),
         params=variables["params"],
         state=state,
     )
@@ -109,7 +126,7 @@ def _accepted_argument(module: Any, name: str | None, must_switch: bool) -> str 
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if name is None or name in parameters or takes_any:
         return name
-    modes = {"training", "deterministic", "is_training", "is_train"}
+    modes = {"training", "is_training", "is_train", *_OFF_IN_TRAINING}
     if name == "train" and not must_switch and not modes & set(parameters):
         return None
     raise ValueError(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.errors import InvalidRngError
 
 import sculpt
 from tests.networks import NnxResidual, Plain, network
@@ -115,3 +116,24 @@ def test_a_training_mode_that_cannot_be_switched_on_is_refused() -> None:
     with pytest.raises(ValueError, match="pass train_argument="):
         sculpt.from_linen(module, variables)
     assert sculpt.from_linen(module, variables, "is_train").state
+
+
+def test_switches_that_are_off_in_training_and_other_random_streams() -> None:
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+            if not deterministic:
+                x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+            return nn.Dropout(0.5, deterministic=deterministic)(nn.Dense(5)(x))
+
+    x = jnp.ones((2, 3))
+    variables = Noisy().init(jax.random.key(0), x)
+    model = sculpt.from_linen(Noisy(), variables, "deterministic", rngs=("dropout", "noise"))
+    assert jnp.array_equal(model(x), Noisy().apply(variables, x))
+    first, _ = model.apply_train(model.params, model.state, x, jax.random.key(1))
+    other, _ = model.apply_train(model.params, model.state, x, jax.random.key(2))
+    assert not jnp.array_equal(first, model(x))
+    assert not jnp.array_equal(first, other)
+    with_one_stream = sculpt.from_linen(Noisy(), variables, "deterministic")
+    with pytest.raises(InvalidRngError, match="noise"):
+        with_one_stream.apply_train(model.params, model.state, x, jax.random.key(1))
