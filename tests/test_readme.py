@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
+import sculpt
 from sculpt.cli import main, make_parser
+from tests.conftest import untrained_digits
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -90,12 +93,17 @@ def test_the_quickstart_and_the_chain_of_commands(tmp_path: Path, monkeypatch: p
     import json
 
     monkeypatch.chdir(tmp_path)
+    model, splits = untrained_digits(), sculpt.load_data("digits")
+    space = sculpt.make_space(sculpt.trace(model, splits.normalise(splits.train.images[:1])))
+    policies = sculpt.random_policies(space, jax.random.key(0), 4, budget=0.5)
+    (tmp_path / "policies.jsonl").write_text("\n".join(map(str, policies.tolist())) + "\n")
     for command in COMMANDS:
         if "cifar10" not in command:
             assert main(shlex.split(command)[1:]) == 0
     quick, steps = (
         json.loads((tmp_path / "runs" / n / "result.json").read_text()) for n in ("quickstart", "steps")
     )
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
     assert quick["policy"] == steps["policy"]
     assert quick["pruned"]["test_accuracy"] == steps["pruned"]["test_accuracy"]
     assert quick["pruned"]["test_accuracy"] >= quick["dense"]["test_accuracy"] - 0.02

@@ -129,8 +129,8 @@ def random_policies(space: Space, key: jax.Array, n: int, budget: float | None =
     Raises:
       ValueError: if n < 1 or the budget cannot be reached.
     """
-    if n < 1:
-        raise ValueError(f"random_policies needs n >= 1, got {n}")
+    if not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"random_policies(space, key, n) needs a whole number n >= 1, got {n!r}")
     if budget is not None:
         check_budget(space, budget)
     logits = jnp.zeros((space.num_sites, space.max_options), jnp.float32)
