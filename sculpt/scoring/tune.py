@@ -131,6 +131,8 @@ def tune_plan(
     trials: list[Trial] = []
 
     def attempt(plan: EvaluationPlan) -> Trial:
+        # A batch larger than all images is all images.
+        plan = dataclasses.replace(plan, images_per_batch=min(plan.images_per_batch, len(images)))
         for trial in trials:
             if trial.plan == plan:
                 return trial
