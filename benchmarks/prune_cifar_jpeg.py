@@ -208,12 +208,12 @@ def main() -> None:
     report(rows, untuned, trace, len(splits.test.labels), options)
 
 
-def changed(config: sculpt.FinetuneConfig) -> str:
-    """The fields of a configuration that differ from the defaults."""
-    fields = dataclasses.fields(config)
-    return ", ".join(
-        f"{f.name}={getattr(config, f.name)}" for f in fields if getattr(config, f.name) != f.default
-    )
+def in_words(config: sculpt.FinetuneConfig) -> str:
+    """What matters of a configuration: length, batch, and what is not as by default."""
+    always = ("epochs", "batch_size", "weight_decay")
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    defaults = dataclasses.asdict(sculpt.FinetuneConfig())
+    return ", ".join(f"{k}={v}" for k, v in values.items() if k in always or v != defaults[k])
 
 
 def report(
@@ -226,9 +226,9 @@ def report(
         "# ResNet-20 pruned to half of its MACs, cifar10-jpeg",
         "",
         *provenance(),
-        f"Recipe of both: {changed(RECIPE)}; the pruned network with distillation={options.distillation} besides.",
+        f"Recipe of both: {in_words(RECIPE)}; the pruned network with distillation={options.distillation} besides.",
         f"Search: agent, channels only, budget {options.budget}, {EVALUATIONS} evaluations by the cross-entropy on "
-        f"{SCORE_IMAGES} train images; the best 4 fine-tuned briefly ({changed(BRIEF)}).",
+        f"{SCORE_IMAGES} train images; the best 4 fine-tuned briefly ({in_words(BRIEF)}).",
         f"n = {num_test:,} JPEG test images, standard error about {100 * (0.13 * 0.87 / num_test) ** 0.5:.1f} points.",
         "Accuracies are measured, MACs realised (counted on the compacted network). A stage that was interrupted and "
         "resumed shows the seconds of its last process.",
