@@ -1,0 +1,180 @@
+"""Every network by name: its published size, its output, its training mode, its dtype."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sculpt import nets
+from sculpt.nets.layers import divisible
+from sculpt.nets.vgg import adaptive_mean
+
+# 1,000 classes, as torchvision, Keras (MobileNet-V1) and timm (EfficientNet-Lite, ViT-Ti and -S, DeiT) give them; moving
+# statistics are not parameters.
+IMAGENET = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "vgg16_bn": 138_365_992,
+    "vgg19_bn": 143_678_248,
+    "mobilenet_v1": 4_231_976,
+    "mobilenet_v2": 3_504_872,
+    "mobilenet_v3_small": 2_542_856,
+    "mobilenet_v3_large": 5_483_032,
+    "efficientnet_lite0": 4_652_008,
+    "vit_tiny_patch16": 5_717_416,
+    "vit_small_patch16": 22_050_664,
+    "vit_base_patch16": 86_567_656,
+    "deit_tiny_patch16": 5_717_416,
+    "deit_small_patch16": 22_050_664,
+    "deit_base_patch16": 86_567_656,
+    "deit_tiny_distilled_patch16": 5_910_800,
+    "deit_small_distilled_patch16": 22_436_432,
+    "deit_base_distilled_patch16": 87_338_192,
+}
+
+
+def encoders(width: int) -> int:
+    """Parameters of twelve blocks of attention (4 w^2 + 4 w), dense layers (8 w^2 + 5 w) and two LayerNorms (4 w)."""
+    return 12 * (12 * width**2 + 13 * width)
+
+
+def small_vit(width: int, patch: int, classes: int = 10) -> int:
+    """All of a ViT on 64 patches: what comes before, the blocks, the last LayerNorm and the head."""
+    before = 3 * patch**2 * width + width + width + 65 * width
+    return before + encoders(width) + 2 * width + width * classes + classes
+
+
+# 10 classes. The VGGs are the ImageNet ones with one dense layer in the place of three.
+SMALL = {
+    "vgg16_bn_cifar": 138_365_992 - (25_088 * 4096 + 4096 + 4096**2 + 4096 + 4_097_000) + 5_130,
+    "vgg19_bn_cifar": 143_678_248 - (25_088 * 4096 + 4096 + 4096**2 + 4096 + 4_097_000) + 5_130,
+    "vit_tiny_patch4": small_vit(192, 4),
+    "vit_small_patch4": small_vit(384, 4),
+    "vit_tiny_patch2": 16 * 192 - 64 * 192 + small_vit(192, 2),
+    "vit_small_patch2": 16 * 384 - 64 * 384 + small_vit(384, 2),
+}
+
+IN_TEST_RESNET = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+
+OTHERS = [name for name in nets.list_models() if name not in IN_TEST_RESNET]
+
+
+def image(name: str, batch: int = 1) -> jax.ShapeDtypeStruct:
+    side = nets.image_size(name)
+    return jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
+
+
+def shapes(module: Any, x: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(module.init, jax.random.key(0), x)
+
+
+def size(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def test_every_network_has_its_count() -> None:
+    assert {*IMAGENET, *SMALL, *IN_TEST_RESNET} == set(nets.list_models())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameter_counts(name: str) -> None:
+    module = nets.create(name, 1000 if name in IMAGENET else 10)
+    assert size(shapes(module, image(name))["params"]) == {**IMAGENET, **SMALL}[name]
+
+
+@pytest.mark.parametrize(("multiplier", "count"), [(0.25, 470_072), (0.5, 1_331_592), (0.75, 2_585_560)])
+def test_mobilenet_v1_has_the_published_size_at_every_width(multiplier: float, count: int) -> None:
+    module = nets.create("mobilenet_v1", 1000, width_multiplier=multiplier)
+    assert size(shapes(module, image("mobilenet_v1"))["params"]) == count
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_logits_are_single_precision_in_either_mode(name: str, dtype: Any) -> None:
+    module, x = nets.create(name, 7, dtype=dtype), image(name, 2)
+    variables = shapes(module, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+    def train(variables: Any, x: jax.Array) -> Any:
+        rngs = {"dropout": jax.random.key(0)}
+        return module.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])
+
+    evaluated: Any = jax.eval_shape(module.apply, variables, x)
+    trained, updated = jax.eval_shape(train, variables, x)
+    for logits in (evaluated, trained):
+        assert logits.shape == (2, 7) and logits.dtype == jnp.float32
+    assert jax.tree.map(jnp.shape, updated) == (
+        {"batch_stats": jax.tree.map(jnp.shape, variables["batch_stats"])}
+        if "batch_stats" in variables
+        else {}
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v3_small", "vit_tiny_patch2"])
+def test_half_precision_computes_in_half_precision(name: str) -> None:
+    module = nets.create(name, 7, dtype=jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(module.apply)(shapes(module, image(name)), image(name))
+    calls = [e for e in jaxpr.jaxpr.eqns if e.primitive.name in ("conv_general_dilated", "dot_general")]
+    assert calls and {v.aval.dtype for e in calls for v in e.invars} == {jnp.dtype("bfloat16")}
+
+
+def test_distillation_trains_two_heads_that_are_averaged() -> None:
+    module: Any = nets.create("deit_tiny_distilled_patch16", 5, patch=4, width=12, depth=1)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    variables = jax.jit(module.init)(jax.random.key(1), x)
+    mean, heads = jax.jit(lambda v, x: (module.apply(v, x), module.apply(v, x, method=module.predictions)))(
+        variables, x
+    )
+    assert len(heads) == 2 and float(jnp.abs(heads[0] - heads[1]).max()) > 0
+    np.testing.assert_allclose(mean, (heads[0] + heads[1]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (1, [0, 0, 0]),
+        (3, [0, 1, 2]),
+        (6, [0.5, 2.5, 4.5]),
+        (7, [1, 3, 5]),  # PyTorch: 0 to 2, 2 to 4, 4 to 6
+        (4, [0.5, 1.5, 2.5]),
+    ],
+)
+def test_adaptive_mean(length: int, expected: list[float]) -> None:
+    x = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32)[None, :, None], (2, length, 3))
+    np.testing.assert_allclose(adaptive_mean(x, 3, axis=1)[1, :, 2], expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(3, 8), (12, 16), (11, 16), (18, 24), (20, 24), (24, 24), (28, 32), (72 / 4, 24)]
+)
+def test_widths_are_rounded_to_eights(width: float, expected: int) -> None:
+    assert divisible(width) == expected
+
+
+def test_images_that_cannot_be_are_refused() -> None:
+    for name, side, message in (
+        ("vgg16_bn", 31, "sides of at least 32"),
+        ("vit_tiny_patch4", 30, "of side 4"),
+    ):
+        module = nets.create(name, 10)
+        with pytest.raises(ValueError, match=message):
+            shapes(module, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+
+
+def test_an_image_size_is_that_of_a_known_network() -> None:
+    assert nets.image_size("resnet20") == 32 and nets.image_size("vit_tiny_patch2") == 8
+    with pytest.raises(ValueError, match="unknown model 'resnet21'"):
+        nets.image_size("resnet21")
+
+
+@pytest.mark.parametrize("name", nets.list_models())
+def test_equal_modules_compare_equal_and_hash(name: str) -> None:
+    assert nets.create(name, 10) == nets.create(name, 10) != nets.create(name, 11)
+    assert hash(nets.create(name, 10)) == hash(nets.create(name, 10))
