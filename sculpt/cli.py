@@ -285,14 +285,18 @@ def _info(options: dict[str, Any]) -> None:
             raise ValueError(f"info about a network needs --{' and --'.join(missing)}")
         _info_model(console, options)
     else:
+        from rich.table import Table
+
         from sculpt import nets
         from sculpt.deploy import device_name, versions
         from sculpt.pruning import FAMILIES
 
-        console.print(f"networks   {', '.join(nets.list_models())}", highlight=False)
-        console.print(f"families   {', '.join(FAMILIES)}", highlight=False)
-        console.print(f"device     {device_name()}", highlight=False)
-        console.print(f"versions   {', '.join(f'{k} {v}' for k, v in versions().items())}", highlight=False)
+        rows = Table.grid(padding=(0, 3))
+        rows.add_row("networks", ", ".join(nets.list_models()))
+        rows.add_row("families", ", ".join(FAMILIES))
+        rows.add_row("device", device_name())
+        rows.add_row("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
+        console.print(rows, highlight=False)
 
 
 def _info_run(console: Console, folder: Path) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import sculpt
+from sculpt import nets
 from sculpt.cli import main
 from sculpt.pipeline import TrainSettings, stages
 from sculpt.pruning import KINDS
@@ -221,7 +222,8 @@ def test_debug_shows_where_it_came_from(tmp_path: Path) -> None:
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main("info") == 0
-    assert re.search(r"networks +resnet8.*\nfamilies +channels, rect", capsys.readouterr().out)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"networks {', '.join(nets.list_models())} families channels, rect device" in printed
     assert run_main("info", *NEW, "--families", "rect") == 0
     printed = capsys.readouterr().out
     assert "stage1_block01/conv1" in printed
