@@ -34,7 +34,8 @@ NETS: dict[str, tuple[int, ...]] = {
     "vgg16_bn": (224, 224, 3),
     "vgg16_bn_cifar": (32, 32, 3),
     "mobilenet_v2": (224, 224, 3),
-    "vit_tiny": (224, 224, 3),
+    "vit_tiny_patch16": (224, 224, 3),
+    "vit_tiny_patch4": (32, 32, 3),
 }
 """Network -> size of its images."""
 
