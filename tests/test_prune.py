@@ -24,6 +24,7 @@ from sculpt.report.run_directory import STAGE_FILES, fingerprint, write_json
 OPTIONS = [
     *("--model", "resnet8", "--dataset", "digits", "--budget", "0.5", "--seed", "1"),
     *("--train-epochs", "8", "--evaluations", "64", "--rerank", "1", "--epochs", "6"),
+    *("--devices", "1"),
 ]
 
 

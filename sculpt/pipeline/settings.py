@@ -85,8 +85,12 @@ class SearchSettings:
     """Policies that are fine-tuned briefly for the last choice."""
     round_to: int = 1
     """Kept channel counts are multiples of it."""
+    devices: int | None = None
+    """Devices that share the evaluations; None: all that there are."""
 
     def __post_init__(self) -> None:
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"devices must be at least 1, got {self.devices}")
         # JSON has no tuples.
         object.__setattr__(self, "families", tuple(self.families))
         self.config()

@@ -21,7 +21,7 @@ from sculpt.pipeline.progress import Watcher
 from sculpt.pipeline.settings import SECTIONS
 from sculpt.pruning import apply_masks, check_budget, compact, count_cost, make_masks
 from sculpt.report import RunDirectory
-from sculpt.scoring import evaluate
+from sculpt.scoring import EvaluationPlan, evaluate
 from sculpt.training import finetune, train
 from sculpt.training.finetune import TrainingDiverged
 
@@ -144,6 +144,7 @@ class Pipeline(Artefacts):
             self.key("search"),
             directory=self._checkpoints("search"),
             on_metrics=on_metrics,
+            plan=EvaluationPlan(policy_shards=self.search_settings.devices or jax.device_count()),
         )
         return {
             "policy": found.policy.tolist(),

@@ -43,6 +43,7 @@ def check_budget(space: Space, budget: float) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def project(space: Space, logits: jax.Array, budget: Any, key: jax.Array | None = None) -> Projection:
     """Turns preferences into a policy that meets the budget.
 
@@ -152,21 +153,23 @@ def uniform_policy(space: Space, budget: float) -> jax.Array:
     Only the first family of the space is pruned where that is enough; the others stay dense.
     """
     check_budget(space, budget)
+    return _uniform(space, jnp.float32(budget))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _uniform(space: Space, budget: jax.Array) -> jax.Array:
     kept = jnp.where(jnp.asarray(space.valid), jnp.asarray(space.kept), jnp.inf)
     first = np.asarray([site.family == space.families[0] for site in space.sites])
-    candidates = []
-    for others in (False, True):
-        for fraction in np.linspace(0.0, 1.0, 129, dtype=np.float32):
-            nearest = jnp.argmin(jnp.abs(kept - fraction), axis=1).astype(jnp.int32)
-            candidates.append(nearest if others else jnp.where(jnp.asarray(first), nearest, 0))
-    policies = jnp.stack(candidates)
+    fractions = np.linspace(0.0, 1.0, 129, dtype=np.float32)
+    everywhere = jnp.argmin(jnp.abs(kept[None] - fractions[:, None, None]), axis=2).astype(jnp.int32)
+    policies = jnp.concatenate([jnp.where(first, everywhere, 0), everywhere])
     ratios = macs_ratio(space, policies)
     fits = ratios <= budget + 1e-6
-    pruned_first_only = jnp.arange(len(candidates)) < len(candidates) // 2
+    pruned_first_only = jnp.arange(len(policies)) < len(fractions)
     score = jnp.where(fits, ratios + pruned_first_only.astype(jnp.float32), -1.0)
     best = jnp.where(score.max() >= 0, policies[jnp.argmax(score)], jnp.asarray(space.num_options - 1))
     liked = jnp.where(jnp.asarray(first)[:, None], -kept, _INVALID)
-    return fill(space, best, liked, jnp.float32(budget + 1e-6))
+    return fill(space, best, liked, budget + 1e-6)
 
 
 def magnitude_policy(space: Space, params: Params, budget: float) -> jax.Array:
@@ -178,6 +181,7 @@ def magnitude_policy(space: Space, params: Params, budget: float) -> jax.Array:
     return project(space, energy_logits(space, params), budget).policy
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def energy_logits(space: Space, params: Params) -> jax.Array:
     """float32 `[sites, max_options]`: 3 log(retained energy), a prior that favours what loses little."""
     options = space.max_options

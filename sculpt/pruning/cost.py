@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -48,6 +49,7 @@ def _evaluate(polynomial: Polynomial, kept: jax.Array) -> jax.Array:
     return products @ jnp.asarray(polynomial.share)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def macs_ratio(space: Space, policies: jax.Array) -> jax.Array:
     """Theoretical MACs / dense, float32 `[...]`, of policies int32 `[..., sites]` (jit- and vmap-able)."""
     return _evaluate(space.macs, _kept(space, policies))
@@ -59,7 +61,12 @@ def cost(space: Space, policies: Any) -> Cost:
     Raises:
       ValueError: if the policies do not fit the space.
     """
-    kept = _kept(space, check_policies(space, policies))
+    return _cost(space, check_policies(space, policies))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cost(space: Space, policies: jax.Array) -> Cost:
+    kept = _kept(space, policies)
     realised = jnp.where(jnp.asarray(space.compacts), kept, jnp.ones((), jnp.float32))
     ratio, realised_ratio = _evaluate(space.macs, kept), _evaluate(space.macs, realised)
     params_ratio = _evaluate(space.params, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ class SiteFeatures:
 jax.tree_util.register_dataclass(SiteFeatures, ["retained", "cost", "kept"], [])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def site_features(space: Space, params: Params) -> SiteFeatures:
     """Tables over all options of all sites (jit-able)."""
     rows = []
@@ -69,17 +71,8 @@ def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0
     budget = jnp.asarray(budget, jnp.float32)
     ratio = macs_ratio(space, policy)
     summary = jnp.stack([budget, ratio, ratio - budget])
-    nodes = jnp.concatenate(
-        [
-            jnp.asarray(_static_features(space)),
-            _weight_features(space, params),
-            _policy_features(space, params, policy),
-            jnp.broadcast_to(summary[None, :], (len(graph.nodes), 3)),
-        ],
-        axis=1,
-    )
     return jraph.GraphsTuple(
-        nodes=nodes,
+        nodes=_node_features(space, params, policy, summary),
         edges=jnp.asarray(np.eye(len(EDGE_KINDS), dtype=np.float32)[graph.kinds]),
         senders=jnp.asarray(graph.senders),
         receivers=jnp.asarray(graph.receivers),
@@ -87,6 +80,14 @@ def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0
         n_edge=jnp.asarray([len(graph.senders)], jnp.int32),
         globals=summary[None, :],
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _node_features(space: Space, params: Params, policy: jax.Array, summary: jax.Array) -> jax.Array:
+    static = jnp.asarray(_static_features(space))
+    weights, chosen = _weight_features(space, params), _policy_features(space, params, policy)
+    totals = jnp.broadcast_to(summary[None, :], (len(static), 3))
+    return jnp.concatenate([static, weights, chosen, totals], axis=1)
 
 
 def _static_features(space: Space) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def check_policies(space: Space, policies: Any) -> jax.Array:
     return jnp.asarray(policies, jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def masks_from_choices(space: Space, choices: Sequence[Choice], policy: jax.Array) -> list[jax.Array]:
     """Boolean masks, one per parameter leaf, of a policy `[sites]` on choices made before."""
     kept: dict[int, jax.Array] = {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from sculpt.pruning.importance import Importance, check_importance
@@ -183,8 +185,9 @@ def _polynomial(
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def make_choices(space: Space, params: object) -> tuple[Choice, ...]:
-    """Works out, for every site, which units each option keeps on these parameters (jit-able).
+    """Works out, for every site, which units each option keeps on these parameters (compiled once per space).
 
     Computed once per network, then policies are applied by indexing. Channels are ranked by `space.importance`, whatever the
     parameters, or without it by the energy of these parameters; windows always by energy.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,16 +83,11 @@ def make_problem(
         spread_calibration=calibration is not None and len(calibration) % plan.image_shards == 0,
         params=plan.place(model.params),
         state=plan.place(model.state),
-        choices=plan.place(_choices(space, model.params)),
+        choices=plan.place(make_choices(space, model.params)),
         images=plan.place(padded.reshape(-1, batch, *images.shape[1:])),
         labels=plan.place(padded_labels.reshape(-1, batch)),
         calibration=plan.place(calibration),
     )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _choices(space: Space, params: Any) -> tuple[Choice, ...]:
-    return make_choices(space, params)
 
 
 def check_images(shape: Sequence[int], images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:
