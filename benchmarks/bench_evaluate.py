@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sculpt
-from benchmarks.timing import interleaved, matmul_runs, provenance, spread, write_results
+from benchmarks.timing import interleaved, matmul_runs, provenance, seconds, spread, write_results
 from sculpt.model import Model
 from sculpt.scoring import make_problem
 from sculpt.scoring.evaluate import _scored
@@ -138,8 +138,12 @@ def compare(task: Task, options: argparse.Namespace) -> list[str]:
     multiply, flop = matmul_runs(dtype, plan.devices)
     runs = {name: run for name, (run, _) in others.items()} | {"evaluate_policies": scored(task, plan)}
     count = {name: n for name, (_, n) in others.items()} | {"evaluate_policies": len(task.policies)}
-    reference = runs["Python loop over a jitted function"]()
-    off = {name: check_scores(task, name, run(), reference, options.precision) for name, run in runs.items()}
+    first = {name: jax.block_until_ready(run()) for name, run in runs.items()}
+    reference = first["Python loop over a jitted function"]
+    off = {
+        name: check_scores(task, name, found, reference, options.precision) for name, found in first.items()
+    }
+    seconds(multiply)
     times = interleaved(runs | {"peak": multiply}, options.repeats)
     peak = flop / min(times.pop("peak")) / 1e9
     rates = {name: [count[name] / s for s in values] for name, values in times.items()}
@@ -174,7 +178,10 @@ def sweep(task: Task, options: argparse.Namespace) -> list[str]:
         if batch <= len(task.images)
     ]
     few = dataclasses.replace(task, policies=task.policies[: max(options.chunks)])
-    times = interleaved({plan.describe(): scored(few, plan) for plan in plans}, options.repeats)
+    runs = {plan.describe(): scored(few, plan) for plan in plans}
+    for run in runs.values():
+        seconds(run)
+    times = interleaved(runs, options.repeats)
     lines = ["| plan | policies per second |", "| --- | --- |"]
     lines += [f"| {name} | {spread([len(few.policies) / s for s in v])} |" for name, v in times.items()]
     return [f"### {task.name}: chunk and batch sizes", "", *lines, ""]

@@ -26,9 +26,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times in turn, after a warm-up of each: the load of the machine hits all alike."""
-    for run in runs.values():
-        jax.block_until_ready(run())
+    """Seconds of each run, `repeats` times in turn: the load of the machine hits all alike. Compile them before."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
