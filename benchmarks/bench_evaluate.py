@@ -1,6 +1,6 @@
 """Policies per second of `evaluate_policies` beside a plain Python loop, a naive vmap and `lax.map`, in one run.
 
-    python -m benchmarks.bench_evaluate --nets resnet20
+    JAX_NUM_CPU_DEVICES=2 python -m benchmarks.bench_evaluate --nets resnet20
 
 All score the same random policies of half the MACs on the same random images with the same weights, without
 recalibration. The scores must agree, or the benchmark fails. Runs alternate after a warm-up; medians are given with the

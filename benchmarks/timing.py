@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from sculpt.deploy.environment import device_name, versions
 
+_TOLD_BY_ENVIRONMENT = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -52,7 +54,10 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def provenance() -> list[str]:
     """Lines that say how, where and with what a table was made."""
-    command = " ".join(["python -m", _module(), *(_portable(argument) for argument in sys.argv[1:])])
+    environment = [f"{name}={os.environ[name]}" for name in _TOLD_BY_ENVIRONMENT if name in os.environ]
+    command = " ".join(
+        [*environment, "python -m", _module(), *(_portable(argument) for argument in sys.argv[1:])]
+    )
     about = ", ".join(f"{name} {version}" for name, version in versions().items())
     return [
         f"Command: `{command}`",
