@@ -95,15 +95,18 @@ def search(
       splits: data; `train` needs `config.score_images + config.calibration_images` images.
       config: what to search for, and how.
       key: `jax.random.key`.
-      directory: where to keep checkpoints, and to resume from if there are any; None keeps none.
+      directory: where to keep checkpoints, and to resume from if there are any; None keeps none. For one host.
       on_metrics: called with each new row of the history.
       plan: how evaluations are laid out, over several devices for instance; None: one device, as `EvaluationPlan()`.
         `sculpt.tune_plan` finds the fastest.
       scorer: what scores policies; another one than the network itself is for experiments.
 
     Raises:
-      ValueError: if the budget cannot be reached, the train split is too small, or `directory` holds another search.
+      ValueError: if the budget cannot be reached, the train split is too small, or `directory` holds another search or
+        is given on several hosts.
     """
+    if directory is not None and jax.process_count() > 1:
+        raise ValueError("a search over several hosts keeps no checkpoints: leave directory out, or search on one host")
     check_budget(space, config.budget)
     plan = plan or EvaluationPlan()
     data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)

@@ -229,7 +229,7 @@ def main() -> None:
         "# Scoring many policies",
         "",
         *provenance(),
-        f"Median of {options.repeats} runs (lowest to highest).",
+        f"Median of {options.repeats} runs (lowest to highest). Weights, images and policies drawn by seeds 0 to 3.",
         "",
     ]
     for name in options.nets:

@@ -1,6 +1,6 @@
 """Evaluations per second of a whole search, and what share of its time the agent takes.
 
-    python -m benchmarks.bench_search --evaluations 256
+    JAX_NUM_CPU_DEVICES=2 python -m benchmarks.bench_search
 
 The same search is run twice in one process: once scoring networks, once with a scorer that costs nothing, so that what
 remains is the agent (graph network, sampling, projection, PPO) and the host's work. Compilation is left out: rates are of the
@@ -64,7 +64,7 @@ def main() -> None:
         rerank=0,
         checkpoint_every=1,
     )
-    plan = None
+    plan = sculpt.EvaluationPlan(policy_shards=jax.device_count())
     if options.tune:
         images, labels = splits.normalise(splits.train.images), splits.train.labels
         calibration = images[options.images :] if options.calibration_images else None
@@ -84,7 +84,7 @@ def main() -> None:
         *provenance(),
         f"{options.evaluations} evaluations in updates of {config.batch}, {options.images} images each and "
         f"{options.calibration_images} for BatchNorm; {result.unique_evaluations} of them distinct. "
-        f"Plan: {(plan or sculpt.EvaluationPlan()).describe()}.",
+        f"Plan: {plan.describe()}. Random weights and images; seeds 0 to 2.",
         "",
         "| | seconds per update, median (lowest to highest) | share |",
         "| --- | --- | --- |",

@@ -23,7 +23,8 @@ from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import make_problem
 
 Choices = Sequence[tuple[str, Sequence[Any]]]
-"""(field of `EvaluationPlan`, values to try); settled one after the other, the first values of all being the start."""
+"""(field of `EvaluationPlan`, values to try); settled one after the other, the first values of all being the start. The name
+"mesh" stands for `(policy_shards, image_shards)`."""
 
 _ON_CPU: Choices = (
     ("convolution", ("lax", "im2col")),
@@ -102,8 +103,9 @@ def tune_plan(
 ) -> Tuning:
     """Finds the fastest plan for `evaluate_policies` with these arguments.
 
-    One field of the plan after the other is settled by timing a few policies; all local devices share the policies. What
-    the compiler says a plan needs is held against the free memory before the plan is run, so that none runs out.
+    One field of the plan after the other is settled by timing a few policies; all devices share the policies, or pairs of
+    them the images of a policy. What the compiler says a plan needs is held against the free memory before the plan is run,
+    so that none runs out.
 
     Args:
       model: the dense network.
@@ -116,18 +118,21 @@ def tune_plan(
       cache: folder to keep the result in, by network, shapes, devices and versions; None: it is found anew each time.
 
     Raises:
-      ValueError: if no plan fits into memory, `choices` name no field of a plan, or the arguments do not fit.
+      ValueError: if no plan fits into memory, `choices` name no field of a plan, the arguments do not fit, or there are
+        several hosts, whose clocks would choose differently.
     """
-    platform = jax.default_backend()
-    choices = choices or (_ON_CPU if platform == "cpu" else _ON_ACCELERATOR)
-    _check_choices(choices)
+    if jax.process_count() > 1:
+        raise ValueError("tune_plan runs on one host: tune there, and pass the plan on every host")
     kind, number = jax.devices()[0].device_kind, len(jax.devices())
-    file = None
+    if choices is None:
+        pairs = [("mesh", [(number, 1), (number // 2, 2)])] if number % 2 == 0 else []
+        choices = [*(_ON_CPU if jax.default_backend() == "cpu" else _ON_ACCELERATOR), *pairs]
+    _check_choices(choices)
+    file, limit = None, _memory_limit()
     if cache is not None:
         file = Path(cache) / f"plan-{_key(model, space, images, calibration, precision, choices)}.json"
-        if (found := _read(file)) is not None:
+        if (found := _read(file)) is not None and _fits(found, limit):
             return found
-    limit = _memory_limit()
     trials: list[Trial] = []
 
     def attempt(plan: EvaluationPlan) -> Trial:
@@ -139,8 +144,10 @@ def tune_plan(
         trials.append(_try(model, space, images, labels, calibration, plan, limit))
         return trials[-1]
 
-    start = {name: values[0] for name, values in reversed(choices)}
-    best = attempt(EvaluationPlan(**start, precision=precision, policy_shards=number))
+    best = EvaluationPlan(precision=precision, policy_shards=number)
+    for name, values in reversed(choices):
+        best = _with(best, name, values[0])
+    best = attempt(best)
     while best.policies_per_second is None and best.plan.images_per_batch > 1:
         best = attempt(dataclasses.replace(best.plan, images_per_batch=best.plan.images_per_batch // 2))
     if best.policies_per_second is None:
@@ -148,13 +155,18 @@ def tune_plan(
     for name, values in choices:
         settled = best.plan
         for value in values:
-            trial = attempt(dataclasses.replace(settled, **{name: value}))
+            trial = attempt(_with(settled, name, value))
             if (trial.policies_per_second or 0.0) > (best.policies_per_second or 0.0):
                 best = trial
     tuning = Tuning(best.plan, tuple(trials), f"{number} x {kind}", limit)
     if file is not None:
         _write(file, tuning)
     return tuning
+
+
+def _with(plan: EvaluationPlan, name: str, value: Any) -> EvaluationPlan:
+    changed = {name: value} if name != "mesh" else dict(zip(("policy_shards", "image_shards"), value))
+    return dataclasses.replace(plan, **changed)
 
 
 def _try(
@@ -167,24 +179,31 @@ def _try(
     limit: int | None,
 ) -> Trial:
     """Compiles a plan, and times it where it fits."""
+    if plan.devices > len(jax.devices()):
+        return Trial(plan, None, None, 0.0, f"needs {plan.devices} devices, there are {len(jax.devices())}")
     problem = make_problem(model, space, images, labels, calibration, plan)
     count = plan.policies_per_chunk * plan.policy_shards
     # Everything pruned a little: what is pruned does not change the work.
     policies = plan.place(jnp.zeros((count, space.num_sites), jnp.int32))
     arguments = problem, policies, plan.place(jnp.int32(count))
-    begun = time.perf_counter()
-    compiled = _scored.lower(*arguments).compile()
-    compile_seconds = time.perf_counter() - begun
-    analysis = compiled.memory_analysis()
-    memory = None if analysis is None else int(analysis.temp_size_in_bytes)
-    if limit is not None and memory is not None and memory > limit:
-        note = f"needs {memory / 2**20:.0f} MiB, {limit / 2**20:.0f} are free"
-        return Trial(plan, None, memory, compile_seconds, note)
-    seconds = []
-    for _ in range(_RUNS + 1):
+    compile_seconds, memory, seconds = 0.0, None, []
+    try:
         begun = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - begun)
+        compiled = _scored.lower(*arguments).compile()
+        compile_seconds = time.perf_counter() - begun
+        analysis = compiled.memory_analysis()
+        memory = None if analysis is None else int(analysis.temp_size_in_bytes)
+        if limit is not None and memory is not None and memory > limit:
+            note = f"needs {memory / 2**20:.0f} MiB, {limit / 2**20:.0f} are free"
+            return Trial(plan, None, memory, compile_seconds, note)
+        for _ in range(_RUNS + 1):
+            begun = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            seconds.append(time.perf_counter() - begun)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Trial(plan, None, memory, compile_seconds, "ran out of memory")
     return Trial(plan, count / statistics.median(seconds[1:]), memory, compile_seconds)
 
 
@@ -194,17 +213,32 @@ def _memory_limit() -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(_USABLE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
-    if device.platform != "cpu" or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+    if device.platform != "cpu" or (free := _available()) is None:
         return None
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(_USABLE * free / jax.local_device_count())
 
 
+def _available() -> int | None:
+    """Bytes of the host's memory that programs can have, what the page cache would give back included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # only Linux tells in this way
+        return None
+    rows = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(rows["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in rows else None
+
+
+def _fits(tuning: Tuning, limit: int | None) -> bool:
+    """Whether a remembered plan fits into the memory that is free now."""
+    needs = {trial.plan: trial.memory for trial in tuning.trials}.get(tuning.plan)
+    return limit is None or needs is None or needs <= limit
+
+
 def _check_choices(choices: Choices) -> None:
-    fields = {field.name for field in dataclasses.fields(EvaluationPlan)} - {"precision"}
+    fields = {field.name for field in dataclasses.fields(EvaluationPlan)} - {"precision"} | {"mesh"}
     if not all(name in fields and len(values) for name, values in choices):
         raise ValueError(
-            f"choices must be (field, values to try) for fields of EvaluationPlan ({', '.join(sorted(fields))}), "
+            f"choices must be (field, values to try), fields being of EvaluationPlan or mesh ({', '.join(sorted(fields))}), "
             f"got {list(choices)}"
         )
 

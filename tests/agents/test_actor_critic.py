@@ -8,12 +8,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sculpt.agents import SiteInputs
 from sculpt.agents.actor_critic import forward
 from sculpt.agents.distributions import INVALID
-from sculpt.pruning import energy_logits
+from sculpt.pruning import energy_logits, to_graph
 from tests.agents.toys import SMALL, batched, free_sites, toy_model, toy_space, toy_state
 
 
@@ -70,6 +71,64 @@ def test_correctness_13_same_state_same_bits_other_state_other_choice() -> None:
     shuffled = compiled()(params, graph._replace(nodes=graph.nodes[order]), sites)
     real = np.asarray(sites.valid)
     assert np.abs(np.asarray(shuffled[0] - first[0])[real]).max() > 1e-2
+
+
+def test_correctness_13_what_is_learned_from_features_carries_over_and_is_lost_where_they_are_shuffled() -> (
+    None
+):
+    """Layers with large weights are to stay whole, the others to lose most: only the node features tell which is which."""
+    agent, params, _, sites = toy_state()
+    space, model = toy_space(), toy_model()
+    windows = np.asarray(
+        [site.index for site in space.sites if site.family == "rect" and len(site.options) > 1]
+    )
+    layers = [space.trace.layers[space.sites[i].owner].leaf for i in windows]
+    leaves, treedef = jax.tree.flatten(model.params)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def draw(key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+        """Node features `[n, nodes, features]` of other networks, and what is to be chosen `[n, windows]`."""
+
+        def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            weights, large = jax.random.split(key)
+            big = jax.random.bernoulli(large, shape=(len(leaves),))
+            drawn = [
+                jax.random.normal(k, leaf.shape) * jnp.where(b, 1.0, 0.1)
+                for k, leaf, b in zip(jax.random.split(weights, len(leaves)), leaves, big)
+            ]
+            wanted = jnp.where(big[np.asarray(layers)], 0, space.num_options[windows] - 1)
+            return to_graph(space, jax.tree.unflatten(treedef, drawn), None, 0.5).nodes, wanted
+
+        return jax.vmap(one)(jax.random.split(key, number))
+
+    def logits(params: dict, nodes: jax.Array) -> jax.Array:
+        graph = toy_state()[2]
+        return jax.vmap(lambda n: agent.apply({"params": params}, graph._replace(nodes=n), sites)[0])(nodes)  # type: ignore[index]
+
+    def loss(params: dict, nodes: jax.Array, wanted: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, nodes)[:, windows], wanted
+        ).mean()
+
+    optimizer = optax.adam(0.02)
+
+    @jax.jit
+    def step(params: dict, state: optax.OptState, key: jax.Array) -> tuple[dict, optax.OptState]:
+        gradient = jax.grad(loss)(params, *draw(key, 16))
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes Python floats with an integer count
+            updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state  # type: ignore[return-value]
+
+    state = optimizer.init(params)
+    for key in jax.random.split(jax.random.key(0), 100):
+        params, state = step(params, state, key)
+    nodes, wanted = draw(jax.random.key(1), 64)
+    order = np.random.default_rng(0).permutation(nodes.shape[1])
+    right, shuffled = (
+        float((jnp.argmax(logits(params, seen)[:, windows], axis=2) == wanted).mean())
+        for seen in (nodes, nodes[:, order])
+    )
+    assert right > 0.95 and shuffled < right - 0.2
 
 
 def test_correctness_14_relabelling_nodes_leaves_each_site_its_logits() -> None:

@@ -79,6 +79,37 @@ def test_plans_beyond_the_memory_are_not_run(monkeypatch: pytest.MonkeyPatch) ->
         tuned()
 
 
+def test_the_mesh_is_tuned_and_more_devices_than_there_are_is_passed_over() -> None:
+    found = tuned(choices=(("mesh", ((8, 1), (4, 2), (9, 1))), ("policy_shards", (2, 8))), calibrated=False)
+    tried = {(trial.plan.policy_shards, trial.plan.image_shards): trial for trial in found.trials}
+    assert {(8, 1), (4, 2), (9, 1)} <= set(tried)
+    assert tried[9, 1].note == "needs 9 devices, there are 8"
+    assert found.plan.devices <= 8
+
+
+def test_a_remembered_plan_that_no_longer_fits_is_found_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tuned(tmp_path, choices=FEW)
+    needs = {trial.plan: trial.memory or 0 for trial in first.trials}
+    assert tuned(tmp_path, choices=FEW).remembered
+    monkeypatch.setattr(tune, "_memory_limit", lambda: max(needs.values()))
+    assert tuned(tmp_path, choices=FEW).remembered
+    monkeypatch.setattr(tune, "_memory_limit", lambda: needs[first.plan] - 1)
+    if needs[first.plan] > min(needs.values()):
+        assert not tuned(tmp_path, choices=FEW).remembered
+    else:
+        with pytest.raises(ValueError, match="no plan fits"):
+            tuned(tmp_path, choices=FEW)
+
+
+def test_the_memory_of_the_host_is_what_programs_can_have() -> None:
+    rows = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    limit = tune._memory_limit()
+    assert (limit is None) == ("MemAvailable" not in rows)
+    assert limit is None or limit > 0
+
+
 def test_choices_are_checked() -> None:
     with pytest.raises(ValueError, match=r"choices must be \(field, values to try\)"):
         tuned(choices=(("speed", (1, 2)),))
