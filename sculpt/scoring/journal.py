@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,21 +20,9 @@ import numpy as np
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.plan import EvaluationPlan
-from sculpt.scoring.policy_file import read_policies
+from sculpt.scoring.policy_file import COLUMNS, as_json, pack_rows, read_policies, read_rows, unpack_rows
 from sculpt.scoring.problem import Problem, make_problem
 from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
-
-COLUMNS = (
-    "accuracy",
-    "loss",
-    "macs",
-    "macs_ratio",
-    "macs_realised",
-    "macs_realised_ratio",
-    "params",
-    "params_ratio",
-)
-"""What is written of each policy, besides its index in the stream and itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +65,17 @@ def evaluate_file(
 ) -> StreamReport:
     """Scores policies from a file or an iterable into a file, in constant memory.
 
-    Rows are appended block by block. A call that finds rows of the same task goes on behind them: nothing is scored twice,
-    nothing is lost, and the file ends as it would have without the interruption. A policy that comes back within the last
-    262,144 is not scored again.
+    Rows are appended block by block. A call that finds rows of the same task and policies goes on behind them: nothing is
+    scored twice, nothing is lost, and the file ends as it would have without the interruption. A policy that comes back
+    within the last 262,144 is not scored again.
 
     Args:
       model: the dense network.
       space: sites and patterns.
       policies: a file for `read_policies`, or integers `[sites]` one after the other (the same ones when resuming).
       out: `.jsonl` (one object a line) or `.parquet` (rows are kept in `<out>.partial.jsonl` until all are there).
-        Every row has "index", "policy" and `COLUMNS`; `<out>.json` says what was scored on what. On several hosts
-        the first one writes.
+        Every row has "index", "policy" and `COLUMNS`, null where a network diverged (NaN or infinite loss);
+        `<out>.json` says what was scored on what. On several hosts the first one writes.
       images: as for `evaluate_policies`.
       labels: as for `evaluate_policies`.
       calibration: as for `evaluate_policies`.
@@ -94,7 +84,8 @@ def evaluate_file(
       on_progress: told after every block.
 
     Raises:
-      ValueError: for what does not fit, a file that belongs to another task, or one that another process is writing.
+      ValueError: for what does not fit, a file that belongs to another task or to other policies, or one that another
+        process is writing; on several hosts, on all of them.
     """
     out = Path(out)
     if out.suffix not in (".jsonl", ".parquet"):
@@ -104,18 +95,20 @@ def evaluate_file(
     begun = time.perf_counter()
     stream = read_policies(policies) if isinstance(policies, str | Path) else iter(policies)
     problem = make_problem(model, space, images, labels, calibration, plan)
-    writer = jax.process_index() == 0
-    memory, report = Memory(), StreamReport(0, 0, 0, 0.0)
-    with Journal(out, _about(problem)) if writer else _Nothing() as journal:
-        resumed = _agreed(journal.rows)
-        # Every host must know the same scores, and only the first one has the file.
-        if jax.process_count() == 1:
-            journal.recall(memory)
-        skipped = sum(1 for _ in itertools.islice(stream, resumed))
-        if skipped < resumed:
-            raise ValueError(
-                f"{out} holds {resumed} rows, there are only {skipped} policies: give another --out"
-            )
+    # Every host must know the same scores, and only the first one has the file.
+    memory = Memory()
+    remembered = memory if jax.process_count() == 1 else Memory()
+    with contextlib.ExitStack() as opened:
+
+        def begin() -> Journal:
+            journal = opened.enter_context(Journal(out, _about(problem)))
+            journal.recall(stream, remembered)
+            return journal
+
+        journal = _on_first_host(begin, out)
+        resumed = journal.rows
+        if isinstance(journal, _Nothing):
+            collections.deque(itertools.islice(stream, resumed), maxlen=0)
         report = StreamReport(resumed, resumed, 0, time.perf_counter() - begun)
         for block in score_stream(problem, stream, start=resumed, chunk=chunk, memory=memory):
             journal.append(block)
@@ -129,16 +122,12 @@ def evaluate_file(
     return report
 
 
+@dataclasses.dataclass(frozen=True)
 class _Nothing:
     """The journal of a host that writes nothing."""
 
-    rows = 0
+    rows: int
 
-    def __enter__(self) -> _Nothing:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-    def recall(self, memory: Memory) -> None: ...
     def append(self, block: Block) -> None: ...
     def finish(self) -> None: ...
 
@@ -154,22 +143,32 @@ class Journal:
         self._out, self._about_file = out, out.with_name(out.name + ".json")
         self._lines = out if out.suffix == ".jsonl" else out.with_name(out.name + ".partial.jsonl")
         self._about = about
+        self._copied = False
+        """Whether the lines are those of a finished parquet file, and no more."""
         self.rows = 0
         """Whole rows on disk."""
 
     def __enter__(self) -> Journal:
         self._out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._out.with_name(f".{self._out.name}.lock"))
-        self._claim()
-        if self._out.suffix == ".parquet" and self._out.exists():
-            _unpacked(self._out, self._lines)
-        self._file = self._lines.open("ab+")
-        self.rows = self._whole_rows()
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(_locked(self._out.with_name(f".{self._out.name}.lock")))
+            self._claim()
+            # Lines that are there are never behind the parquet file: they began as all of its rows, and only grow.
+            if self._lines != self._out and self._out.exists() and not self._lines.exists():
+                opened.callback(self._drop_copy)
+                unpack_rows(self._out, self._lines)
+                self._copied = True
+            self._file = opened.enter_context(self._lines.open("ab+"))
+            self.rows = self._whole_rows()
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._lock.close()
+        self._opened.close()
+
+    def _drop_copy(self) -> None:
+        if self._copied:
+            self._lines.unlink()
 
     def _claim(self) -> None:
         """Sees that the file belongs to this task, or is new."""
@@ -205,76 +204,48 @@ class Journal:
         self._file.seek(0, os.SEEK_END)
         return rows
 
-    def recall(self, memory: Memory) -> None:
-        """Fills `memory` with the rows on disk."""
-        for row in _rows(self._lines):
-            memory.put(np.asarray(row["policy"], np.int32), row["accuracy"], row["loss"])
+    def recall(self, policies: Iterator[Any], memory: Memory) -> None:
+        """Takes the policies of the rows on disk from a stream, and fills `memory` with their scores.
+
+        Raises:
+          ValueError: if the stream has other policies, or fewer.
+        """
+        for index, row in enumerate(read_rows(self._lines)):
+            policy = next(policies, None)
+            if policy is None:
+                raise ValueError(
+                    f"{self._out} holds {self.rows} rows, there are only {index} policies: give another --out"
+                )
+            if np.asarray(policy).tolist() != row["policy"]:
+                raise ValueError(
+                    f"{self._out} holds scores of other policies: policy {index} is not that of its row {index}; "
+                    "give another --out"
+                )
+            accuracy, loss = (np.nan if row[name] is None else row[name] for name in COLUMNS[:2])
+            memory.put(np.asarray(row["policy"], np.int32), accuracy, loss)
 
     def append(self, block: Block) -> None:
         """Writes a block, and sees it safely on disk."""
         columns = {"accuracy": block.scores.accuracy, "loss": block.scores.loss}
         columns |= {name: getattr(block.cost, name) for name in COLUMNS[2:]}
-        texts = {name: [str(value) for value in np.asarray(values)] for name, values in columns.items()}
+        numbers = {name: [as_json(value) for value in np.asarray(values)] for name, values in columns.items()}
         lines = []
         for place, policy in enumerate(block.policies):
             row: dict[str, Any] = {"index": block.start + place, "policy": policy.tolist()}
-            # The shortest text that reads back as the same float32.
-            row |= {name: float(text[place]) for name, text in texts.items()}
-            lines.append(json.dumps(row))
+            row |= {name: values[place] for name, values in numbers.items()}
+            lines.append(json.dumps(row, allow_nan=False))
+        self._copied = False
         self._file.write(("\n".join(lines) + "\n").encode())
         self._file.flush()
         os.fsync(self._file.fileno())
         self.rows += len(lines)
 
     def finish(self) -> None:
-        """Turns the rows into the format that was asked for."""
-        if self._lines == self._out:
+        """Turns the rows into the format that was asked for, unless that is done."""
+        if self._lines == self._out or self._copied:
             return
-        _packed(self._lines, self._out)
+        pack_rows(self._lines, self._out)
         self._lines.unlink()
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{file}, line {number} is damaged: delete the file, or mend that line"
-                ) from error
-
-
-def _packed(lines: Path, out: Path) -> None:
-    """JSON lines as one parquet file, some thousand rows at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema(
-        [("index", pa.int64()), ("policy", pa.list_(pa.int32())), *((name, pa.float32()) for name in COLUMNS)]
-    )
-    temporary = out.with_name(out.name + ".tmp")
-    rows = _rows(lines)
-    with pq.ParquetWriter(temporary, schema) as writer:
-        while block := list(itertools.islice(rows, 8192)):
-            writer.write_table(pa.Table.from_pylist(block, schema))
-    os.replace(temporary, out)
-
-
-def _unpacked(out: Path, lines: Path) -> None:
-    """The rows of a parquet file as JSON lines again, to be gone on with."""
-    import pyarrow.parquet as pq
-
-    temporary = lines.with_name(lines.name + ".tmp")
-    try:
-        with temporary.open("w") as target, pq.ParquetFile(out) as source:
-            for batch in source.iter_batches(8192):
-                for row in batch.to_pylist():
-                    row |= {name: float(str(np.float32(row[name]))) for name in COLUMNS}
-                    target.write(json.dumps(row) + "\n")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{out} is damaged: {error}; delete it") from error
-    os.replace(temporary, lines)
 
 
 def _locked(file: Path) -> Any:
@@ -322,10 +293,21 @@ def _about(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _agreed(rows: int) -> int:
-    """The first host's number of rows, on every host."""
+def _on_first_host(begin: Callable[[], Journal], out: Path) -> Journal | _Nothing:
+    """Begins a journal on the first host; what it raises there is raised on all, or the others would wait forever."""
     if jax.process_count() == 1:
-        return rows
+        return begin()
     from jax.experimental import multihost_utils
 
-    return int(multihost_utils.broadcast_one_to_all(np.int32(rows)))
+    journal, error = None, None
+    if jax.process_index() == 0:
+        try:
+            journal = begin()
+        except Exception as caught:
+            error = caught
+    rows = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if journal is None else journal.rows)))
+    if error is not None:
+        raise error
+    if rows < 0:
+        raise ValueError(f"the first host cannot go on with {out}: its own error says why")
+    return journal or _Nothing(rows)

@@ -1,15 +1,31 @@
-"""Policies in files: read one after the other, so that a file may hold millions of them."""
+"""Policies and their scores in files: read one after the other, so that a file may hold millions of them."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 SUFFIXES = (".jsonl", ".npz", ".npy")
+"""Of files of policies."""
+COLUMNS = (
+    "accuracy",
+    "loss",
+    "macs",
+    "macs_ratio",
+    "macs_realised",
+    "macs_realised_ratio",
+    "params",
+    "params_ratio",
+)
+"""What is written of each policy, besides its index in the stream and itself."""
 
 
 def read_policies(file: str | Path) -> Iterator[np.ndarray]:
@@ -79,3 +95,74 @@ def _array(file: Path) -> np.ndarray:
             f"expected policies as integers [n, sites] in {file}, got {policies.dtype}{list(policies.shape)}"
         )
     return policies
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `.jsonl` file of scores: "index", "policy" and `COLUMNS`, numbers or None.
+
+    Raises:
+      ValueError: for a line that is no such row, naming it.
+    """
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line, parse_constant=lambda name: None)
+                if not isinstance(row, dict) or not row.keys() >= {"index", "policy", *COLUMNS}:
+                    raise ValueError("no row of scores")
+            except ValueError as error:
+                raise ValueError(
+                    f"{file}, line {number} is damaged: delete the file, or mend that line"
+                ) from error
+            yield row
+
+
+def pack_rows(lines: Path, out: Path) -> None:
+    """Makes a parquet file of a `.jsonl` file of scores, some thousand rows at a time.
+
+    Raises:
+      ValueError: as `read_rows` does.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [("index", pa.int64()), ("policy", pa.list_(pa.int32())), *((name, pa.float32()) for name in COLUMNS)]
+    )
+    temporary = out.with_name(out.name + ".tmp")
+    rows = read_rows(lines)
+    with pq.ParquetWriter(temporary, schema) as writer:
+        while block := list(itertools.islice(rows, 8192)):
+            writer.write_table(pa.Table.from_pylist(block, schema))
+    _settle(temporary, out)
+
+
+def unpack_rows(out: Path, lines: Path) -> None:
+    """Makes the `.jsonl` file again that `pack_rows` made a parquet file of.
+
+    Raises:
+      ValueError: if the parquet file is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    temporary = lines.with_name(lines.name + ".tmp")
+    try:
+        with temporary.open("w") as target, pq.ParquetFile(out) as source:
+            for batch in source.iter_batches(8192):
+                for row in batch.to_pylist():
+                    row |= {name: as_json(row[name]) for name in COLUMNS}
+                    target.write(json.dumps(row, allow_nan=False) + "\n")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out} is damaged: {error}; delete it") from error
+    _settle(temporary, lines)
+
+
+def as_json(value: Any) -> float | None:
+    """The shortest number that reads back as the same float32; None for None and what is not finite, which JSON lacks."""
+    return None if value is None or not math.isfinite(value) else float(str(np.float32(value)))
+
+
+def _settle(temporary: Path, file: Path) -> None:
+    """Gives a finished file its name, once its content is safely on disk."""
+    with temporary.open("rb+") as content:
+        os.fsync(content.fileno())
+    os.replace(temporary, file)

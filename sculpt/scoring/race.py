@@ -25,7 +25,7 @@ class Rung:
     images: int
     """Images that policies were scored on."""
     policies: int
-    """Policies that took part."""
+    """Policies that took part, without those of the sample that had dropped out."""
     rank_correlation: float
     """Spearman correlation of the scores on these images with the scores on all of them, over a random sample of all
     policies; nan where either does not vary."""
@@ -36,7 +36,8 @@ class Race:
     """How a race ended."""
 
     order: np.ndarray
-    """int64 `[n]`: indices of the policies, best first: finalists by their full score, then who dropped out last."""
+    """int64 `[n]`: indices of the policies, best first: those that were scored on all images (finalists and sample) by that
+    score, then who dropped out last."""
     accuracy: np.ndarray
     """float32 `[n]`: of every policy on the images of the last rung that it ran in."""
     loss: np.ndarray
@@ -106,7 +107,7 @@ def race_policies(
     accuracy, loss = np.zeros(number, np.float32), np.zeros(number, np.float32)
     seen = np.zeros(number, np.int64)
     running, early, passes, order = np.arange(number), [], 0, []
-    for index, size in enumerate(sizes):
+    for size in sizes:
         # The sample is scored in every rung, so that its last scores are its full ones.
         scored = np.unique(np.concatenate([running, drawn]))
         problem = make_problem(model, space, images[:size], labels[:size], calibration, plan)
@@ -116,14 +117,17 @@ def race_policies(
         early.append(
             (size, len(running), quality(jnp.asarray(accuracy[drawn]), jnp.asarray(loss[drawn]), objective))
         )
+        if size == total:  # who dropped out before, but is in the sample, has a full score too
+            running = scored
         worth = np.asarray(quality(jnp.asarray(accuracy[running]), jnp.asarray(loss[running]), objective))
         ranked = running[np.lexsort((loss[running], -worth))]
-        kept = len(ranked) if index + 1 == len(sizes) else -(-len(ranked) // factor)
+        kept = len(ranked) if size == total else -(-len(ranked) // factor)
         order.append(ranked[kept:])
         running = ranked[:kept]
     full = early[-1][2]
     rungs = tuple(Rung(size, count, _spearman(worth, full)) for size, count, worth in early)
-    finish = np.concatenate([running, *reversed(order)])
+    dropped = np.concatenate(order[::-1])
+    finish = np.concatenate([running, dropped[seen[dropped] < total]])
     return Race(finish, accuracy, loss, seen, rungs, passes / (number * (total + fixed)))
 
 

@@ -25,13 +25,15 @@ _REMEMBERED = 1 << 18
 """Policies whose scores are kept in memory, about 200 bytes each."""
 
 
+Pair = tuple[np.float32, np.float32]
+"""(accuracy, loss) of a policy."""
+
+
 class Memory:
     """Scores of the policies seen last, so that one that comes back is not scored again."""
 
     def __init__(self) -> None:
-        self._scores: collections.OrderedDict[bytes, tuple[np.float32, np.float32]] = (
-            collections.OrderedDict()
-        )
+        self._scores: collections.OrderedDict[bytes, Pair] = collections.OrderedDict()
 
     def put(self, policy: np.ndarray, accuracy: Any, loss: Any) -> None:
         """Remembers the scores of a policy int32 `[sites]`."""
@@ -39,8 +41,8 @@ class Memory:
         if len(self._scores) > _REMEMBERED:
             self._scores.popitem(last=False)
 
-    def get(self, policy: np.ndarray) -> tuple[np.float32, np.float32] | None:
-        """(accuracy, loss) of a policy, if it is remembered."""
+    def get(self, policy: np.ndarray) -> Pair | None:
+        """The scores of a policy, if it is remembered."""
         return self._scores.get(policy.tobytes())
 
 
@@ -68,25 +70,32 @@ class _Flight:
     policies: np.ndarray
     fresh: np.ndarray
     """int64: rows that are being scored."""
-    known: dict[int, tuple[np.float32, np.float32]]
-    """Row -> scores remembered from before."""
+    known: dict[bytes, Pair]
+    """Policies remembered from before; memory may have lost them by the time that the block lands."""
     scores: Scores
     """Of the fresh rows, not waited for."""
     cost: Cost
 
-    def land(self, memory: Memory) -> Block:
-        """Waits for the scores and takes the rest from memory."""
-        found = jax.device_get(self.scores)
+    def land(self, memory: Memory, before: dict[bytes, Pair]) -> tuple[Block, dict[bytes, Pair]]:
+        """Waits for the scores.
+
+        Args:
+          memory: is told what was scored.
+          before: what the block before scored, which this one may have waited for.
+
+        Returns:
+          The block, and what it scored.
+        """
+        found, scored = jax.device_get(self.scores), {}
         for place, row in enumerate(self.fresh):
-            memory.put(self.policies[row], found.accuracy[place], found.loss[place])
-        pairs = []
-        for row, policy in enumerate(self.policies):
-            pair = self.known.get(row) or memory.get(policy)
-            assert pair is not None
-            pairs.append(pair)
-        accuracy, loss = (np.asarray([pair[i] for pair in pairs], np.float32) for i in range(2))
-        costs = jax.tree.map(lambda x: np.asarray(x)[: len(pairs)], self.cost)
-        return Block(self.start, self.policies, Scores(accuracy, loss), costs, len(self.fresh))  # type: ignore[arg-type]
+            pair = scored[self.policies[row].tobytes()] = (found.accuracy[place], found.loss[place])
+            memory.put(self.policies[row], *pair)
+        pairs = self.known | before | scored
+        rows = [pairs[policy.tobytes()] for policy in self.policies]
+        accuracy, loss = (np.asarray([pair[i] for pair in rows], np.float32) for i in range(2))
+        costs = jax.tree.map(lambda x: np.asarray(x)[: len(rows)], self.cost)
+        block = Block(self.start, self.policies, Scores(accuracy, loss), costs, len(self.fresh))  # type: ignore[arg-type]
+        return block, scored
 
 
 def score_stream(
@@ -112,7 +121,7 @@ def score_stream(
       ValueError: for a policy that does not fit the space, naming its index.
     """
     memory = Memory() if memory is None else memory
-    policies, ahead = iter(policies), None
+    policies, ahead, scored = iter(policies), None, {}
     for index in itertools.count(start, chunk):
         rows = list(itertools.islice(policies, chunk))
         flight = (
@@ -121,7 +130,8 @@ def score_stream(
             else None
         )
         if ahead is not None:
-            yield ahead.land(memory)
+            block, scored = ahead.land(memory, scored)
+            yield block
         if flight is None:
             return
         ahead = flight
@@ -135,7 +145,7 @@ def _launch(
     known, fresh = {}, []
     for row, policy in enumerate(policies):
         if (pair := memory.get(policy)) is not None:
-            known[row] = pair
+            known[policy.tobytes()] = pair
         elif policy.tobytes() not in coming:
             fresh.append(row)
             coming.add(policy.tobytes())

@@ -56,6 +56,13 @@ def test_the_correlation_is_that_of_the_sample(task: dict[str, Any]) -> None:
     assert race.rungs[-1].rank_correlation == pytest.approx(1.0)
 
 
+def test_a_sampled_policy_with_the_best_full_score_wins(task: dict[str, Any]) -> None:
+    race = sculpt.race_policies(**task, key=KEY, first_images=4, factor=16, sample=48)
+    assert [rung.policies for rung in race.rungs] == [48, 3, 1]
+    assert np.all(race.images == 400)
+    assert race.order.tolist() == sorted(range(48), key=lambda i: race.loss[i])
+
+
 def test_one_policy_and_few_images_are_a_race_too(task: dict[str, Any]) -> None:
     race = sculpt.race_policies(**task | {"policies": task["policies"][:1]}, key=KEY, first_images=1000)
     assert race.order.tolist() == [0]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +80,16 @@ def test_policies_that_come_back_are_not_scored_again() -> None:
     losses = np.concatenate([block.scores.loss for block in blocks])
     assert np.array_equal(losses[:20], losses[20:40][::-1])
     assert np.array_equal(losses[:3], losses[40:])
+
+
+def test_a_block_may_hold_more_policies_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sculpt.scoring.stream._REMEMBERED", 3)
+    policies = some_policies(40)
+    back_and_forth = np.concatenate([policies, policies[::-1], policies])
+    blocks = list(score_stream(PROBLEM, iter(back_and_forth), chunk=16))
+    expected = sculpt.evaluate_policies(MODEL, SPACE, back_and_forth, IMAGES, LABELS)
+    losses = np.concatenate([block.scores.loss for block in blocks])
+    np.testing.assert_allclose(losses, expected.loss, rtol=1e-6)
 
 
 def test_an_endless_stream_is_read_no_further_than_a_block_ahead_and_compiles_once() -> None:
@@ -199,6 +212,148 @@ def test_a_file_of_another_task_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which says what it belongs to, cannot be read"):
         run(some_policies(5), out)
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["scores.jsonl", "scores.parquet"])
+def test_scores_of_other_policies_are_not_gone_on_with(tmp_path: Path, out: str) -> None:
+    policies = some_policies(12)
+    run(policies[:6], tmp_path / out)
+    before = (tmp_path / out).read_bytes()
+    others = policies.copy()
+    others[4] = (others[4] + 1) % SPACE.num_options
+    with pytest.raises(ValueError, match=r"holds scores of other policies: policy 4 .* give another --out"):
+        run(others, tmp_path / out)
+    assert (tmp_path / out).read_bytes() == before
+    assert not (tmp_path / f"{out}.partial.jsonl").exists()
+    assert run(policies, tmp_path / out).resumed == 6
+
+
+def test_a_parquet_file_that_grows_loses_nothing_to_a_kill(tmp_path: Path) -> None:
+    policies = some_policies(60)
+    out = tmp_path / "scores.parquet"
+    run(policies[:10], out, chunk=4)
+
+    def interrupted() -> Iterator[np.ndarray]:
+        yield from policies[:40]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted(), out, chunk=4)
+    rows = out.with_name("scores.parquet.partial.jsonl").read_bytes().count(b"\n")
+    assert rows > 30
+    scored = {policy.tobytes() for policy in policies[:rows]}
+    report = run(policies, out, chunk=4)
+    assert report.resumed == rows
+    assert report.evaluated == len({policy.tobytes() for policy in policies} - scored)
+    run(policies, tmp_path / "whole" / "scores.parquet", chunk=4)
+    assert out.read_bytes() == (tmp_path / "whole" / "scores.parquet").read_bytes()
+
+
+def test_rows_of_before_are_whole_whatever_is_left_of_the_last_kill(tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    partial, policies = tmp_path / "scores.parquet.partial.jsonl", some_policies(20)
+    run(policies[:10], out)
+    partial.with_name(f"{partial.name}.tmp").write_text('{"index": 0, "pol')  # killed while unpacking
+    assert run(policies, out).resumed == 10
+    run(policies, tmp_path / "scores.jsonl")
+    partial.write_bytes((tmp_path / "scores.jsonl").read_bytes())  # killed after packing
+    before = out.read_bytes()
+    assert run(policies, out).resumed == 20
+    assert out.read_bytes() == before
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("out", ["scores.jsonl", "scores.parquet"])
+def test_scores_of_a_diverged_network_are_null(tmp_path: Path, out: str) -> None:
+    import pyarrow.parquet as pq
+
+    def refused(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    def evaluated(policies: Any, file: Path) -> sculpt.StreamReport:
+        return evaluate_file(diverged, SPACE, policies, file, IMAGES, LABELS, chunk=4)
+
+    weights = {name: 1e30 * weight for name, weight in MODEL.params.items()}
+    diverged = dataclasses.replace(MODEL, params=weights)
+    policies = some_policies(20)
+    evaluated(policies[:10], tmp_path / out)
+
+    def interrupted() -> Iterator[np.ndarray]:
+        yield from policies[:19]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(interrupted(), tmp_path / out)
+    assert evaluated(policies, tmp_path / out).resumed > 10
+    evaluated(policies, tmp_path / "whole" / out)
+    assert (tmp_path / out).read_bytes() == (tmp_path / "whole" / out).read_bytes()
+    if out.endswith("parquet"):
+        rows = pq.read_table(tmp_path / out).to_pylist()
+    else:
+        lines = (tmp_path / out).read_text().splitlines()
+        rows = [json.loads(line, parse_constant=refused) for line in lines]
+    assert [row["index"] for row in rows] == list(range(20))
+    assert any(row["loss"] is None for row in rows)
+    assert all(np.isfinite(row["macs_ratio"]) for row in rows)
+
+
+def test_a_row_that_is_none_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    run(some_policies(3), out)
+    lines = out.read_text().splitlines()
+    out.write_text("\n".join([lines[0], '{"index": 1}', lines[2]]) + "\n")
+    with pytest.raises(ValueError, match="line 2 is damaged: delete the file, or mend that line"):
+        run(some_policies(5), out)
+
+
+def test_a_file_that_was_refused_is_not_locked(tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    with Journal(out, {"task": 1}):
+        pass
+    refused = Journal(out, {"task": 2})  # kept, as the traceback of an error keeps it
+    with pytest.raises(ValueError, match="belongs to another task"):
+        refused.__enter__()
+    with Journal(out, {"task": 1}):
+        pass
+
+
+HOSTS = """
+import sys
+import tests.conftest
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
+from tests.scoring.test_stream import Path, run, some_policies
+
+try:
+    run(some_policies(8), Path(sys.argv[3]))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_what_the_first_host_refuses_is_refused_on_all(tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    run(some_policies(12)[4:], out)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOSTS, str(port), str(rank), str(out)],
+            cwd=REPOSITORY,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert "holds scores of other policies" in outputs[0]
+    assert "the first host cannot go on with" in outputs[1]
 
 
 def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
