@@ -144,7 +144,9 @@ def _search_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--score-images", type=int, help="train images that each is scored on (256)")
     group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
     group.add_argument("--rerank", type=int, help="policies fine-tuned briefly for the last choice (4)")
-    group.add_argument("--devices", type=int, help="devices that share the evaluations (all)")
+    group.add_argument(
+        "--devices", type=int, help="devices that share the evaluations (all); not fixed by the run"
+    )
 
 
 def _finetune_options(command: argparse.ArgumentParser) -> None:
@@ -233,12 +235,12 @@ def _run(command: str, options: dict[str, Any]) -> None:
     from sculpt.report import RunDirectory, closing_table
 
     _require_device()
-    folder = options.pop("run")
+    folder, devices = options.pop("run"), options.pop("devices", None)
     begins = command in ("train", "prune")
     run = RunDirectory.open(folder) if begins else RunDirectory.existing(folder)
     console = Console(markup=False)
     with watching(console) as watcher:
-        pipeline = Pipeline(run, options, watcher)
+        pipeline = Pipeline(run, options, watcher, devices)
         pipeline.execute(STAGES if command == "prune" else (command,))
     if command in ("prune", "evaluate", "report"):
         record = run.record("evaluate")
@@ -260,12 +262,12 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
     _make_a_device_of_every_core()
     _require_device()
     run = RunDirectory.existing(options.pop("run"))
-    explain = options.pop("explain", False)
     plan = {name: options.pop(name) for name in PLAN_FIELDS if name in options}
+    asked = PolicyOptions(plan=plan, **options)
     console = Console(markup=False)
 
     def on_plan(chosen: EvaluationPlan, tuning: Tuning | None) -> None:
-        lines = [f"plan: {chosen.describe()}"] if tuning is None or not explain else tuning.describe()
+        lines = [f"plan: {chosen.describe()}"] if tuning is None or not asked.explain else tuning.describe()
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)
 
@@ -276,12 +278,10 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
             note = f"{report.hit_rate:.0%} remembered"
             watcher.progress(report.policies, total, "policies", note)
 
-        report = score_policies_of_run(
-            run, PolicyOptions(**options), plan, _cache_folder(), on_plan, on_progress
-        )
+        report = score_policies_of_run(run, asked, _cache_folder(), on_plan, on_progress)
         watcher.finish("evaluate", report.seconds)
     console.print(
-        f"{report.policies} policies in {options['out']}, {report.resumed} of them from before; "
+        f"{report.policies} policies in {asked.out}, {report.resumed} of them from before; "
         f"{report.evaluated} evaluated, {report.hit_rate:.0%} remembered, "
         f"{report.policies_per_second:.1f} policies/s",
         highlight=False,

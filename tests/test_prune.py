@@ -16,7 +16,7 @@ import pytest
 
 import sculpt
 from sculpt.cli import main
-from sculpt.pipeline import STAGES, Pipeline, artefacts, stages
+from sculpt.pipeline import STAGES, Pipeline, artefacts, policies, stages
 from sculpt.pipeline.progress import Bars
 from sculpt.report import RunDirectory, check_result
 from sculpt.report.run_directory import STAGE_FILES, fingerprint, write_json
@@ -24,14 +24,15 @@ from sculpt.report.run_directory import STAGE_FILES, fingerprint, write_json
 OPTIONS = [
     *("--model", "resnet8", "--dataset", "digits", "--budget", "0.5", "--seed", "1"),
     *("--train-epochs", "8", "--evaluations", "64", "--rerank", "1", "--epochs", "6"),
-    *("--devices", "1"),
 ]
+ONE_DEVICE = ["--devices", "1"]
+"""Compiles sooner than a search on all eight; no setting of a run."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prune") / "run"
-    assert main(["prune", *OPTIONS, "--run", str(folder)]) == 0
+    assert main(["prune", *OPTIONS, *ONE_DEVICE, "--run", str(folder)]) == 0
     return folder
 
 
@@ -171,21 +172,28 @@ def test_whatever_is_removed_is_made_again(
 
 
 def test_a_finished_run_is_reported_and_exported_without_its_data_and_weights(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def moved(*arguments: Any, **options: Any) -> None:
+        raise ValueError("no digits here")
+
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     sections = RunDirectory.existing(run).config
-    sections["train"] |= {"data_dir": "/moved/data", "weights": "/moved/weights.safetensors"}
+    sections["train"] |= {"weights": "/moved/weights.safetensors", "train_epochs": 20}
     write_json(run / "config.json", {"fingerprint": fingerprint(sections), "sections": sections})
     for name in ("report.html", "compact.stablehlo"):
         (run / name).unlink()
-    assert main(["export", "--run", str(run)]) == 0
-    assert main(["report", "--run", str(run)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(artefacts, "load_data", moved)
+        assert main(["export", "--run", str(run)]) == 0
+        assert main(["report", "--run", str(run)]) == 0
+        (run / "dense.safetensors").unlink()
+        assert main(["train", "--run", str(run)]) == 2
+        assert "no digits here" in capsys.readouterr().err
     assert (run / "compact.stablehlo").is_file() and (run / "report.html").is_file()
-    (run / "dense.safetensors").unlink()
     assert main(["train", "--run", str(run)]) == 2
-    assert "no such data directory: /moved/data" in capsys.readouterr().err
+    assert "no weights at /moved/weights.safetensors" in capsys.readouterr().err
 
 
 def test_a_search_by_loss_and_another_importance(
@@ -206,7 +214,7 @@ def test_a_search_by_loss_and_another_importance(
     monkeypatch.setattr(stages, "finetune", keep)
     wishes = ["--importance", "l1", "--objective", "loss", "--score-images", "64"]
     cheap = ["--method", "uniform", "--evaluations", "2", "--rerank", "0", "--calibration-images", "64"]
-    assert main(["search", *wishes, *cheap, "--run", str(folder)]) == 0
+    assert main(["search", *wishes, *cheap, *ONE_DEVICE, "--run", str(folder)]) == 0
     for stage in (["finetune", "--finetune-clip-norm", "2"], ["compact"]):
         assert main([*stage, "--run", str(folder)]) == 0
     assert (asked[0].augment, asked[0].clip_norm) == ("shift", 2.0)
@@ -262,10 +270,15 @@ def test_an_interrupted_search_resumes_and_ends_where_it_would_have(
 
     with monkeypatch.context() as patch:
         patch.setattr(Bars, "progress", interrupt)
-        assert main(["search", "--run", str(run)]) == 130
+        assert main(["search", *ONE_DEVICE, "--run", str(run)]) == 130
     assert "interrupted; the same command resumes" in capsys.readouterr().err
     assert not (run / "masks.safetensors").exists()
-    assert main(["search", "--run", str(run)]) == 0
+    assert main(["search", "--devices", "64", "--run", str(run)]) == 2
+    assert "--devices must be from 1 to 8" in capsys.readouterr().err
+    assert main(["search", "--devices", "2", "--run", str(run)]) == 0
+    # What the finished run and the interrupted call had logged of the search makes room for the rows of this call.
+    assert [row["update"] for row in RunDirectory.existing(run).metrics("search")] == [1, 2]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8 + 2 + 6
     assert (run / "masks.safetensors").read_bytes() == (finished / "masks.safetensors").read_bytes()
     assert not (run / "checkpoints" / "search").exists()
 
@@ -294,7 +307,8 @@ def test_correctness_05_the_test_split_is_read_once_at_the_end_and_a_chain_of_st
         return counted[-1]
 
     monkeypatch.setattr(artefacts, "load_data", load)
-    train, search, tune = OPTIONS[:4] + OPTIONS[6:10], OPTIONS[4:6] + OPTIONS[10:14], OPTIONS[14:]
+    train, tune = OPTIONS[:4] + OPTIONS[6:10], OPTIONS[14:]
+    search = OPTIONS[4:6] + OPTIONS[10:14] + ONE_DEVICE
     chain = {
         "train": train,
         "search": search,
@@ -350,8 +364,33 @@ def test_many_policies_of_a_finished_run(
         (["--images", "0"], "--images of at least 1"),
         (["--images", "99999"], "--images 99999 is more than the"),
         (["--convolution", "fft"], "convolution must be one of lax, im2col"),
+        (["--calibration-images", "65"], "got 65: take 64 or 128"),
+        (["--explain"], "--explain says how a plan was tuned"),
+        (["--policy-shards", "9"], "the plan uses 9 x 1 devices, there are 8"),
     ):
         assert main([*base, *sizes, *fixed, *wrong]) == 2
         assert message in capsys.readouterr().err
     assert main(["evaluate", "--run", str(finished), "--policies", str(source)]) == 2
     assert "scores of many policies need --out" in capsys.readouterr().err
+
+
+def test_bad_policies_are_found_before_a_plan_is_tuned(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "tune_plan", None)
+    run, source = tmp_path / "run", tmp_path / "policies.jsonl"
+    shutil.copytree(finished, run)
+
+    def fails(message: str, out: str = "scores.jsonl") -> None:
+        files = ["--policies", str(source), "--out", str(tmp_path / out)]
+        assert main(["evaluate", "--run", str(run), *files, "--images", "64"]) == 2
+        assert message in capsys.readouterr().err
+
+    source.write_text("[0, 0, 0]\n")
+    fails("--out must be a .jsonl or .parquet file", "scores.csv")
+    fails(f"{source}, policy 0: expected policies as integers")
+    source.write_text(f"{[99] * len(RunDirectory.existing(run).result()['policy'])}\n")
+    fails("policy 0: site")
+    data = json.loads((run / "stages" / "data.json").read_text())
+    write_json(run / "stages" / "data.json", data | {"sha256": "of other images"})
+    fails("the data set digits is not the one that")

@@ -64,32 +64,27 @@ class Artefacts:
 
     @functools.cached_property
     def splits(self) -> Splits:
+        """The images; ValueError where they are not those that the run was begun with."""
         settings = self.train_settings
         if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
             raise ValueError(f"no such data directory: {settings.data_dir}")
-        return load_data(settings.dataset, settings.data_dir, seed=settings.seed)
+        splits = load_data(settings.dataset, settings.data_dir, seed=settings.seed)
+        if self.run.recorded("data") and self.run.record("data") != _about(splits):
+            raise ValueError(
+                f"the data set {splits.name} is not the one that {self.run.path} was begun with: "
+                "restore that one, or choose another --run"
+            )
+        return splits
 
     @functools.cached_property
-    def data(self) -> dict[str, Any]:
-        """What tells the data set from others, read from the images themselves; the test split is left alone."""
-        digest = hashlib.sha256()
-        for split in (self.splits.train, self.splits.validation):
-            digest.update(np.ascontiguousarray(split.images).tobytes())
-            digest.update(np.ascontiguousarray(split.labels).tobytes())
-        return {
-            "sha256": digest.hexdigest(),
-            "image": list(self.splits.train.images.shape[1:]),
-            "num_classes": self.splits.num_classes,
-        }
-
-    @functools.cached_property
-    def _sizes(self) -> Mapping[str, Any]:
-        return self.run.record("data") if self.run.recorded("data") else self.data
+    def data(self) -> Mapping[str, Any]:
+        """What tells the data set from others, as it was recorded or, in a new run, as it is."""
+        return self.run.record("data") if self.run.recorded("data") else _about(self.splits)
 
     @property
     def image(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of one normalised image, as a batch of one."""
-        return jax.ShapeDtypeStruct((1, *self._sizes["image"]), jnp.float32)
+        return jax.ShapeDtypeStruct((1, *self.data["image"]), jnp.float32)
 
     @functools.cached_property
     def example(self) -> jax.Array:
@@ -99,14 +94,14 @@ class Artefacts:
     @functools.cached_property
     def outline(self) -> Model:
         """The network with shapes and dtypes in place of its arrays."""
-        module = nets.create(self.train_settings.model, self._sizes["num_classes"])
+        module = nets.create(self.train_settings.model, self.data["num_classes"])
         shapes = jax.eval_shape(module.init, self.key("init"), self.image)
         return from_linen(module, shapes)
 
     @functools.cached_property
     def untrained(self) -> Model:
         """The network as it starts: drawn by the seed, or with pretrained weights."""
-        settings, classes = self.train_settings, self._sizes["num_classes"]
+        settings, classes = self.train_settings, self.data["num_classes"]
         if settings.weights is None:
             module = nets.create(settings.model, classes)
             variables = jax.jit(module.init)(self.key("init"), jnp.zeros(self.image.shape))
@@ -180,6 +175,19 @@ def describe(given: Mapping[str, Any]) -> Space:
     if "budget" in given:
         check_budget(space, given["budget"])
     return space
+
+
+def _about(splits: Splits) -> dict[str, Any]:
+    """What tells a data set from others, read from the images themselves; the test split is left alone."""
+    digest = hashlib.sha256()
+    for split in (splits.train, splits.validation):
+        digest.update(np.ascontiguousarray(split.images).tobytes())
+        digest.update(np.ascontiguousarray(split.labels).tobytes())
+    return {
+        "sha256": digest.hexdigest(),
+        "image": list(splits.train.images.shape[1:]),
+        "num_classes": splits.num_classes,
+    }
 
 
 def _check_takes(model: Model, image: jax.ShapeDtypeStruct, settings: TrainSettings) -> None:

@@ -22,6 +22,7 @@ from sculpt.report import (
     write_html,
 )
 from sculpt.scoring import evaluate, recalibrate
+from sculpt.scoring.recalibrate import images_used
 
 if TYPE_CHECKING:
     from sculpt.model import Model
@@ -50,7 +51,8 @@ def measure(p: Pipeline) -> dict[str, Any]:
     test = p.splits.test
     images, labels = p.splits.normalise(test.images), test.labels
     train_images = p.splits.train.images
-    masked = recalibrate(apply_masks(p.dense, p.masks), p.splits.normalise(train_images[:_CALIBRATION]))
+    calibration = train_images[: images_used(min(_CALIBRATION, len(train_images)))]
+    masked = recalibrate(apply_masks(p.dense, p.masks), p.splits.normalise(calibration))
     networks = {"dense": p.dense, "masked": masked, "fine-tuned": p.tuned, "compact": p.small}
     accuracy = {name: _accuracy(m, images, labels) for name, m in networks.items()}
     timed = {name: networks[name] for name in ("dense", "fine-tuned", "compact")}
@@ -84,7 +86,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
         "n_test": len(labels),
         "n_latency": latency["dense"].n,
         "latency_batch": latency["dense"].batch,
-        "n_calibration": min(_CALIBRATION, len(train_images)),
+        "n_calibration": len(calibration),
         "splits": {
             "train": len(train_images),
             "validation": len(p.splits.validation.labels),

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sculpt.pipeline.artefacts import Artefacts
+from sculpt.pruning.masks import check_policies
 from sculpt.report import RunDirectory
 from sculpt.scoring import EvaluationPlan, StreamReport, Tuning, evaluate_file, tune_plan
-from sculpt.scoring.policy_file import count_policies
+from sculpt.scoring.policy_file import count_policies, read_policies
+from sculpt.scoring.recalibrate import check_calibration_images
 
 PLAN_FIELDS = tuple(field.name for field in dataclasses.fields(EvaluationPlan))
+_SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyOptions:
-    """What is scored on what.
+    """What is scored on what, and how.
 
     Raises:
-      ValueError: on numbers out of range.
+      ValueError: on numbers out of range, another kind of file, or what would have no effect.
     """
 
     policies: Path
@@ -31,6 +37,10 @@ class PolicyOptions:
     """Images of the validation split, the first ones."""
     calibration_images: int = 128
     """Images of the train split for the BatchNorm statistics of each policy; 0: the running ones."""
+    plan: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of `EvaluationPlan` that are asked for; none, or only the precision: the plan is tuned."""
+    explain: bool = False
+    """Whether to say how the plan was found, where it is tuned."""
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.calibration_images < 0:
@@ -38,12 +48,32 @@ class PolicyOptions:
                 f"expected --images of at least 1 and --calibration-images of at least 0, got {self.images} and "
                 f"{self.calibration_images}"
             )
+        check_calibration_images(self.calibration_images)
+        if self.out.suffix not in _SUFFIXES:
+            raise ValueError(f"--out must be a {' or '.join(_SUFFIXES)} file, got {self.out}")
+        if self.explain and (fixed := self.fixed_plan()) is not None:
+            raise ValueError(
+                f"--explain says how a plan was tuned, and this one is given ({fixed.describe()}): "
+                "leave out --explain, or the options of the plan"
+            )
+
+    def fixed_plan(self) -> EvaluationPlan | None:
+        """The plan that is asked for, on all devices unless it says otherwise; None where it is to be tuned.
+
+        Raises:
+          ValueError: on sizes out of range.
+        """
+        if set(self.plan) <= {"precision"}:
+            return None
+        plan = EvaluationPlan(**self.plan)
+        if "policy_shards" in self.plan:
+            return plan
+        return dataclasses.replace(plan, policy_shards=max(1, jax.device_count() // plan.image_shards))
 
 
 def score_policies_of_run(
     run: RunDirectory,
     options: PolicyOptions,
-    plan: dict[str, Any],
     cache: Path,
     on_plan: Callable[[EvaluationPlan, Tuning | None], None],
     on_progress: Callable[[StreamReport, int], None],
@@ -53,33 +83,41 @@ def score_policies_of_run(
     Args:
       run: a run whose network is trained; nothing in it is changed.
       options: what to score.
-      plan: fields of `EvaluationPlan` that are asked for; none, or only the precision: the plan is tuned.
       cache: folder that tuned plans are kept in.
       on_plan: told the plan, and how it was found where it was tuned.
       on_progress: told after every block, with the number of policies in all.
 
     Raises:
-      ValueError: on what does not fit, or a network that is not trained yet.
+      ValueError: on what does not fit, a network that is not trained yet, or other data than it was trained on; before
+        anything is tuned, as far as the first policy tells.
     """
     run.record("train")
     total = count_policies(options.policies)
     artefacts = Artefacts(run, {})
-    model, space, splits = artefacts.dense, artefacts.ranked_space, artefacts.splits
+    splits = artefacts.splits
     for split, name, asked in (
         (splits.validation, "--images", options.images),
         (splits.train, "--calibration-images", options.calibration_images),
     ):
         if asked > len(split.labels):
             raise ValueError(f"{name} {asked} is more than the {len(split.labels)} images of that split")
+    model, space = artefacts.dense, artefacts.ranked_space
+    chosen, tuning = options.fixed_plan(), None
+    if chosen is not None:
+        chosen.mesh()  # are there so many devices?
+    for policy in itertools.islice(read_policies(options.policies), 1):
+        try:
+            check_policies(space, policy)
+        except ValueError as error:
+            raise ValueError(f"{options.policies}, policy 0: {error}") from error
     images = splits.normalise(splits.validation.images[: options.images])
     labels = splits.validation.labels[: options.images]
     calibration = None
     if options.calibration_images:
         calibration = splits.normalise(splits.train.images[: options.calibration_images])
-    tuning = None
-    if set(plan) <= {"precision"}:
-        tuning = tune_plan(model, space, images, labels, calibration, cache=cache, **plan)
-    chosen = EvaluationPlan(**plan) if tuning is None else tuning.plan
+    if chosen is None:
+        tuning = tune_plan(model, space, images, labels, calibration, cache=cache, **options.plan)
+        chosen = tuning.plan
     on_plan(chosen, tuning)
     return evaluate_file(
         model,

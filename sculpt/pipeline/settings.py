@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sculpt.agents import SearchConfig
 from sculpt.pruning import KINDS
 from sculpt.report.run_directory import RunDirectory
+from sculpt.scoring.recalibrate import check_calibration_images
 from sculpt.training import FinetuneConfig, Splits
 
 _PATHS = ("data_dir", "weights")
@@ -44,6 +45,11 @@ class TrainSettings:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         self.config("none" if self.augment is None else self.augment)
+        if self.weights is not None:
+            training = ("train_epochs", "train_learning_rate", "train_clip_norm")
+            _refuse(self, training, "pretrained weights are not trained")
+        if self.dataset == "digits":
+            _refuse(self, ("data_dir",), "digits comes with the package")
 
     def config(self, augment: Any) -> FinetuneConfig:
         """How the dense network is trained."""
@@ -85,22 +91,17 @@ class SearchSettings:
     """Policies that are fine-tuned briefly for the last choice."""
     round_to: int = 1
     """Kept channel counts are multiples of it."""
-    devices: int | None = None
-    """Devices that share the evaluations; None: all that there are."""
 
     def __post_init__(self) -> None:
-        if self.devices is not None and self.devices < 1:
-            raise ValueError(f"devices must be at least 1, got {self.devices}")
         # JSON has no tuples.
         object.__setattr__(self, "families", tuple(self.families))
         self.config()
+        check_calibration_images(self.calibration_images)
         if self.importance not in KINDS:
             raise ValueError(f"importance must be one of {', '.join(KINDS)}, got {self.importance!r}")
-        if self.importance != DEFAULT_IMPORTANCE and "channels" not in self.families:
-            raise ValueError(
-                f"importance {self.importance!r} is of channels, and families {', '.join(self.families)} removes none: "
-                "add channels to the families, or leave importance out"
-            )
+        if "channels" not in self.families:
+            families = ", ".join(self.families)
+            _refuse(self, ("importance", "round_to"), f"families {families} removes no channels")
 
     def config(self) -> SearchConfig:
         """The settings of the search; a checkpoint about every tenth part."""
@@ -155,6 +156,14 @@ SECTIONS: dict[str, type] = {
     "finetune": FinetuneSettings,
 }
 """Section of `config.json` -> its settings."""
+
+
+def _refuse(settings: Any, names: Sequence[str], why: str) -> None:
+    """Raises ValueError where fields that have no effect are given another value than their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    if asked := [name for name in names if getattr(settings, name) != defaults[name]]:
+        options = " and ".join(f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in asked)
+        raise ValueError(f"leave out {options}, which would have no effect: {why}")
 
 
 def read_settings(run: RunDirectory, section: str, given: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,23 @@ class Pipeline(Artefacts):
       run: the directory.
       given: settings asked for explicitly, by the names of the fields in `sculpt.pipeline.settings`.
       watcher: told about progress; None: nobody is.
+      devices: how many share the evaluations of the search; None: all that there are. No setting of the run, for its
+        results do not depend on it: a run may go on with another number.
 
     Raises:
       ValueError: if the directory holds a run with other settings.
     """
 
-    def __init__(self, run: RunDirectory, given: Mapping[str, Any], watcher: Watcher | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        given: Mapping[str, Any],
+        watcher: Watcher | None = None,
+        devices: int | None = None,
+    ) -> None:
         super().__init__(run, given)
         self._watcher = watcher or Watcher()
+        self._devices = devices
 
     def execute(self, stages: tuple[str, ...] = STAGES) -> None:
         """Runs stages that are not complete, or no longer are: a file that was removed is made again, as it was.
@@ -76,12 +85,11 @@ class Pipeline(Artefacts):
                 self._perform(stage)
 
     def _check(self, stages: list[str]) -> None:
-        """Raises ValueError where data, weights and settings do not go together, for stages that are to run."""
-        reads_data = any(stage not in _WITHOUT_DATA for stage in stages)
-        if reads_data and self.run.recorded("data") and self.run.record("data") != self.data:
-            raise ValueError(
-                f"the data set {self.splits.name} is not the one that {self.run.path} was begun with"
-            )
+        """Raises ValueError where devices, data, weights and settings do not go together, for stages that are to run."""
+        if "search" in stages and self._devices is not None:
+            _check_devices(self._devices)
+        if any(stage not in _WITHOUT_DATA for stage in stages):
+            _ = self.splits  # reads and compares the data
         if "train" in stages:
             _ = self.untrained  # reads the weights
         if "search" in stages:
@@ -127,9 +135,10 @@ class Pipeline(Artefacts):
     def _searched(self) -> dict[str, Any]:
         config = self.search_settings.config()
         total = config.updates * config.policies_per_update
+        log = self._logger("search", "update")
 
         def on_metrics(row: Mapping[str, float]) -> None:
-            self.run.log("search", row)
+            log(row)
             done = int(row["update"]) * config.policies_per_update
             note = f"best {row['best']:.3f}" if "best" in row else ""
             self._watcher.progress(done, total, "policies", note)
@@ -144,7 +153,7 @@ class Pipeline(Artefacts):
             self.key("search"),
             directory=self._checkpoints("search"),
             on_metrics=on_metrics,
-            plan=EvaluationPlan(policy_shards=self.search_settings.devices or jax.device_count()),
+            plan=EvaluationPlan(policy_shards=self._devices or jax.device_count()),
         )
         return {
             "policy": found.policy.tolist(),
@@ -212,9 +221,10 @@ class Pipeline(Artefacts):
 
     def _hooks(self, stage: str) -> dict[str, Any]:
         latest = {"note": ""}
+        log = self._logger(stage, "epoch")
 
         def on_metrics(row: Mapping[str, float]) -> None:
-            self.run.log(stage, row)
+            log(row)
             latest["note"] = f"validation {row['validation_accuracy']:.3f}"
 
         def on_progress(done: int, total: int) -> None:
@@ -226,6 +236,19 @@ class Pipeline(Artefacts):
             "on_progress": on_progress,
         }
 
+    def _logger(self, stage: str, counter: str) -> Callable[[Mapping[str, float]], None]:
+        """Logs the rows of a stage, which count up, in place of those that a kill or an earlier call left from there on."""
+        fresh = True
+
+        def log(row: Mapping[str, float]) -> None:
+            nonlocal fresh
+            if fresh:
+                self.run.rewind(stage, counter, row[counter])
+            fresh = False
+            self.run.log(stage, row)
+
+        return log
+
     def _checkpoints(self, stage: str) -> Path:
         return self.run.path / "checkpoints" / stage
 
@@ -236,6 +259,16 @@ class Pipeline(Artefacts):
 def accuracy_on_front(found: SearchResult) -> float | None:
     """Accuracy of the chosen policy on the score images, which a search by loss tells of undominated policies only."""
     return next((a for _, a, policy in found.pareto if np.array_equal(policy, found.policy)), None)
+
+
+def _check_devices(asked: int) -> None:
+    """Raises ValueError unless there are so many devices."""
+    there = jax.device_count()
+    if not 1 <= asked <= there:
+        raise ValueError(
+            f"--devices must be from 1 to {there}, the devices that JAX finds here, got {asked}: "
+            "give another number, or leave it out for all of them"
+        )
 
 
 @jax.jit

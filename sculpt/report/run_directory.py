@@ -221,11 +221,17 @@ class RunDirectory:
                 out.write(b"\n")
             out.write((json.dumps({"stage": stage, **_plain(row)}) + "\n").encode())
 
+    def rewind(self, stage: str, counter: str, value: float) -> None:
+        """Takes out of `metrics.jsonl` the rows of a stage whose `counter` is `value` or more: they will come again."""
+        file = self.path / "metrics.jsonl"
+        rows = list(_rows(file))
+        kept = [row for row in rows if row.get("stage") != stage or row.get(counter, value) < value]
+        if len(kept) < len(rows):
+            _replace(file, "".join(json.dumps(row) + "\n" for row in kept))
+
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The rows that one stage logged; lines cut short by a kill are left out."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [row for row in _rows(lines) if row.get("stage") == stage]
+        return [row for row in _rows(self.path / "metrics.jsonl") if row.get("stage") == stage]
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes `result.json`.
@@ -271,11 +277,16 @@ def fingerprint(sections: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object under a temporary name and then renames it."""
+    """Writes a JSON object; the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and then renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -318,8 +329,8 @@ def _ends_line(file: Any) -> bool:
     return file.read(1) == b"\n"
 
 
-def _rows(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text().splitlines() if file.exists() else ():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

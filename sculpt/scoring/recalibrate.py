@@ -98,5 +98,19 @@ def into_batches(images: jax.Array, images_per_batch: int = _IMAGES_PER_BATCH) -
     if n < 1:
         raise ValueError("expected at least one calibration image, got none")
     size = min(images_per_batch, n)
-    count = n // size
+    count = images_used(n, images_per_batch) // size
     return images[: count * size].reshape(count, size, *images.shape[1:])
+
+
+def images_used(n: int, images_per_batch: int = _IMAGES_PER_BATCH) -> int:
+    """How many of `n` images `into_batches` takes: whole batches, or all where there are fewer than one batch."""
+    return n if n < images_per_batch else n - n % images_per_batch
+
+
+def check_calibration_images(n: int) -> None:
+    """Raises ValueError unless recalibration uses `n` images to the last one."""
+    if (used := images_used(n)) != n:
+        raise ValueError(
+            f"calibration_images must be below {_IMAGES_PER_BATCH} or a multiple of it, for batches are whole; got {n}: "
+            f"take {used} or {used + _IMAGES_PER_BATCH}"
+        )

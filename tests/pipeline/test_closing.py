@@ -1,15 +1,17 @@
-"""What a search by loss leaves untold is left out of the report, not made up."""
+"""What the end of a run reads: the report makes nothing up, and no row of the metrics is there twice."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
 from sculpt.agents import SearchResult
+from sculpt.pipeline import Pipeline
 from sculpt.pipeline.closing import chosen_point
 from sculpt.pipeline.stages import accuracy_on_front
-from sculpt.report import pareto_plot
+from sculpt.report import RunDirectory, pareto_plot
 
 
 def test_the_chosen_policy_is_drawn_where_its_accuracy_is_known() -> None:
@@ -27,3 +29,22 @@ def test_the_chosen_policy_is_drawn_where_its_accuracy_is_known() -> None:
         assert point[0] == 0.4 and (np.isnan(point[1]) if accuracy is None else point[1] == accuracy)
         svg = pareto_plot([(m, a) for m, a, _ in front], point, 0.5, 256)
         assert ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_the_first_row_of_a_call_takes_the_place_of_older_ones(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    run.log("search", {"update": 1.0})
+
+    def call(number: int, *epochs: int) -> list[tuple[int, int]]:
+        log = Pipeline(run, {})._logger("train", "epoch")
+        for epoch in epochs:
+            log({"epoch": epoch, "call": number})
+        return [(row["epoch"], row["call"]) for row in run.metrics("train")]
+
+    assert call(1, 1, 2, 3) == [(1, 1), (2, 1), (3, 1)]
+    # Killed before the checkpoint of the third epoch, resumed behind the second.
+    assert call(2, 3, 4) == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    # Made again from the start.
+    assert call(3, 1) == [(1, 3)]
+    assert len(run.metrics("search")) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sculpt.pipeline import FinetuneSettings, SearchSettings, TrainSettings
+from sculpt.pipeline.policies import PolicyOptions
 from sculpt.pipeline.settings import read_settings
 from sculpt.report import RunDirectory
+from sculpt.scoring import EvaluationPlan
+from sculpt.scoring.recalibrate import images_used, into_batches
 from sculpt.training import Splits, from_arrays
 
 NETWORK: dict[str, Any] = {"model": "resnet8", "dataset": "digits"}
@@ -25,7 +29,7 @@ def test_paths_are_absolute_whatever_they_were_typed_as(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    typed = {**NETWORK, "weights": "w/../w/net.safetensors", "data_dir": Path("data")}
+    typed = {**NETWORK, "dataset": "cifar10", "weights": "w/../w/net.safetensors", "data_dir": Path("data")}
     run = RunDirectory(tmp_path / "run")
     settings = read_settings(run, "train", typed)
     assert settings.weights == str(tmp_path / "w" / "net.safetensors")
@@ -52,6 +56,57 @@ def test_every_search_setting_reaches_the_search() -> None:
     assert (config.objective, config.score_images, config.calibration_images) == ("loss", 7, 0)
     assert config.checkpoint_every == 2
     assert SearchSettings(families=["rect"]).families == ("rect",)  # type: ignore[arg-type]
+
+
+def test_what_would_have_no_effect_is_refused_and_defaults_are_not() -> None:
+    assert TrainSettings(**NETWORK, weights="w").train_epochs == 20
+    with pytest.raises(ValueError, match=r"leave out --train-epochs 3 and --train-clip-norm 1\.0, which"):
+        TrainSettings(**NETWORK, weights="w", train_epochs=3, train_clip_norm=1.0)
+    with pytest.raises(
+        ValueError, match=r"leave out --data-dir data, which .*: digits comes with the package"
+    ):
+        TrainSettings(**NETWORK, data_dir="data")
+    assert SearchSettings(families=("rect",)).round_to == 1
+    with pytest.raises(
+        ValueError, match=r"leave out --round-to 8, which .*: families rect removes no channels"
+    ):
+        SearchSettings(families=("rect",), round_to=8)
+
+
+def test_calibration_images_are_all_used() -> None:
+    for number in (0, 1, 63, 64, 128, 1024):
+        SearchSettings(calibration_images=number)
+        PolicyOptions(Path("p.npy"), Path("s.jsonl"), calibration_images=number)
+        assert number == 0 or into_batches(jnp.zeros((number, 1))).size == number
+    # What a report of a small data set calls the number of calibration images is what was used.
+    assert into_batches(jnp.zeros((300, 1))).size == images_used(300) == 256
+    for number, take in ((65, "64 or 128"), (900, "896 or 960")):
+        with pytest.raises(ValueError, match=f"a multiple of it.*got {number}: take {take}"):
+            SearchSettings(calibration_images=number)
+        with pytest.raises(ValueError, match=f"got {number}: take {take}"):
+            PolicyOptions(Path("p.npy"), Path("s.jsonl"), calibration_images=number)
+
+
+def test_a_plan_is_on_all_devices_unless_it_says_otherwise() -> None:
+    def plan(**fields: Any) -> EvaluationPlan | None:
+        return PolicyOptions(Path("p.npy"), Path("s.jsonl"), plan=fields).fixed_plan()
+
+    assert plan() is plan(precision="bfloat16") is None
+    assert plan(images_per_batch=32) == EvaluationPlan(images_per_batch=32, policy_shards=8)
+    assert plan(image_shards=3) == EvaluationPlan(image_shards=3, policy_shards=2)
+    assert plan(image_shards=9) == EvaluationPlan(image_shards=9)
+    assert plan(policy_shards=2) == EvaluationPlan(policy_shards=2)
+    with pytest.raises(ValueError, match="image_shards must be a whole number of at least 1"):
+        plan(image_shards=0)
+
+
+def test_an_explanation_needs_a_tuned_plan() -> None:
+    files = Path("p.npy"), Path("s.jsonl")
+    PolicyOptions(*files, plan={"precision": "bfloat16"}, explain=True)
+    with pytest.raises(ValueError, match="--explain says how a plan was tuned, and this one is given"):
+        PolicyOptions(*files, plan={"convolution": "lax"}, explain=True)
+    with pytest.raises(ValueError, match=r"--out must be a .jsonl or .parquet file, got s.csv"):
+        PolicyOptions(files[0], Path("s.csv"))
 
 
 def test_clipping_reaches_training() -> None:
