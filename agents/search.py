@@ -106,7 +106,9 @@ def search(
         is given on several hosts.
     """
     if directory is not None and jax.process_count() > 1:
-        raise ValueError("a search over several hosts keeps no checkpoints: leave directory out, or search on one host")
+        raise ValueError(
+            "a search over several hosts keeps no checkpoints: leave directory out, or search on one host"
+        )
     check_budget(space, config.budget)
     plan = plan or EvaluationPlan()
     data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)
@@ -288,13 +290,14 @@ def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
 def _fingerprint(
     model: Model, space: Space, splits: Splits, config: SearchConfig, key: jax.Array, task: EnvParams
 ) -> str:
-    """Tells one search from another: settings, key, sites, weights and data; not how often it is saved."""
+    """Tells one search from another: settings, key, sites, weights and data; not how often it is saved or laid out by what plan."""
     settings = dataclasses.replace(config, checkpoint_every=1)
     digest = hashlib.sha256(repr((settings, splits.name, splits.mean, splits.std)).encode())
     digest.update(np.asarray(jax.random.key_data(key)).tobytes())
     for site in space.sites:
         digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())
-    for leaf in jax.tree.leaves(jax.device_get((model.params, model.state, task))):
+    arrays = model.params, model.state, task.problem.choices, task.budget
+    for leaf in jax.tree.leaves(jax.device_get(arrays)):
         digest.update(np.asarray(leaf).tobytes())
     # Beyond the images to score on: the re-rank trains on the whole train split and judges on validation.
     for split in (splits.train, splits.validation):

@@ -162,7 +162,7 @@ def _policies_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--out", type=Path, help="file for their scores: .jsonl or .parquet; run again to resume"
     )
-    group.add_argument("--images", type=int, help="validation images that each is scored on (512)")
+    group.add_argument("--images", type=int, help="validation images that each is scored on (512, or all)")
     group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
     group.add_argument("--precision", help="float32 or bfloat16 (float32)")
     group.add_argument("--explain", action="store_true", help="show how the plan was found")
@@ -240,7 +240,7 @@ def _run(command: str, options: dict[str, Any]) -> None:
     run = RunDirectory.open(folder) if begins else RunDirectory.existing(folder)
     console = Console(markup=False)
     with watching(console) as watcher:
-        pipeline = Pipeline(run, options, watcher, devices)
+        pipeline = Pipeline(run, options, watcher, devices, _cache_folder())
         pipeline.execute(STAGES if command == "prune" else (command,))
     if command in ("prune", "evaluate", "report"):
         record = run.record("evaluate")

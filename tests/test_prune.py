@@ -370,8 +370,41 @@ def test_many_policies_of_a_finished_run(
     ):
         assert main([*base, *sizes, *fixed, *wrong]) == 2
         assert message in capsys.readouterr().err
+    # digits has fewer than 512 validation images: all of them.
+    whole = [
+        "evaluate",
+        "--run",
+        str(finished),
+        "--policies",
+        str(source),
+        "--out",
+        str(tmp_path / "all.jsonl"),
+    ]
+    assert main([*whole, "--calibration-images", "64", *fixed]) == 0
+    accuracy = json.loads((tmp_path / "all.jsonl").read_text().splitlines()[0])["accuracy"]
+    count = len(Pipeline(RunDirectory.existing(finished), {}).splits.validation.labels)
+    assert count < 512 and accuracy * count == pytest.approx(round(accuracy * count), abs=1e-3)
     assert main(["evaluate", "--run", str(finished), "--policies", str(source)]) == 2
     assert "scores of many policies need --out" in capsys.readouterr().err
+
+
+def test_a_search_on_an_accelerator_tunes_its_plan(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def tuned(model: Any, space: Any, images: Any, labels: Any, calibration: Any, **options: Any) -> Any:
+        asked.update(images=len(images), labels=len(labels), calibration=len(calibration), **options)
+        return sculpt.Tuning(
+            sculpt.EvaluationPlan(8, 256, policy_shards=4, image_shards=2), (), "8 x gpu", None
+        )
+
+    folder = RunDirectory.existing(finished)
+    config = Pipeline(folder, {}).search_settings.config()
+    assert Pipeline(folder, {})._plan(config) == sculpt.EvaluationPlan(policy_shards=8)
+    monkeypatch.setattr(stages, "tune_plan", tuned)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert Pipeline(folder, {}, plans=Path("plans"))._plan(config).image_shards == 2
+    assert asked == {"images": 256, "labels": 256, "calibration": 128, "cache": Path("plans")}
+    assert Pipeline(folder, {}, devices=3)._plan(config) == sculpt.EvaluationPlan(8, 256, policy_shards=3)
 
 
 def test_bad_policies_are_found_before_a_plan_is_tuned(

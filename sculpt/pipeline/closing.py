@@ -38,8 +38,8 @@ def theoretical_macs(space: Space, policy: Any) -> int:
     for site in space.sites:
         kept.update(zip(site.atoms, site.options[int(policy[site.index])].counts))
     total = 0
-    for layer in space.trace.layers:
-        for coefficient, atoms in layer.monomials:
+    for operation in (*space.trace.layers, *space.trace.products):
+        for coefficient, atoms in operation.monomials:
             for atom in atoms:
                 coefficient *= kept.get(atom, space.trace.axes.atom_size(atom))
             total += coefficient

@@ -18,6 +18,7 @@ from sculpt.scoring.policy_file import count_policies, read_policies
 from sculpt.scoring.recalibrate import check_calibration_images
 
 PLAN_FIELDS = tuple(field.name for field in dataclasses.fields(EvaluationPlan))
+_IMAGES = 512
 _SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -33,8 +34,8 @@ class PolicyOptions:
     """File of policies, see `sculpt.scoring.read_policies`."""
     out: Path
     """`.jsonl` or `.parquet`."""
-    images: int = 512
-    """Images of the validation split, the first ones."""
+    images: int | None = None
+    """Images of the validation split, the first ones; None: 512, or all where there are fewer."""
     calibration_images: int = 128
     """Images of the train split for the BatchNorm statistics of each policy; 0: the running ones."""
     plan: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -43,7 +44,7 @@ class PolicyOptions:
     """Whether to say how the plan was found, where it is tuned."""
 
     def __post_init__(self) -> None:
-        if self.images < 1 or self.calibration_images < 0:
+        if (self.images is not None and self.images < 1) or self.calibration_images < 0:
             raise ValueError(
                 f"expected --images of at least 1 and --calibration-images of at least 0, got {self.images} and "
                 f"{self.calibration_images}"
@@ -95,8 +96,9 @@ def score_policies_of_run(
     total = count_policies(options.policies)
     artefacts = Artefacts(run, {})
     splits = artefacts.splits
+    number = min(_IMAGES, len(splits.validation.labels)) if options.images is None else options.images
     for split, name, asked in (
-        (splits.validation, "--images", options.images),
+        (splits.validation, "--images", number),
         (splits.train, "--calibration-images", options.calibration_images),
     ):
         if asked > len(split.labels):
@@ -110,8 +112,8 @@ def score_policies_of_run(
             check_policies(space, policy)
         except ValueError as error:
             raise ValueError(f"{options.policies}, policy 0: {error}") from error
-    images = splits.normalise(splits.validation.images[: options.images])
-    labels = splits.validation.labels[: options.images]
+    images = splits.normalise(splits.validation.images[:number])
+    labels = splits.validation.labels[:number]
     calibration = None
     if options.calibration_images:
         calibration = splits.normalise(splits.train.images[: options.calibration_images])

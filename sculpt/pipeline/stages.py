@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sculpt.agents import SearchResult, search
+from sculpt.agents import SearchConfig, SearchResult, search
 from sculpt.deploy import export_stablehlo, save_params
 from sculpt.model import Model
 from sculpt.pipeline import closing
@@ -21,7 +21,7 @@ from sculpt.pipeline.progress import Watcher
 from sculpt.pipeline.settings import SECTIONS
 from sculpt.pruning import apply_masks, check_budget, compact, count_cost, make_masks
 from sculpt.report import RunDirectory
-from sculpt.scoring import EvaluationPlan, evaluate
+from sculpt.scoring import EvaluationPlan, evaluate, tune_plan
 from sculpt.training import finetune, train
 from sculpt.training.finetune import TrainingDiverged
 
@@ -41,6 +41,7 @@ class Pipeline(Artefacts):
       watcher: told about progress; None: nobody is.
       devices: how many share the evaluations of the search; None: all that there are. No setting of the run, for its
         results do not depend on it: a run may go on with another number.
+      plans: folder that plans tuned on accelerators are kept in; None: none.
 
     Raises:
       ValueError: if the directory holds a run with other settings.
@@ -52,10 +53,12 @@ class Pipeline(Artefacts):
         given: Mapping[str, Any],
         watcher: Watcher | None = None,
         devices: int | None = None,
+        plans: Path | None = None,
     ) -> None:
         super().__init__(run, given)
         self._watcher = watcher or Watcher()
         self._devices = devices
+        self._plans = plans
 
     def execute(self, stages: tuple[str, ...] = STAGES) -> None:
         """Runs stages that are not complete, or no longer are: a file that was removed is made again, as it was.
@@ -153,7 +156,7 @@ class Pipeline(Artefacts):
             self.key("search"),
             directory=self._checkpoints("search"),
             on_metrics=on_metrics,
-            plan=EvaluationPlan(policy_shards=self._devices or jax.device_count()),
+            plan=self._plan(config),
         )
         return {
             "policy": found.policy.tolist(),
@@ -218,6 +221,26 @@ class Pipeline(Artefacts):
         split = self.splits.validation
         accuracy = evaluate(model, self.splits.normalise(split.images), split.labels).accuracy
         return {"validation_accuracy": float(accuracy), "n_validation": len(split.labels)}
+
+    def _plan(self, config: SearchConfig) -> EvaluationPlan:
+        """How the search's evaluations are laid out: on CPUs by the default, which is the fastest measured; else tuned."""
+        devices = self._devices or jax.device_count()
+        plan = EvaluationPlan(policy_shards=devices)
+        if jax.default_backend() == "cpu":
+            return plan
+        train, score, calibrate = self.splits.train, config.score_images, config.calibration_images
+        images = self.splits.normalise(train.images[: score + calibrate])
+        tuning = tune_plan(
+            self.dense,
+            self.ranked_space,
+            images[:score],
+            train.labels[:score],
+            images[score:] if calibrate else None,
+            cache=self._plans,
+        )
+        if devices == jax.device_count():
+            return tuning.plan
+        return dataclasses.replace(tuning.plan, policy_shards=devices, image_shards=1)
 
     def _hooks(self, stage: str) -> dict[str, Any]:
         latest = {"note": ""}

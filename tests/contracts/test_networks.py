@@ -9,6 +9,7 @@ import pytest
 
 import sculpt
 from sculpt.model import Model
+from sculpt.pipeline.closing import theoretical_macs
 from sculpt.pruning.budget import random_policies
 from sculpt.pruning.compact import max_difference
 from tests.networks import NETWORKS, network, traced
@@ -41,6 +42,15 @@ def test_correctness_03_masked_equals_compacted(name: str) -> None:
     for policy in (mixed_policy(space), smallest_policy(space)):
         masked, small = pruned(name, policy)
         assert max_difference(masked, small, IMAGES) <= 1e-5
+
+
+def test_whole_numbers_of_macs_are_those_of_the_cost(name: str) -> None:
+    space = sculpt.make_space(traced(name))
+    for policy in (np.zeros(space.num_sites, np.int32), mixed_policy(space), smallest_policy(space)):
+        assert theoretical_macs(space, policy) == pytest.approx(
+            float(sculpt.cost(space, policy).macs), rel=1e-6
+        )
+    assert theoretical_macs(space, np.zeros(space.num_sites, np.int32)) == traced(name).macs
 
 
 def test_correctness_08_claimed_macs_equal_counted_zeros_and_the_compact_program(name: str) -> None:

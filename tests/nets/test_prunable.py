@@ -14,6 +14,7 @@ import sculpt
 from sculpt import nets
 from sculpt.model import Model
 from sculpt.nets.mobilenet_v3 import Row
+from sculpt.pipeline.closing import theoretical_macs
 from tests.architectures.architecture import draw
 from tests.architectures.equality import (
     drawn_importance,
@@ -156,6 +157,7 @@ def same_in_double(name: str, policy: np.ndarray) -> None:
         claimed = sculpt.cost(space_of(name), policy)
         macs, params = sculpt.count_cost(both.small, x)
     assert float(claimed.macs_realised) == pytest.approx(macs, rel=1e-5)
+    assert float(claimed.macs) == pytest.approx(theoretical_macs(space_of(name), policy), rel=1e-5)
     assert float(claimed.params) == pytest.approx(params, rel=1e-5)
 
 
