@@ -398,6 +398,7 @@ def test_on_digits_the_agent_beats_chance(trained_digits: tuple[Model, Splits]) 
     assert scores["agent"] > max(scores["random"], scores["uniform"], scores["magnitude"])
 
 
+@pytest.mark.slow
 def test_a_search_over_several_devices_finds_the_same(
     trained_digits: tuple[Model, Splits], tmp_path: Path
 ) -> None:
