@@ -169,6 +169,9 @@ def test_whatever_is_removed_is_made_again(
         assert after[name] == before[name], name
     first, second = (sculpt.load_stablehlo(folder / "compact.stablehlo") for folder in (finished, run))
     np.testing.assert_array_equal(first(whole.example), second(whole.example))
+    (run / "result.json").write_text("garbage")
+    assert main(["evaluate", "--run", str(run)]) == 0
+    assert (run / "result.json").read_bytes() == before["result.json"]
 
 
 def test_a_finished_run_is_reported_and_exported_without_its_data_and_weights(

@@ -173,9 +173,9 @@ class RunDirectory:
             )
 
     def done(self, stage: str) -> bool:
-        """Whether a stage is complete: its record and all the files that it leaves are there."""
+        """Whether a stage is complete: its record and all the files that it leaves are there, a `result.json` that can be read."""
         files = STAGE_FILES.get(stage, ())
-        return self.recorded(stage) and all((self.path / name).is_file() for name in files)
+        return self.recorded(stage) and all(_whole(self.path / name) for name in files)
 
     def recorded(self, stage: str) -> bool:
         """Whether a stage has run, even if files that it left were removed since."""
@@ -254,6 +254,17 @@ class RunDirectory:
         result = read_json(file)
         check_result(result)
         return result
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file is there and, where it is JSON, can be read: a damaged one is made again like a lost one."""
+    if not path.is_file() or path.suffix != ".json":
+        return path.is_file()
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def check_result(result: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ def test_a_stage_is_complete_with_its_record_and_its_files(tmp_path: Path) -> No
             with pytest.raises(ValueError, match=f"{name} is not there: `sculpt {stage}`"):
                 run.file(name)
             (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text("")
+            (tmp_path / name).write_text("{}")
             assert run.file(name) == tmp_path / name
         assert not run.done(stage)
         run.complete(stage, {})
