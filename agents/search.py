@@ -290,9 +290,10 @@ def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
 def _fingerprint(
     model: Model, space: Space, splits: Splits, config: SearchConfig, key: jax.Array, task: EnvParams
 ) -> str:
-    """Tells one search from another: settings, key, sites, weights and data; not how often it is saved or laid out by what plan."""
+    """Tells one search from another: settings, key, sites, weights, data, precision; not how often it is saved, nor its layout."""
     settings = dataclasses.replace(config, checkpoint_every=1)
-    digest = hashlib.sha256(repr((settings, splits.name, splits.mean, splits.std)).encode())
+    precision = task.problem.plan.precision
+    digest = hashlib.sha256(repr((settings, precision, splits.name, splits.mean, splits.std)).encode())
     digest.update(np.asarray(jax.random.key_data(key)).tobytes())
     for site in space.sites:
         digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())

@@ -423,7 +423,7 @@ def test_bad_policies_are_found_before_a_plan_is_tuned(
         assert message in capsys.readouterr().err
 
     source.write_text("[0, 0, 0]\n")
-    fails("--out must be a .jsonl or .parquet file", "scores.csv")
+    fails("scores are written to .jsonl or .parquet files", "scores.csv")
     fails(f"{source}, policy 0: expected policies as integers")
     source.write_text(f"{[99] * len(RunDirectory.existing(run).result()['policy'])}\n")
     fails("policy 0: site")

@@ -14,12 +14,11 @@ from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pruning.masks import check_policies
 from sculpt.report import RunDirectory
 from sculpt.scoring import EvaluationPlan, StreamReport, Tuning, evaluate_file, tune_plan
-from sculpt.scoring.policy_file import count_policies, read_policies
+from sculpt.scoring.policy_file import check_scores_file, count_policies, read_policies
 from sculpt.scoring.recalibrate import check_calibration_images
 
 PLAN_FIELDS = tuple(field.name for field in dataclasses.fields(EvaluationPlan))
 _IMAGES = 512
-_SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +49,7 @@ class PolicyOptions:
                 f"{self.calibration_images}"
             )
         check_calibration_images(self.calibration_images)
-        if self.out.suffix not in _SUFFIXES:
-            raise ValueError(f"--out must be a {' or '.join(_SUFFIXES)} file, got {self.out}")
+        check_scores_file(self.out)
         if self.explain and (fixed := self.fixed_plan()) is not None:
             raise ValueError(
                 f"--explain says how a plan was tuned, and this one is given ({fixed.describe()}): "

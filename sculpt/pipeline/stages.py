@@ -39,8 +39,8 @@ class Pipeline(Artefacts):
       run: the directory.
       given: settings asked for explicitly, by the names of the fields in `sculpt.pipeline.settings`.
       watcher: told about progress; None: nobody is.
-      devices: how many share the evaluations of the search; None: all that there are. No setting of the run, for its
-        results do not depend on it: a run may go on with another number.
+      devices: how many share the evaluations of the search; None: all that there are. No setting of the run, for it
+        changes scores by rounding at the most: a run may go on with another number.
       plans: folder that plans tuned on accelerators are kept in; None: none.
 
     Raises:

@@ -261,7 +261,7 @@ def _whole(path: Path) -> bool:
     if not path.is_file() or path.suffix != ".json":
         return path.is_file()
     try:
-        json.loads(path.read_text())
+        read_json(path)
     except ValueError:
         return False
     return True

@@ -20,7 +20,15 @@ import numpy as np
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.plan import EvaluationPlan
-from sculpt.scoring.policy_file import COLUMNS, as_json, pack_rows, read_policies, read_rows, unpack_rows
+from sculpt.scoring.policy_file import (
+    COLUMNS,
+    as_json,
+    check_scores_file,
+    pack_rows,
+    read_policies,
+    read_rows,
+    unpack_rows,
+)
 from sculpt.scoring.problem import Problem, make_problem
 from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
 
@@ -88,8 +96,7 @@ def evaluate_file(
         process is writing; on several hosts, on all of them.
     """
     out = Path(out)
-    if out.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"scores are written to .jsonl or .parquet files, got {out}")
+    check_scores_file(out)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     begun = time.perf_counter()

@@ -97,6 +97,12 @@ def _array(file: Path) -> np.ndarray:
     return policies
 
 
+def check_scores_file(file: Path) -> None:
+    """Raises ValueError unless scores can be written to a file of this name."""
+    if file.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"scores are written to .jsonl or .parquet files, got {file}")
+
+
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a `.jsonl` file of scores: "index", "policy" and `COLUMNS`, numbers or None.
 
