@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ from flax import nnx
 
 import sculpt
 from sculpt.model import Model
+from tests.architectures.architecture import from_linen
 
 norm = functools.partial(nn.BatchNorm, momentum=0.9)
 
@@ -125,21 +124,6 @@ def _plain_function(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return jnp.einsum("nhwc,ck->nk", y, params["head"])
 
 
-def _linen(module: nn.Module, key: jax.Array) -> Model:
-    variables = module.init(key, jnp.zeros((1, 8, 8, 3)))
-    return sculpt.from_linen(module, _varied(variables, key))
-
-
-def _varied(tree: Any, key: jax.Array) -> Any:
-    """Values away from their initial zeros and ones, so that a forgotten bias or statistic shows."""
-
-    def vary(path: tuple[object, ...], x: jax.Array) -> jax.Array:
-        noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(str(path).encode())), x.shape, x.dtype)
-        return jnp.abs(x + 0.3 * noise) + 0.1 if "var" in str(path[-1]) else x + 0.3 * noise
-
-    return jax.tree_util.tree_map_with_path(vary, tree)
-
-
 def _nnx(key: jax.Array) -> Model:
     return sculpt.from_nnx(NnxResidual(nnx.Rngs(key)))
 
@@ -152,12 +136,12 @@ def _function(key: jax.Array) -> Model:
 
 
 NETWORKS: dict[str, Callable[[jax.Array], Model]] = {
-    "plain": functools.partial(_linen, Plain()),
-    "biased": functools.partial(_linen, Biased()),
-    "residual": functools.partial(_linen, Residual()),
-    "concatenated": functools.partial(_linen, Concatenated()),
-    "separable": functools.partial(_linen, Separable()),
-    "dilated": functools.partial(_linen, Dilated()),
+    "plain": from_linen(Plain()),
+    "biased": from_linen(Biased()),
+    "residual": from_linen(Residual()),
+    "concatenated": from_linen(Concatenated()),
+    "separable": from_linen(Separable()),
+    "dilated": from_linen(Dilated()),
     "nnx": _nnx,
     "function": _function,
 }

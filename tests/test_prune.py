@@ -23,8 +23,10 @@ from sculpt.report.run_directory import STAGE_FILES, fingerprint, write_json
 
 OPTIONS = [
     *("--model", "resnet8", "--dataset", "digits", "--budget", "0.5", "--seed", "1"),
-    *("--train-epochs", "8", "--evaluations", "64", "--rerank", "1", "--epochs", "6"),
+    *("--train-epochs", "6", "--evaluations", "64", "--rerank", "1", "--epochs", "3"),
 ]
+pytestmark = pytest.mark.optimised
+
 ONE_DEVICE = ["--devices", "1"]
 """Compiles sooner than a search on all eight; no setting of a run."""
 
@@ -281,7 +283,7 @@ def test_an_interrupted_search_resumes_and_ends_where_it_would_have(
     assert main(["search", "--devices", "2", "--run", str(run)]) == 0
     # What the finished run and the interrupted call had logged of the search makes room for the rows of this call.
     assert [row["update"] for row in RunDirectory.existing(run).metrics("search")] == [1, 2]
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8 + 2 + 6
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6 + 2 + 3
     assert (run / "masks.safetensors").read_bytes() == (finished / "masks.safetensors").read_bytes()
     assert not (run / "checkpoints" / "search").exists()
 

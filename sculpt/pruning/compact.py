@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from sculpt.model import Model, Params, State
 from sculpt.pruning.masks import make_masks
@@ -43,13 +44,16 @@ class _Plan:
 
     def slice(self, tree: tuple[Params, State]) -> tuple[Params, State]:
         leaves, treedef = jax.tree.flatten(tree)
-        small = []
-        for leaf, keep in zip(leaves, self.keeps, strict=True):
-            for dim, units in enumerate(keep):
-                if not units.all():
-                    leaf = jnp.take(leaf, np.flatnonzero(units), axis=dim)
-            small.append(leaf)
-        return jax.tree.unflatten(treedef, small)
+        return jax.tree.unflatten(treedef, map(_sliced, leaves, self.keeps))
+
+
+def _sliced(leaf: ArrayLike, keep: tuple[np.ndarray, ...]) -> jax.Array:
+    """The kept units of every axis, where the leaf was. On the host: on a device each shape would be compiled for."""
+    if all(units.all() for units in keep):
+        return jnp.asarray(leaf)
+    small = np.asarray(leaf)[np.ix_(*map(np.flatnonzero, keep))]
+    replicated = isinstance(leaf, jax.Array) and leaf.sharding.is_fully_replicated
+    return jax.device_put(small, leaf.sharding if replicated else None)  # type: ignore[union-attr]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,10 +112,10 @@ def compact(model: Model, space: Space, policy: Any, check: bool = True) -> Mode
     Raises:
       ValueError: if the model does not carry the policy's zeros, or (a fault of this library) the outputs differ.
     """
-    masks = make_masks(space, model.params, policy)
+    masks = jax.device_get(make_masks(space, model.params, policy))
     paths = leaf_paths(model.params)
     for path, weight, mask in zip(paths, jax.tree.leaves(model.params), jax.tree.leaves(masks)):
-        wrong = int(jnp.sum((jnp.asarray(weight) != 0) & ~mask))
+        wrong = np.count_nonzero(np.asarray(weight)[~mask])
         if wrong:
             raise ValueError(
                 f"compact expected a model with the policy's zeros in place, but {path} has {wrong} non-zero weights where "
@@ -217,10 +221,9 @@ def _kept_atoms(traced: Trace, space: Space, masks: Any) -> dict[Atom, np.ndarra
     pruned = set(space.atoms)
     kept: dict[Atom, np.ndarray] = {}
     for leaf, mask in zip(traced.leaves, jax.tree.leaves(masks)):
-        mask = np.asarray(mask)
         for dim, axis in enumerate(traced.leaf_term(leaf.index)):
             if pruned & set(traced.axes.atoms(axis)):
-                used = np.asarray(mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim)))
+                used = mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
                 traced.axes.infer(axis, used, kept)
     return kept
 

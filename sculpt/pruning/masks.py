@@ -79,6 +79,7 @@ def make_masks(space: Space, params: Params, policy: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), masks)
 
 
+@jax.jit
 def mask_params(params: Params, masks: Any) -> Params:
     """`params` with exact zeros where `masks` is False."""
     return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros((), w.dtype)), params, masks)

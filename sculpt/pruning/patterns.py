@@ -70,8 +70,10 @@ class Family:
 
     sites: Callable[[Trace, int, int], list[Site]]
     """`(trace, round_to, min_keep) -> sites` (numbered later)."""
-    choose: Callable[[Trace, Site, Sequence[Any], Importance | None], Choice]
-    """`(trace, site, parameter leaves, scores of the groups) -> Choice`; jit-able: which units each option keeps."""
+    score: Callable[[Trace, Site, Sequence[Any], Importance | None], jax.Array]
+    """`(trace, site, parameter leaves, scores of the groups) -> float32 [*site.sizes]`; jit-able: what each unit is worth."""
+    choose: Callable[[tuple[Option, ...], jax.Array], Choice]
+    """`(options, scores [*sizes]) -> Choice`; jit- and vmap-able: which units each option keeps."""
     compacts: bool
     """Whether compaction turns its zeros into smaller arrays, that is, whether its savings are realised."""
 
@@ -91,17 +93,19 @@ def _channel_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
     return sites
 
 
-def _choose_channels(
+def _channel_scores(
     trace: Trace, site: Site, leaves: Sequence[Any], importance: Importance | None
-) -> Choice:
-    """The units of highest score; of equal ones the first."""
+) -> jax.Array:
     if importance is None:
-        scores = unit_energy(trace, trace.groups[site.owner], leaves)
-    else:
-        scores = jnp.asarray(importance.scores[site.owner])
+        return unit_energy(trace, trace.groups[site.owner], leaves)
+    return jnp.asarray(importance.scores[site.owner])
+
+
+def _choose_channels(options: tuple[Option, ...], scores: jax.Array) -> Choice:
+    """The units of highest score; of equal ones the first."""
     order = jnp.argsort(-scores, stable=True)
     rank = jnp.zeros(scores.shape, jnp.int32).at[order].set(jnp.arange(scores.shape[0], dtype=jnp.int32))
-    counts = jnp.asarray([option.counts[0] for option in site.options], jnp.int32)
+    counts = jnp.asarray([option.counts[0] for option in options], jnp.int32)
     keep = rank[None, :] < counts[:, None]
     worth = jnp.maximum(scores, 0.0)
     # Where no unit is worth anything they count alike, so that keeping all still retains all.
@@ -155,20 +159,26 @@ def _rect_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
     return sites
 
 
-def _choose_window(trace: Trace, site: Site, leaves: Sequence[Any], importance: Importance | None) -> Choice:
-    """The windows of highest energy: importance is of channels and says nothing of them."""
+def _window_scores(
+    trace: Trace, site: Site, leaves: Sequence[Any], importance: Importance | None
+) -> jax.Array:
+    """Energy, whatever the importance, which is of channels and says nothing of windows."""
     layer = trace.layers[site.owner]
-    energy = window_energy(leaves[layer.leaf], layer.window_axes)
+    return window_energy(leaves[layer.leaf], layer.window_axes)
+
+
+def _choose_window(options: tuple[Option, ...], energy: jax.Array) -> Choice:
+    """The windows of highest energy."""
     total = jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
-    keeps: list[list[jax.Array]] = [[] for _ in site.atoms]
+    keeps: list[list[jax.Array]] = [[] for _ in energy.shape]
     retained = []
-    for option in site.options:
+    for option in options:
         # Energy of every position of the window; the first of the best is taken.
         positions = jax.lax.reduce_window(
             energy, jnp.float32(0), jax.lax.add, option.counts, (1,) * energy.ndim, "VALID"
         )
         best = jnp.unravel_index(jnp.argmax(positions), positions.shape)
-        for atom, (start, count, size) in enumerate(zip(best, option.counts, site.sizes)):
+        for atom, (start, count, size) in enumerate(zip(best, option.counts, energy.shape)):
             unit = jnp.arange(size, dtype=start.dtype)
             keeps[atom].append((unit >= start) & (unit < start + count))
         retained.append(jnp.max(positions) / total)
@@ -176,6 +186,6 @@ def _choose_window(trace: Trace, site: Site, leaves: Sequence[Any], importance: 
 
 
 FAMILIES: dict[str, Family] = {
-    "channels": Family(_channel_sites, _choose_channels, compacts=True),
-    "rect": Family(_rect_sites, _choose_window, compacts=True),
+    "channels": Family(_channel_sites, _channel_scores, _choose_channels, compacts=True),
+    "rect": Family(_rect_sites, _window_scores, _choose_window, compacts=True),
 }

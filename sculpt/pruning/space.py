@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sculpt.pruning.importance import Importance, check_importance
@@ -196,6 +199,15 @@ def make_choices(space: Space, params: object) -> tuple[Choice, ...]:
       ValueError: if the parameters are not of the traced network.
     """
     leaves = fitting_leaves(space.trace, params)
-    return tuple(
-        FAMILIES[site.family].choose(space.trace, site, leaves, space.importance) for site in space.sites
-    )
+    alike: dict[Any, list[Site]] = {}
+    for site in space.sites:
+        alike.setdefault((site.family, site.sizes, site.options), []).append(site)
+    choices: dict[int, Choice] = {}
+    # Sites of the same options are worked out together: sorting is slow to compile.
+    for (name, _, options), sites in alike.items():
+        family = FAMILIES[name]
+        scores = jnp.stack([family.score(space.trace, site, leaves, space.importance) for site in sites])
+        together = jax.vmap(functools.partial(family.choose, options))(scores)
+        for i, site in enumerate(sites):
+            choices[site.index] = jax.tree.map(operator.itemgetter(i), together)
+    return tuple(choices[site.index] for site in space.sites)

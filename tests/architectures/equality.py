@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,18 +17,13 @@ import sculpt
 from sculpt.model import ApplyFn, Model, Params, State, TrainFn
 from sculpt.pruning.importance import Importance
 
-quickly: Callable[..., Any] = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-"""`jax.jit` for programs that run once: most of their time is spent in the compiler."""
 
-
-@functools.partial(quickly, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _outputs(apply: ApplyFn, params: Params, state: State, x: jax.Array) -> jax.Array:
     return apply(params, state, x)
 
 
-@functools.partial(quickly, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _gradients(
     apply: ApplyFn, train: TrainFn | None, params: Params, state: State, x: jax.Array
 ) -> tuple[Any, Params]:
@@ -147,7 +142,9 @@ def in_double(model: Model) -> Model:
     """The model with float64 arrays; wants `jax.enable_x64`."""
 
     def widen(leaf: Any) -> Any:
-        return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        return (
+            jax.device_put(np.asarray(leaf, np.float64)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        )
 
     return model.replace(params=jax.tree.map(widen, model.params), state=jax.tree.map(widen, model.state))
 

@@ -28,7 +28,6 @@ from tests.architectures.equality import (
     leanest_policy,
     outputs,
     prune,
-    quickly,
     single_site_policy,
 )
 
@@ -220,7 +219,7 @@ def test_other_batch_sizes_and_transformations(name: str) -> None:
 
     def one_by_one(model: Model) -> jax.Array:
         apply = jax.vmap(lambda params, image: model.apply(params, model.state, image[None])[0], (None, 0))
-        return quickly(apply)(model.params, x)
+        return jax.jit(apply)(model.params, x)
 
     assert distance(one_by_one(masked), one_by_one(small)) <= 1e-4
     assert distance(outputs(masked, x[:1]), outputs(small, x[:1])) <= 1e-4
@@ -228,7 +227,7 @@ def test_other_batch_sizes_and_transformations(name: str) -> None:
     assert distance(outputs(masked, inputs(name, 8)), outputs(small, inputs(name, 8))) <= 1e-4
     stacked = jax.tree.map(lambda leaf: np.stack([leaf, 2 * leaf]), jax.device_get(small.params))
     several = jax.vmap(lambda params: small.apply(params, small.state, x))
-    assert distance(expected, quickly(several)(stacked)[0]) <= 1e-4
+    assert distance(expected, jax.jit(several)(stacked)[0]) <= 1e-4
 
 
 def relabelled(model: Model, order: np.ndarray) -> Model:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,14 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@functools.cache
+def space_of(name: str) -> sculpt.Space:
+    """One space for each network: compiled programs are kept by its identity."""
+    return sculpt.make_space(traced(name))
+
+
 def pruned(name: str, policy: object) -> tuple[Model, Model]:
-    space = sculpt.make_space(traced(name))
+    space = space_of(name)
     masks = sculpt.make_masks(space, network(name).params, policy)
     masked = sculpt.apply_masks(network(name), masks)
     return masked, sculpt.compact(masked, space, policy)
@@ -38,14 +46,14 @@ def mixed_policy(space: sculpt.Space) -> jax.Array:
 
 
 def test_correctness_03_masked_equals_compacted(name: str) -> None:
-    space = sculpt.make_space(traced(name))
+    space = space_of(name)
     for policy in (mixed_policy(space), smallest_policy(space)):
         masked, small = pruned(name, policy)
         assert max_difference(masked, small, IMAGES) <= 1e-5
 
 
 def test_whole_numbers_of_macs_are_those_of_the_cost(name: str) -> None:
-    space = sculpt.make_space(traced(name))
+    space = space_of(name)
     for policy in (np.zeros(space.num_sites, np.int32), mixed_policy(space), smallest_policy(space)):
         assert theoretical_macs(space, policy) == pytest.approx(
             float(sculpt.cost(space, policy).macs), rel=1e-6
@@ -54,7 +62,7 @@ def test_whole_numbers_of_macs_are_those_of_the_cost(name: str) -> None:
 
 
 def test_correctness_08_claimed_macs_equal_counted_zeros_and_the_compact_program(name: str) -> None:
-    space = sculpt.make_space(traced(name))
+    space = space_of(name)
     policy = mixed_policy(space)
     masked, small = pruned(name, policy)
     costs = sculpt.cost(space, policy)
@@ -76,7 +84,7 @@ def test_correctness_08_claimed_macs_equal_counted_zeros_and_the_compact_program
 
 
 def test_correctness_09_every_convolution_and_dense_layer_is_a_site(name: str) -> None:
-    space = sculpt.make_space(traced(name))
+    space = space_of(name)
     masks = sculpt.make_masks(space, network(name).params, smallest_policy(space))
     dense_head = max(layer.index for layer in traced(name).layers)
     for layer in traced(name).layers:
@@ -101,7 +109,7 @@ def test_correctness_16_coupled_layers_lose_the_same_units(name: str) -> None:
 
 
 def test_each_site_alone_is_masked_and_compacted_exactly(name: str) -> None:
-    space = sculpt.make_space(traced(name))
+    space = space_of(name)
     apply = jax.jit(network(name).apply)
     dense = apply(network(name).params, network(name).state, IMAGES)
     for site in space.sites:
@@ -114,7 +122,7 @@ def test_each_site_alone_is_masked_and_compacted_exactly(name: str) -> None:
 
 
 def test_dense_policy_changes_nothing(name: str) -> None:
-    space = sculpt.make_space(traced(name))
+    space = space_of(name)
     masked, small = pruned(name, np.zeros(space.num_sites, np.int32))
     assert all(
         np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (masked.params, network(name).params)))
@@ -125,7 +133,7 @@ def test_dense_policy_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n not in ("dilated", "nnx")])
 def test_training_mode_and_gradients_agree_on_what_survives(name: str) -> None:
     """Networks with dropout are left out: its draws differ between shapes, as they must."""
-    space = sculpt.make_space(traced(name))
+    space = space_of(name)
     policy = mixed_policy(space)
     masked, small = pruned(name, policy)
     masks = sculpt.make_masks(space, network(name).params, policy)
@@ -148,7 +156,7 @@ def test_training_mode_and_gradients_agree_on_what_survives(name: str) -> None:
 
 
 def test_compact_model_can_be_traced_and_pruned_again(name: str) -> None:
-    _, small = pruned(name, mixed_policy(sculpt.make_space(traced(name))))
+    _, small = pruned(name, mixed_policy(space_of(name)))
     trace = sculpt.trace(small, IMAGES)
     assert trace.macs == sculpt.count_cost(small, IMAGES)[0]
     space = sculpt.make_space(trace)

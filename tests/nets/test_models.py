@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,6 +64,20 @@ SMALL = {
 
 IN_TEST_RESNET = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 
+SAME_BLOCKS = (
+    "resnet101",
+    "resnet110",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "_base",
+    "_small_patch",
+    "_small_dist",
+    "vgg19",
+    "patch2",
+)
+"""Parts of the names of networks that differ from another one in size alone."""
+
 OTHERS = [name for name in nets.list_models() if name not in IN_TEST_RESNET]
 
 
@@ -77,6 +92,14 @@ def shapes(module: Any, x: jax.ShapeDtypeStruct) -> Any:
 
 def size(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def slow_where_only_the_size_differs(names: Sequence[str]) -> list[Any]:
+    """Names for `parametrize`: of networks that differ in depth, width or patch alone, one is in the default run."""
+    return [
+        pytest.param(n, marks=[pytest.mark.slow] if any(part in n for part in SAME_BLOCKS) else [])
+        for n in names
+    ]
 
 
 def test_every_network_has_its_count() -> None:
@@ -95,7 +118,7 @@ def test_mobilenet_v1_has_the_published_size_at_every_width(multiplier: float, c
     assert size(shapes(module, image("mobilenet_v1"))["params"]) == count
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", slow_where_only_the_size_differs(OTHERS))
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_logits_are_single_precision_in_either_mode(name: str, dtype: Any) -> None:
     module, x = nets.create(name, 7, dtype=dtype), image(name, 2)

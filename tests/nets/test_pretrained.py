@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from sculpt import nets
 
+pytestmark = pytest.mark.optimised
+
 # Measured with PyTorch on the first 1,000 test images (the data folder's README).
 ACCURACY = {"resnet20": 0.915, "resnet32": 0.928, "resnet44": 0.933, "resnet56": 0.926}
 

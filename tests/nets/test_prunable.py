@@ -23,6 +23,7 @@ from tests.architectures.equality import (
     leanest_policy,
     prune,
 )
+from tests.nets.test_models import slow_where_only_the_size_differs
 
 HEADS = ("head", "distillation_head")
 
@@ -65,21 +66,6 @@ NARROW: dict[str, tuple[dict[str, Any], int]] = {
 each = pytest.mark.parametrize("name", NARROW)
 
 
-SAME_BLOCKS = (
-    "resnet101",
-    "resnet110",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "_base",
-    "_small_patch",
-    "_small_dist",
-    "vgg19",
-    "patch2",
-)
-"""Parts of the names of networks that differ from another one in size alone."""
-
-
 @functools.cache
 def narrow(name: str) -> Model:
     options, _ = NARROW[name]
@@ -103,13 +89,7 @@ def space_of(name: str) -> sculpt.Space:
     return sculpt.make_space(trace, ("channels", "rect"), importance=drawn_importance(trace, 5))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if any(part in name for part in SAME_BLOCKS) else [])
-        for name in nets.list_models()
-    ],
-)
+@pytest.mark.parametrize("name", slow_where_only_the_size_differs(nets.list_models()))
 def test_every_width_but_input_and_output_is_free(name: str) -> None:
     side = min(32, nets.image_size(name))
     x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)

@@ -105,7 +105,7 @@ def test_an_explanation_needs_a_tuned_plan() -> None:
     PolicyOptions(*files, plan={"precision": "bfloat16"}, explain=True)
     with pytest.raises(ValueError, match="--explain says how a plan was tuned, and this one is given"):
         PolicyOptions(*files, plan={"convolution": "lax"}, explain=True)
-    with pytest.raises(ValueError, match=r"--out must be a .jsonl or .parquet file, got s.csv"):
+    with pytest.raises(ValueError, match=r"scores are written to .jsonl or .parquet files, got s.csv"):
         PolicyOptions(files[0], Path("s.csv"))
 
 

@@ -34,10 +34,13 @@ ZERO_IS_LOWEST = [kind for kind in DETERMINED if kind != "geometric_median"]
 def varied(name: str) -> Model:
     """The network with parameters away from the ones and zeros that some start from."""
     model = network(name)
-    leaves, treedef = jax.tree.flatten(model.params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    leaves = [w + 0.1 * jax.random.normal(k, w.shape, w.dtype) for w, k in zip(leaves, keys)]
-    return model.replace(params=jax.tree.unflatten(treedef, leaves))
+    noise = np.random.default_rng(5)
+    # By numpy, here and below: operation by operation every shape would be compiled anew.
+    params = jax.tree.map(
+        lambda w: jax.device_put(np.asarray(w + 0.1 * noise.standard_normal(w.shape), w.dtype)),
+        jax.device_get(model.params),
+    )
+    return model.replace(params=params)
 
 
 @functools.cache
@@ -56,7 +59,7 @@ def units_along(trace: Trace, group: Group, term: Any) -> list[np.ndarray]:
 
 def permuted(model: Model, trace: Trace, orders: dict[int, np.ndarray]) -> Model:
     """The same function with the units of each group in another order: unit `order[i]` comes to stand at place i."""
-    leaves, treedef = jax.tree.flatten((model.params, model.state))
+    leaves, treedef = jax.tree.flatten(jax.device_get((model.params, model.state)))
     terms = [trace.flow.terms[value] for value in trace.program.inputs[:-1]]
     for group in trace.groups:
         for i, (leaf, term) in enumerate(zip(leaves, terms, strict=True)):
@@ -64,21 +67,21 @@ def permuted(model: Model, trace: Trace, orders: dict[int, np.ndarray]) -> Model
                 index = np.arange(leaf.shape[axis])
                 index[units] = units[orders[group.index]]
                 if units.size:
-                    leaf = jnp.take(leaf, index, axis=axis)
+                    leaf = np.take(leaf, index, axis=axis)
             leaves[i] = leaf
-    params, state = jax.tree.unflatten(treedef, leaves)
+    params, state = jax.device_put(jax.tree.unflatten(treedef, leaves))
     return model.replace(params=params, state=state)
 
 
 def without_units(model: Model, trace: Trace, gone: dict[int, int]) -> Model:
     """All weights of one unit of each group set to zero."""
-    leaves, treedef = jax.tree.flatten(model.params)
+    leaves, treedef = jax.tree.flatten(jax.tree.map(np.array, model.params))
     for group in trace.groups:
         for leaf, axis in group.slots:
             units = units_along(trace, group, trace.leaf_term(leaf))[axis]
             index = (slice(None),) * axis + (units[gone[group.index]],)
-            leaves[leaf] = leaves[leaf].at[index].set(0)
-    return model.replace(params=jax.tree.unflatten(treedef, leaves))
+            leaves[leaf][index] = 0
+    return model.replace(params=jax.device_put(jax.tree.unflatten(treedef, leaves)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,8 +121,14 @@ def test_a_unit_of_zeros_scores_lowest(kind: str, name: str) -> None:
         assert score[gone[group.index]] == 0 and others.max() > 0 and others.min() >= 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=[] if kind == "energy" or name == "residual" else [pytest.mark.slow])
+        for kind in KINDS
+        for name in NAMES
+    ],
+)
 def test_masks_drop_the_lowest_before_and_after_fine_tuning_and_compaction_agrees(
     kind: str, name: str
 ) -> None:

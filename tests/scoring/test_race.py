@@ -13,6 +13,8 @@ import sculpt
 from sculpt.model import Model
 from sculpt.training.data import Splits
 
+pytestmark = pytest.mark.optimised
+
 KEY = jax.random.key(0)
 
 
