@@ -22,6 +22,10 @@ class MobileNetV1(nn.Module):
         (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1),
     )  # fmt: skip
     """Channels and stride of each block."""
+    same: bool = True
+    """TensorFlow's padding."""
+    momentum: float = 0.99
+    epsilon: float = 1e-3
     dropout: float = 0.001
     dtype: Any = None
     """Of the activations; None for that of the parameters."""
@@ -33,9 +37,9 @@ class MobileNetV1(nn.Module):
             ConvNorm,
             activation=nn.relu6,
             train=train,
-            same=True,
-            momentum=0.99,
-            epsilon=1e-3,
+            same=self.same,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
             dtype=self.dtype,
         )
         x = conv(int(32 * self.width_multiplier), stride=2, name="stem")(x)

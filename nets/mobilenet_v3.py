@@ -31,6 +31,10 @@ class MobileNetV3(nn.Module):
     num_classes: int
     hidden: int = 1280
     """Width of the dense layer."""
+    same: bool = False
+    """TensorFlow's padding."""
+    momentum: float = 0.99
+    epsilon: float = 1e-3
     dropout: float = 0.2
     dtype: Any = None
     """Of the activations; None for that of the parameters."""
@@ -42,8 +46,9 @@ class MobileNetV3(nn.Module):
             ConvNorm,
             activation=nn.hard_swish,
             train=train,
-            momentum=0.99,
-            epsilon=1e-3,
+            same=self.same,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
             dtype=self.dtype,
         )
         x = conv(16, stride=2, name="stem")(x)

@@ -1,8 +1,10 @@
-"""Pretrained weights: safetensors files in PyTorch's names and layout, read into these networks."""
+"""Pretrained weights: files with PyTorch's or Keras' names and layouts, read into these networks and written back."""
 
 from __future__ import annotations
 
-import re
+import math
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,83 +13,211 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from sculpt.nets.registry import create
+from sculpt.nets.keras import read_keras
+from sculpt.nets.layouts import Source, from_file, shape_in_file, to_file
+from sculpt.nets.naming import namings, sources
+from sculpt.nets.registry import create, image_size
 
-_STATISTICS = {"running_mean": "mean", "running_var": "var"}
 _IGNORED = "num_batches_tracked"
+_SHOWN = 5
+ArrayPath = tuple[str, ...]
+Shapes = dict[ArrayPath, tuple[int, ...]]
+"""Path of an array here, `(collection, *layer, kind)`, to its shape."""
 
 
-def load(name: str, path: str | Path, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A network and its weights from a safetensors file.
+def load(
+    name: str, path: str | Path, num_classes: int, *, side: int | None = None, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A network and its weights from a file.
+
+    Safetensors files may be named as torchvision, timm or Hugging Face name them (which of them is found out), `.npz` files
+    as Keras does. Half and double precision become float32.
 
     Args:
       name: one of `list_models()`.
-      path: file with PyTorch parameter names (`layer1.0.conv1.weight`), kernels as OIHW.
+      path: the file.
       num_classes: width of the head in the file.
+      side: side of the images, in pixels, where there are position embeddings: those of a file for another size are
+        interpolated (bicubic, as in arXiv 2012.12877). None: that of `image_size(name)`.
+      **options: as in `create`.
 
     Returns:
-      `(module, variables)` with float32 collections "params" and "batch_stats".
+      `(module, variables)` with float32 collections "params" and, where there is BatchNorm, "batch_stats".
 
     Raises:
-      ValueError: if the file is missing, no safetensors file, or its names, shapes or values do not fit.
+      ValueError: if the file is missing or damaged, holds a pickle, or its names, shapes or values do not fit.
     """
-    module = create(name, num_classes)
-    template = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
-    found, arrays, faults = {}, [], []
-    for key, value in _read(Path(path)).items():
-        parts = _flax_path(key)
-        if parts in found:
-            faults.append(f"{found[parts][0]} and {key} are one parameter here")
-        elif not key.endswith(_IGNORED):
-            found[parts] = (key, value)
-    for tree_path, expected in leaves:
-        parts = tuple(str(p.key) for p in tree_path)
-        key, value = found.pop(parts, (None, None))
-        if value is None:
-            faults.append(f"missing {'/'.join(parts)} {list(expected.shape)}")
-            continue
-        value = _from_torch(value)
-        if value.shape != expected.shape:
-            faults.append(
-                f"{key} gives {list(value.shape)} where {'/'.join(parts)} has {list(expected.shape)}"
-            )
-        elif not np.isfinite(value).all():
-            faults.append(f"{key} holds NaN or infinite values")
-        arrays.append(jnp.asarray(value))
-    faults.extend(f"unexpected {key} {list(value.shape)}" for key, value in found.values())
+    module = create(name, num_classes, **options)
+    shapes, treedef = _shapes(module, image_size(name) if side is None else side)
+    file = Path(path)
+    if file.suffix == ".npz" and file.is_file():
+        arrays, names = read_keras(file, module)
+        faults = [
+            f"missing {'/'.join(ours)} {list(shape)}" for ours, shape in shapes.items() if ours not in arrays
+        ]
+        faults += [f"unexpected {names[ours]}" for ours in arrays if ours not in shapes]
+        faults += [
+            f"{names[ours]} is {list(arrays[ours].shape)}, expected {list(shape)}"
+            for ours, shape in shapes.items()
+            if ours in arrays and arrays[ours].shape != shape
+        ]
+    else:
+        arrays, names, faults = _from_pytorch(_read(file), module, shapes)
+    faults += [
+        f"{names[ours]} holds NaN or infinite values"
+        for ours in shapes
+        if ours in arrays and not np.isfinite(arrays[ours]).all()
+    ]
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ValueError(
-            f"{path} does not fit {name} with {num_classes} classes: {'; '.join(faults[:5])}{more}"
+            f"{path} does not fit {name} with {num_classes} classes: {'; '.join(faults[:_SHOWN])}{more}"
         )
-    return module, jax.tree.unflatten(treedef, arrays)
+    return module, jax.tree.unflatten(treedef, [jnp.asarray(arrays[ours]) for ours in shapes])
 
 
-def _flax_path(key: str) -> tuple[str, ...]:
-    """`layer2.0.bn1.running_mean` -> ("batch_stats", "stage2_block01", "norm1", "mean")."""
-    *owner, kind = key.split(".")
-    name = ".".join(owner)
-    name = re.sub(r"layer(\d)\.(\d+)", lambda m: f"stage{m[1]}_block{int(m[2]) + 1:02d}", name)
-    name = re.sub(r"\bbn(\d)", r"norm\1", name)
-    name = {"conv1": "stem_conv", "norm1": "stem_norm", "linear": "head", "fc": "head"}.get(name, name)
-    if kind in _STATISTICS:
-        return ("batch_stats", *name.split("."), _STATISTICS[kind])
-    if kind == "weight":
-        kind = "scale" if name.split(".")[-1].startswith(("norm", "stem_norm")) else "kernel"
-    return ("params", *name.split("."), kind)
+def save(
+    module: nn.Module, variables: Mapping[str, Any], path: str | Path, naming: str | None = None
+) -> None:
+    """Writes weights as a safetensors file that the network's PyTorch twin reads with `load_state_dict`.
+
+    Args:
+      module: the network, as `create` or `load` gives it.
+      variables: its collections, `{"params": model.params, **model.state}` of a `Model`; dense shapes, for a compact
+        network has no twin (`sculpt.save_params` keeps those).
+      path: where to; written beside it first, so that nothing is half written.
+      naming: one of `namings(module)`: "torchvision", "timm", ...; None: the first of them.
+
+    Raises:
+      ValueError: for an unknown naming, or arrays that are not those of the network.
+    """
+    known = namings(module)
+    naming = known[0] if naming is None else naming
+    if naming not in known:
+        raise ValueError(f"naming must be one of {', '.join(known)}, got {naming!r}")
+    leaves = dict(_leaves(variables))
+    expected, _ = _shapes(module, _side_of(module, leaves))
+    wrong = [
+        f"{'/'.join(ours)} is {list(np.shape(leaves[ours])) if ours in leaves else 'missing'}, expected {list(shape)}"
+        for ours, shape in expected.items()
+        if ours not in leaves or np.shape(leaves[ours]) != shape
+    ] + [f"unexpected {'/'.join(ours)}" for ours in leaves if ours not in expected]
+    if wrong:
+        raise ValueError(
+            f"the arrays are not those of the dense {type(module).__name__}: {'; '.join(wrong[:_SHOWN])}"
+        )
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for ours, source in zip(expected, _sources(module, naming, expected), strict=True):
+        array = to_file(np.asarray(leaves[ours], np.float32), source)
+        parts.setdefault(source.key, {})[source.part] = array
+    tensors = {
+        key: np.ascontiguousarray(
+            np.concatenate([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
+        )
+        for key, found in parts.items()
+    }
+    from safetensors.numpy import save as to_bytes
+
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(to_bytes(tensors))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _from_torch(value: np.ndarray) -> np.ndarray:
-    value = np.asarray(value, np.float32)
-    if value.ndim == 4:
-        return value.transpose(2, 3, 1, 0)
-    return value.T if value.ndim == 2 else value
+def download(repository: str, file: str = "model.safetensors", revision: str | None = None) -> Path:
+    """A file of the Hugging Face hub, such as `download("timm/resnet50.a1_in1k")`, kept in the hub's cache.
+
+    Raises:
+      ValueError: without the extra `hub`, without a network where the file is not in the cache, or where there is no such
+        file.
+    """
+    try:
+        from huggingface_hub import hf_hub_download  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ValueError(
+            "reading from the hub needs the extra: pip install 'autosculpt[hub]', or download the file yourself and give "
+            "its path"
+        ) from error
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except Exception as error:  # the hub, its cache, HTTP and sockets each have their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"could not get {file} of {repository} from the hub ({reason}): check the name and the connection, or download "
+            "it elsewhere and give its path"
+        ) from error
+
+
+def _shapes(module: nn.Module, side: int) -> tuple[Shapes, Any]:
+    template = jax.eval_shape(
+        module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    )
+    return {path: leaf.shape for path, leaf in _leaves(template)}, jax.tree.structure(template)
+
+
+def _leaves(tree: Any) -> Iterator[tuple[ArrayPath, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield tuple(str(part.key) for part in path), leaf
+
+
+def _sources(module: nn.Module, naming: str, shapes: Shapes) -> list[Source]:
+    return sources(module, naming, list(shapes), [len(shape) for shape in shapes.values()])
+
+
+def _side_of(module: nn.Module, leaves: Mapping[ArrayPath, Any]) -> int:
+    """A side of images for which the network has arrays of these shapes."""
+    position = leaves.get(("params", "position"))
+    if position is None:
+        return 32
+    tokens = 2 if getattr(module, "distilled", False) else 1
+    return math.isqrt(max(np.shape(position)[1] - tokens, 1)) * getattr(module, "patch", 1)
+
+
+def _from_pytorch(
+    raw: dict[str, np.ndarray], module: nn.Module, shapes: Shapes
+) -> tuple[dict[ArrayPath, np.ndarray], dict[ArrayPath, str], list[str]]:
+    """Arrays under our paths, what the file calls them, and what is wrong with it."""
+    raw = {key: value for key, value in raw.items() if not key.endswith(_IGNORED)}
+    tables = [_sources(module, naming, shapes) for naming in namings(module)]
+    table = max(tables, key=lambda found: len({source.key for source in found} & set(raw)))
+    arrays: dict[ArrayPath, np.ndarray] = {}
+    faults: list[str] = []
+    for (ours, shape), source in zip(shapes.items(), table, strict=True):
+        expected, value = shape_in_file(source, shape), raw.get(source.key)
+        if value is None:
+            faults.append(f"missing {source.key} {list(expected)}")
+        elif not (np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16"):
+            faults.append(f"{source.key} is {value.dtype}, expected floating point")
+        else:
+            value = np.asarray(value, np.float32)
+            if ours[-1] == "position" and value.ndim == 3 and value.shape != expected:
+                value = _interpolated(value, expected, 2 if getattr(module, "distilled", False) else 1)
+            if value.shape == expected:
+                arrays[ours] = from_file(value, source, shape)
+            else:
+                faults.append(f"{source.key} is {list(value.shape)}, expected {list(expected)}")
+    known = {source.key for source in table}
+    faults += [f"unexpected {key} {list(value.shape)}" for key, value in raw.items() if key not in known]
+    return arrays, {ours: source.key for ours, source in zip(shapes, table)}, list(dict.fromkeys(faults))
+
+
+def _interpolated(position: np.ndarray, expected: tuple[int, ...], tokens: int) -> np.ndarray:
+    """Position embeddings `[1, tokens + side^2, width]` for another side; as they are where that is not what they are."""
+    old, new = (math.isqrt(max(n - tokens, 0)) for n in (position.shape[1], expected[1]))
+    square = old**2 + tokens == position.shape[1] and new**2 + tokens == expected[1] and old > 0
+    if not square or position.shape[2] != expected[2]:
+        return position
+    grid = position[:, tokens:].reshape(1, old, old, -1)
+    resized = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic")
+    return np.concatenate([position[:, :tokens], np.asarray(resized).reshape(1, new**2, -1)], axis=1)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise ValueError(f"no weights at {path}: give the path of a .safetensors file")
+        raise ValueError(f"no weights at {path}: give the path of a .safetensors or .npz file")
     with path.open("rb") as file:
         start = file.read(8)
     pickled = start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04"

@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
-from sculpt.nets import efficientnet, mobilenet, mobilenet_v3, resnet, vgg, vit
+from sculpt.nets import efficientnet, mlperf, mobilenet, mobilenet_v3, resnet, vgg, vit
 
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
-_FAMILIES = (resnet, vgg, mobilenet, mobilenet_v3, efficientnet, vit)
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_HALF = ((0.5,) * 3, (0.5,) * 3)
+_COLOURS = {
+    "resnet8_mlperf": ((0.0,) * 3, (1 / 255,) * 3),
+    "efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3),
+    "mobilenet_v1": _HALF,
+    **dict.fromkeys((name for name in vit.MODELS if name.startswith("vit_")), _HALF),
+}
+"""Mean and deviation of the colours, 0 to 1, where they are not those of ImageNet."""
+_FAMILIES = (resnet, mlperf, vgg, mobilenet, mobilenet_v3, efficientnet, vit)
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any], int]] = {
     name: entry for family in _FAMILIES for name, entry in family.MODELS.items()
 }
@@ -65,18 +72,29 @@ def _entry(name: str) -> tuple[type[nn.Module], dict[str, Any], int]:
     return _MODELS[name]
 
 
+def colours(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each of three colours, of pixels divided by 255, that the pretrained weights of `name` expect.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    _entry(name)
+    return _COLOURS.get(name, _IMAGENET)
+
+
 def preprocess(name: str, images: Any) -> Any:
-    """uint8 images `[..., 3]` (0 to 255) as the float32 that the pretrained weights of `name` expect: by the mean and the
-    deviation of ImageNet's colours.
+    """uint8 images `[..., 3]` (0 to 255) as the float32 that the pretrained weights of `name` expect.
+
+    By the mean and the deviation of ImageNet's colours, save for networks whose publishers scaled otherwise: to -1..1 (MobileNet-V1,
+    timm's ViTs; torchvision's ViTs want ImageNet's), by 127 and 128 (EfficientNet-Lite), not at all (MLPerf's ResNet-8).
 
     NumPy arrays give NumPy arrays, JAX arrays JAX arrays; works inside `jax.jit`.
 
     Raises:
       ValueError: for an unknown name, another dtype or other than three channels.
     """
-    _entry(name)
+    mean, std = (np.asarray(values, np.float32) for values in colours(name))
     if images.dtype != np.uint8 or images.shape[-1] != 3:
         raise ValueError(f"expected uint8 images [..., 3], got {images.dtype}{list(images.shape)}")
-    mean, std = np.asarray(_MEAN, np.float32), np.asarray(_STD, np.float32)
     shape = (1,) * (images.ndim - 1) + (3,)
     return (images.astype(np.float32) / 255.0 - mean.reshape(shape)) / std.reshape(shape)

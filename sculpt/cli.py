@@ -255,7 +255,7 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
     from sculpt.pipeline.policies import PLAN_FIELDS, PolicyOptions, score_policies_of_run
     from sculpt.pipeline.progress import watching
     from sculpt.report import RunDirectory
-    from sculpt.scoring import EvaluationPlan, StreamReport, Tuning
+    from sculpt.scoring import EvaluationPlan, PrecisionGap, StreamReport, Tuning
 
     if missing := sorted({"policies", "out"} - set(options)):
         raise ValueError(f"scores of many policies need --{' and --'.join(missing)}")
@@ -266,8 +266,10 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
     asked = PolicyOptions(plan=plan, **options)
     console = Console(markup=False)
 
-    def on_plan(chosen: EvaluationPlan, tuning: Tuning | None) -> None:
+    def on_plan(chosen: EvaluationPlan, tuning: Tuning | None, gap: PrecisionGap | None) -> None:
         lines = [f"plan: {chosen.describe()}"] if tuning is None or not asked.explain else tuning.describe()
+        if gap is not None:
+            lines = [*lines, gap.describe(chosen.precision)]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)
 

@@ -73,7 +73,7 @@ def test_the_result(finished: Path) -> None:
     assert pruned["macs_realised"] == pruned["macs_theoretical"]
     assert pruned["params"] < dense["params"]
     assert result["compact_max_abs_diff"] <= 1e-4
-    assert result["search"]["evaluations"] == 64
+    assert result["search"]["evaluations"] == 64 >= result["search"]["unique_evaluations"] > 32
 
 
 def test_correctness_02_the_saved_masks_and_policy_are_those_of_the_saved_weights(finished: Path) -> None:
@@ -375,6 +375,11 @@ def test_many_policies_of_a_finished_run(
     ):
         assert main([*base, *sizes, *fixed, *wrong]) == 2
         assert message in capsys.readouterr().err
+    half = [*base[:-1], str(tmp_path / "half.jsonl"), *sizes, *fixed, "--precision", "bfloat16"]
+    assert main(half) == 0
+    assert (
+        "bfloat16 beside float32, 3 policies on 64 images: accuracy differs by 0." in capsys.readouterr().out
+    )
     # digits has fewer than 512 validation images: all of them.
     whole = [
         "evaluate",

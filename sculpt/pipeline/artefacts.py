@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ class Artefacts:
 
     @functools.cached_property
     def splits(self) -> Splits:
-        """The images; ValueError where they are not those that the run was begun with."""
+        """The images, normalised as pretrained weights expect; ValueError where they are not those that the run was begun with."""
         settings = self.train_settings
         if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
             raise ValueError(f"no such data directory: {settings.data_dir}")
@@ -74,6 +75,9 @@ class Artefacts:
                 f"the data set {splits.name} is not the one that {self.run.path} was begun with: "
                 "restore that one, or choose another --run"
             )
+        if settings.weights is not None and len(splits.mean) == len(nets.colours(settings.model)[0]):
+            mean, std = nets.colours(settings.model)
+            splits = dataclasses.replace(splits, mean=mean, std=std)
         return splits
 
     @functools.cached_property
@@ -106,7 +110,7 @@ class Artefacts:
             module = nets.create(settings.model, classes)
             variables = jax.jit(module.init)(self.key("init"), jnp.zeros(self.image.shape))
         else:
-            module, variables = nets.load(settings.model, settings.weights, classes)
+            module, variables = nets.load(settings.model, settings.weights, classes, side=self.image.shape[1])
         model = from_linen(module, variables)
         _check_takes(model, self.image, settings)
         return model

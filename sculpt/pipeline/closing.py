@@ -129,7 +129,10 @@ def result(p: Pipeline, record: dict[str, Any]) -> dict[str, Any]:
             "params": small["params"],
             "latency_ms": small["latency_ms"],
         },
-        "search": {name: found[name] for name in ("evaluations", "seconds", "policies_per_second")},
+        "search": {
+            name: found[name]
+            for name in ("evaluations", "unique_evaluations", "seconds", "policies_per_second")
+        },
         "compact_max_abs_diff": p.run.record("compact")["max_abs_diff"],
         "policy": found["policy"],
     }
@@ -233,7 +236,11 @@ def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list
         text = f"{stage_record['n_validation']} {images}"
         value = f"{stage_record['validation_accuracy']:.4f}"
         numbers.append(Number(f"validation accuracy after {stage}", value, "measured", text))
-    policies = f"{found['evaluations']} policies, {found['unique_evaluations']} distinct, {found['n_score']} train images each"
+    remembered = 1 - found["unique_evaluations"] / found["evaluations"]
+    policies = (
+        f"{found['evaluations']} policies, {found['unique_evaluations']} distinct ({remembered:.0%} remembered), "
+        f"{found['n_score']} train images each"
+    )
     numbers.append(Number("policies per second", f"{found['policies_per_second']:.2f}", "measured", policies))
     numbers.append(Number("search", f"{found['seconds']:.1f} s", "measured", policies))
     return numbers

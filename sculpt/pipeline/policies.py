@@ -9,16 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pruning.masks import check_policies
 from sculpt.report import RunDirectory
-from sculpt.scoring import EvaluationPlan, StreamReport, Tuning, evaluate_file, tune_plan
+from sculpt.scoring import (
+    EvaluationPlan,
+    PrecisionGap,
+    StreamReport,
+    Tuning,
+    evaluate_file,
+    precision_gap,
+    tune_plan,
+)
 from sculpt.scoring.policy_file import check_scores_file, count_policies, read_policies
 from sculpt.scoring.recalibrate import check_calibration_images
 
 PLAN_FIELDS = tuple(field.name for field in dataclasses.fields(EvaluationPlan))
 _IMAGES = 512
+_COMPARED = 8
+"""Policies that are scored in float32 as well, where half precision is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +85,7 @@ def score_policies_of_run(
     run: RunDirectory,
     options: PolicyOptions,
     cache: Path,
-    on_plan: Callable[[EvaluationPlan, Tuning | None], None],
+    on_plan: Callable[[EvaluationPlan, Tuning | None, PrecisionGap | None], None],
     on_progress: Callable[[StreamReport, int], None],
 ) -> StreamReport:
     """Scores the policies of a file for the run's dense network and its space.
@@ -83,7 +94,7 @@ def score_policies_of_run(
       run: a run whose network is trained; nothing in it is changed.
       options: what to score.
       cache: folder that tuned plans are kept in.
-      on_plan: told the plan, and how it was found where it was tuned.
+      on_plan: told the plan, how it was found where it was tuned, and what it costs where it is of half precision.
       on_progress: told after every block, with the number of policies in all.
 
     Raises:
@@ -105,11 +116,12 @@ def score_policies_of_run(
     chosen, tuning = options.fixed_plan(), None
     if chosen is not None:
         chosen.mesh()  # are there so many devices?
-    for policy in itertools.islice(read_policies(options.policies), 1):
+    first = list(itertools.islice(read_policies(options.policies), _COMPARED))
+    for number_of, policy in enumerate(first):
         try:
             check_policies(space, policy)
         except ValueError as error:
-            raise ValueError(f"{options.policies}, policy 0: {error}") from error
+            raise ValueError(f"{options.policies}, policy {number_of}: {error}") from error
     images = splits.normalise(splits.validation.images[:number])
     labels = splits.validation.labels[:number]
     calibration = None
@@ -118,7 +130,10 @@ def score_policies_of_run(
     if chosen is None:
         tuning = tune_plan(model, space, images, labels, calibration, cache=cache, **options.plan)
         chosen = tuning.plan
-    on_plan(chosen, tuning)
+    gap = None
+    if chosen.precision != "float32" and first:
+        gap = precision_gap(model, space, np.stack(first), images, labels, calibration, chosen)
+    on_plan(chosen, tuning, gap)
     return evaluate_file(
         model,
         space,

@@ -12,6 +12,7 @@ from sculpt.scoring.evaluate import (
 from sculpt.scoring.journal import StreamReport, evaluate_file
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.policy_file import read_policies
+from sculpt.scoring.precision import PrecisionGap, precision_gap
 from sculpt.scoring.problem import Problem, make_problem
 from sculpt.scoring.race import Race, Rung, race_policies
 from sculpt.scoring.recalibrate import recalibrate
@@ -21,6 +22,7 @@ from sculpt.scoring.tune import Trial, Tuning, tune_plan
 __all__ = [
     "Block",
     "EvaluationPlan",
+    "PrecisionGap",
     "Problem",
     "Race",
     "Rung",
@@ -32,6 +34,7 @@ __all__ = [
     "evaluate_file",
     "evaluate_policies",
     "make_problem",
+    "precision_gap",
     "race_policies",
     "read_policies",
     "recalibrate",

@@ -29,6 +29,7 @@ HEADS = ("head", "distillation_head")
 
 # The same blocks, few and narrow: options and side of the image.
 NARROW: dict[str, tuple[dict[str, Any], int]] = {
+    "resnet8_mlperf": ({"widths": (4, 6)}, 8),
     "resnet18": ({"width": 4, "depths": (1, 1)}, 16),
     "resnet50": ({"width": 4, "depths": (1, 1)}, 16),
     "vgg16_bn": ({"widths": (4, 6), "depths": (1, 2), "hidden": (7, 6), "pool": 3, "dropout": 0.0}, 8),

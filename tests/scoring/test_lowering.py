@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sculpt
+from sculpt.scoring import precision_gap
 from sculpt.scoring.lowering import lowered
 from sculpt.tracing.program import flatten
 from tests.networks import network, traced
@@ -106,14 +107,7 @@ def test_half_precision_changes_scores_a_little(convolution: str, chunk: int) ->
     labels = jax.random.randint(jax.random.key(1), (64,), 0, 5)
     space = sculpt.make_space(traced("residual"))
     policies = sculpt.random_policies(space, jax.random.key(2), 4)
-    plans = [
-        sculpt.EvaluationPlan(policies_per_chunk=chunk, convolution=convolution, precision=precision)  # type: ignore[arg-type]
-        for precision in ("float32", "bfloat16")
-    ]
-    full, half = (
-        sculpt.evaluate_policies(network("residual"), space, policies, images, labels, images, plan)
-        for plan in plans
-    )
-    assert not np.array_equal(full.loss, half.loss)
-    np.testing.assert_allclose(half.loss, full.loss, atol=0.05)
-    np.testing.assert_allclose(half.accuracy, full.accuracy, atol=0.1)
+    plan = sculpt.EvaluationPlan(policies_per_chunk=chunk, convolution=convolution, precision="bfloat16")  # type: ignore[arg-type]
+    gap = precision_gap(network("residual"), space, policies, images, labels, images, plan)
+    assert 0 < gap.loss <= 0.05 and 0 <= gap.accuracy <= 0.1
+    assert (gap.policies, gap.images) == (4, 64)
