@@ -78,6 +78,24 @@ class _LinenTrain:
         return logits, {**state, **updated}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ByIdentity:
+    """A module that does not hash, such as an `nn.Sequential` of a list: equal to itself alone."""
+
+    module: Any
+
+    def apply(self, *arguments: Any, **options: Any) -> Any:
+        return self.module.apply(*arguments, **options)
+
+
+def _hashable(module: Any) -> Any:
+    try:
+        hash(module)
+    except TypeError:
+        return _ByIdentity(module)
+    return module
+
+
 _OFF_IN_TRAINING = ("deterministic", "use_running_average")
 """Keywords of the kind that is True in evaluation."""
 
@@ -105,12 +123,18 @@ def from_linen(
     Raises:
       ValueError: if `variables` has no "params" collection, or the module does not take `train_argument`.
     """
+    if not callable(getattr(module, "apply", None)):
+        raise ValueError(
+            f"from_linen expected a flax.linen.Module, got {type(module).__name__}: NNX modules go to from_nnx, functions to "
+            "from_function"
+        )
     if "params" not in variables:
         raise ValueError(
             f"from_linen expected variables with a 'params' collection (what module.init returns), got {sorted(variables)}"
         )
     train_argument = _accepted_argument(module, train_argument, "batch_stats" in variables)
     state = {name: value for name, value in variables.items() if name != "params"}
+    module = _hashable(module)
     return Model(
         apply=_LinenApply(module, train_argument),
         apply_train=_LinenTrain(module, train_argument, tuple(state), tuple(rngs)),
@@ -122,7 +146,12 @@ def from_linen(
 def _accepted_argument(module: Any, name: str | None, must_switch: bool) -> str | None:
     import inspect
 
-    parameters = inspect.signature(type(module).__call__).parameters
+    from flax.linen import Sequential
+
+    while isinstance(module, Sequential) and module.layers:
+        module = module.layers[0]  # to which it hands its keywords
+    call = module if inspect.isroutine(module) else type(module).__call__
+    parameters = inspect.signature(call).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if name is None or name in parameters or takes_any:
         return name
@@ -222,6 +251,10 @@ def from_function(
         raise ValueError(
             "from_function expected params with at least one array, got an empty pytree; "
             "pass the arrays as an argument instead of closing over them"
+        )
+    if not callable(apply):
+        raise ValueError(
+            f"from_function expected a function `apply(params, x)` first, got {type(apply).__name__}"
         )
     evaluate = _FunctionApply(apply, state is not None)
     return Model(evaluate, _FunctionTrain(evaluate, apply_train), params, {} if state is None else state)

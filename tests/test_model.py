@@ -140,3 +140,44 @@ def test_switches_that_are_off_in_training_and_other_random_streams() -> None:
     with_one_stream = sculpt.from_linen(Noisy(), variables, "deterministic")
     with pytest.raises(InvalidRngError, match="noise"):
         with_one_stream.apply_train(model.params, model.state, x, jax.random.key(1))
+
+
+def test_a_sequential_of_a_list_is_a_network_too() -> None:
+    layers = [
+        nn.Conv(4, (3, 3)),
+        nn.Sequential([nn.gelu, nn.Conv(6, (1, 1))]),
+        lambda x: x.mean((1, 2)),
+        nn.Dense(5),
+    ]
+    module = nn.Sequential(layers)
+    x = jnp.ones((2, 8, 8, 3))
+    model = sculpt.from_linen(module, module.init(jax.random.key(0), x))
+    run = jax.jit(lambda m, x: m(x))
+    expected: Any = module.apply({"params": model.params}, x)
+    np.testing.assert_allclose(run(model, x), expected, atol=1e-5)
+    run(model.replace(params=jax.tree.map(jnp.zeros_like, model.params)), x)
+    assert getattr(run, "_cache_size")() == 1  # noqa: B009
+    assert len(sculpt.trace(model, x).groups) == 2
+
+
+def test_what_is_no_network_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"from_linen expected a flax.linen.Module, got Linear: NNX modules go to from_nnx"
+    ):
+        sculpt.from_linen(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {"params": {}})
+    with pytest.raises(ValueError, match=r"from_function expected a function .* first, got dict"):
+        sculpt.from_function({"a": jnp.ones(2)}, lambda p, x: x)  # type: ignore[arg-type]
+
+
+def test_example_inputs_that_do_not_fit_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"the model does not take the example input float32\[batch, 8, 8, 4\]: "
+    ):
+        sculpt.trace(network("plain"), jnp.zeros((1, 8, 8, 4)))
+    with pytest.raises(ValueError, match=r"or jax.ShapeDtypeStruct\(shape, dtype\), got 1"):
+        sculpt.trace(network("plain"), (1, 8, 8, 3))
+    scaled = sculpt.from_function(
+        lambda p, x: p["s"] * (x @ p["a"]) @ p["b"], {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "s": 2.0}
+    )
+    assert [group.size for group in sculpt.trace(scaled, jnp.zeros((1, 3))).groups] == [4]
+    assert sculpt.make_space(sculpt.trace(scaled, jnp.zeros((1, 3))), families="channels").num_sites == 1

@@ -429,7 +429,10 @@ def test_bad_policies_are_found_before_a_plan_is_tuned(
         assert main(["evaluate", "--run", str(run), *files, "--images", "64"]) == 2
         assert message in capsys.readouterr().err
 
+    source.write_text("\n")
+    fails("holds no policy")
     source.write_text("[0, 0, 0]\n")
+    fails(f"--out {source} is the file of the policies", source.name)
     fails("scores are written to .jsonl or .parquet files", "scores.csv")
     fails(f"{source}, policy 0: expected policies as integers")
     source.write_text(f"{[99] * len(RunDirectory.existing(run).result()['policy'])}\n")

@@ -158,7 +158,9 @@ class Artefacts:
 
     @functools.cached_property
     def small(self) -> Model:
-        return self._load("compact", compact(self.tuned, self.space, self.policy, check=False))
+        return self._load(
+            "compact", compact(self.tuned, self.space, self.policy, check=False, masks=self.masks)
+        )
 
     def key(self, use: str) -> jax.Array:
         """The key of one use of randomness."""

@@ -103,6 +103,10 @@ def score_policies_of_run(
     """
     run.record("train")
     total = count_policies(options.policies)
+    if total == 0:
+        raise ValueError(f"{options.policies} holds no policy")
+    if options.policies.resolve() == options.out.resolve():
+        raise ValueError(f"--out {options.out} is the file of the policies: name another one")
     artefacts = Artefacts(run, {})
     splits = artefacts.splits
     number = min(_IMAGES, len(splits.validation.labels)) if options.images is None else options.images

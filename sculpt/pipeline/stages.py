@@ -184,7 +184,7 @@ class Pipeline(Artefacts):
         return self._validated(model)
 
     def _compact(self) -> dict[str, Any]:
-        small = compact(self.tuned, self.space, self.policy)
+        small = compact(self.tuned, self.space, self.policy, masks=self.masks)
         images = self.splits.normalise(self.splits.validation.images[:512])
         difference = np.abs(
             np.asarray(_logits(self.tuned, images)) - np.asarray(_logits(small, images))

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sculpt.model import Model, Params, State
-from sculpt.pruning.masks import make_masks
+from sculpt.pruning.masks import check_masks, make_masks
 from sculpt.pruning.rewrite import Sizes, bind, rewrite, take
 from sculpt.pruning.space import Space
 from sculpt.tracing.axes import Atom
@@ -25,9 +25,13 @@ from sculpt.tracing.execute import Executable, as_written, execute
 from sculpt.tracing.program import flatten, with_known_sizes
 from sculpt.tracing.rules import WINDOW
 from sculpt.tracing.trace import Trace, axis_flow, leaf_paths, shapes_of
+from sculpt.tracing.zeros import unsound_atoms
 
 TOLERANCE = 1e-4
-"""Largest difference between masked and compact logits, relative to the largest logit."""
+"""Largest difference between masked and compact outputs, relative to the largest output."""
+_TINY = 1e-30
+_ROUNDINGS = 8
+"""The same in units of the last place, for networks that compute in half precision."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,14 +101,16 @@ class CompactFunction:
         return self.plan.rows
 
 
-def compact(model: Model, space: Space, policy: Any, check: bool = True) -> Model:
+def compact(model: Model, space: Space, policy: Any, check: bool = True, *, masks: Any = None) -> Model:
     """Takes the zeros of a policy out of a masked model: channels go, windows become smaller kernels.
 
     Args:
       model: a model that carries the zeros of the policy (`apply_masks`, `finetune`), dense shapes.
       space: the search space that the policy belongs to.
       policy: integers `[sites]`.
-      check: compare masked and compact logits on random images.
+      check: compare masked and compact outputs on random images.
+      masks: what `make_masks` gave before fine-tuning. None: worked out again, which gives the same units unless training
+        brought all weights of another unit to zero or importance moved.
 
     Returns:
       A `Model` of smaller arrays under the same tree paths; jit-, grad- and vmap-able, trainable, and traceable again.
@@ -112,7 +118,9 @@ def compact(model: Model, space: Space, policy: Any, check: bool = True) -> Mode
     Raises:
       ValueError: if the model does not carry the policy's zeros, or (a fault of this library) the outputs differ.
     """
-    masks = jax.device_get(make_masks(space, model.params, policy))
+    if masks is None:
+        masks = make_masks(space, model.params, policy)
+    masks = jax.device_get(check_masks(model, masks))
     paths = leaf_paths(model.params)
     for path, weight, mask in zip(paths, jax.tree.leaves(model.params), jax.tree.leaves(masks)):
         wrong = np.count_nonzero(np.asarray(weight)[~mask])
@@ -140,21 +148,28 @@ def max_difference(model: Model, other: Model, x: jax.Array) -> float:
     return max(_difference(a, b) for a, b in zip(*outputs, strict=True))
 
 
-def _difference(a: jax.Array, b: jax.Array) -> float:
-    """Largest difference relative to the largest value of `a` (at least 1); places where both are NaN count as equal."""
+def _difference(a: jax.Array, b: jax.Array, least: float = 1.0) -> float:
+    """Largest difference relative to the largest finite value of `a`, which counts as at least `least`; equal infinities and NaN
+    count as equal."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    gap = np.where(np.isnan(x) & np.isnan(y), 0.0, np.abs(x - y))
-    return float(gap.max(initial=0.0) / max(np.abs(x).max(initial=0.0), 1.0))
+    with np.errstate(invalid="ignore"):
+        gap = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
+    return float(gap.max(initial=0.0) / max(np.abs(x[np.isfinite(x)]).max(initial=0.0), least))
 
 
 def _check(model: Model, small: Model, traced: Trace) -> None:
     x = jax.tree.map(_drawn, traced.inputs)
-    difference = max_difference(model, small, x)
-    if not difference <= TOLERANCE:
-        raise ValueError(
-            f"compacted and masked outputs differ by {difference:.2e} of the largest output (at most {TOLERANCE} expected), "
-            f"first {_first_difference(model, small, traced, x)}; please report this network"
-        )
+    floating = [v.dtype for v in traced.program.avals if jnp.issubdtype(v.dtype, jnp.floating)]
+    tolerance = max(TOLERANCE, *(_ROUNDINGS * float(jnp.finfo(dtype).eps) for dtype in floating))
+    # Accelerators multiply in fewer digits unless they are told otherwise.
+    with jax.default_matmul_precision("highest"):
+        outputs = (jax.tree.leaves(jax.jit(m.apply)(m.params, m.state, x)) for m in (model, small))
+        difference = max(_difference(a, b, _TINY) for a, b in zip(*outputs, strict=True))
+        if not difference <= tolerance:
+            raise ValueError(
+                f"compacted and masked outputs differ by {difference:.2e} of the largest output (at most {tolerance:.0e} "
+                f"expected), first {_first_difference(model, small, traced, x, tolerance)}; please report this network"
+            )
 
 
 def _drawn(array: jax.ShapeDtypeStruct) -> jax.Array:
@@ -163,7 +178,7 @@ def _drawn(array: jax.ShapeDtypeStruct) -> jax.Array:
     return (draw if jnp.issubdtype(array.dtype, jnp.inexact) else draw > 0).astype(array.dtype)
 
 
-def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array) -> str:
+def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array, tolerance: float) -> str:
     """Runs both networks operation by operation and names the first that differs at units that stay."""
     function = small.apply
     assert isinstance(function, CompactFunction)
@@ -192,7 +207,7 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array) -
             continue
         for output, a, b in zip(eqn.outputs, big, cut):
             kept = take(a, rewritten.sizes, rewritten.sizes.flow.terms[output])
-            if jnp.issubdtype(kept.dtype, jnp.number) and not _difference(kept, b) <= TOLERANCE:
+            if jnp.issubdtype(kept.dtype, jnp.number) and not _difference(kept, b, _TINY) <= tolerance:
                 return f"{last}, in {eqn.name} at {eqn.source}"
     return f"{last}, at the output"
 
@@ -254,7 +269,12 @@ def _rewritten(
         for axis, units in zip(term, keep):
             if not np.array_equal(flow.axes.keep(axis, kept), units):
                 raise ValueError("the training program couples axes otherwise than the evaluation program")
-    for reason in map(flow.axes.frozen, kept):
+    lost = [atom for atom, units in kept.items() if not units.all()]
+    reasons = [flow.axes.frozen(atom) for atom in kept]
+    if training:
+        unsound = unsound_atoms(flow, known.inputs[: len(jax.tree.leaves(plan.params))])
+        reasons += [unsound.get(atom) for atom in lost]
+    for reason in reasons:
         if reason is not None and not reason.startswith(WINDOW):
             raise ValueError(f"an axis that lost units cannot do so in training mode: {reason}")
     return _Rewritten(rewrite(flow, program, kept), out_tree, Sizes(flow, program, kept))

@@ -22,7 +22,14 @@ def check_policies(space: Space, policies: Any) -> jax.Array:
     Raises:
       ValueError: for a wrong length or dtype, or (where the values are known) an option that does not exist.
     """
+    if not isinstance(policies, jax.Array):
+        policies = np.asarray(policies)
     shape, dtype = jnp.shape(policies), jax.dtypes.result_type(policies)
+    if shape and shape[-1] != space.num_sites and jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"expected policies as integers [..., {space.num_sites}], one for each site of the space, got {shape[-1]} numbers "
+            f"({dtype}{list(shape)}); space.describe(policy) or `sculpt info` lists the sites"
+        )
     if not shape or shape[-1] != space.num_sites or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"expected policies as integers [..., {space.num_sites}], got {dtype}{list(shape)}")
     if not isinstance(policies, Tracer):
@@ -60,7 +67,8 @@ def make_masks(space: Space, params: Params, policy: Any) -> Any:
     """The masks of a policy: a pytree like `params`, boolean, True where a weight stays.
 
     Which channels go is decided by `space.importance`, or without it, as for windows, by retained energy on `params`. On
-    parameters that already carry the zeros of the policy the same units are chosen again.
+    parameters that already carry the zeros of the policy the same units are chosen again, unless all weights of a unit that stays
+    have become zero as well.
 
     Args:
       space: the search space.
@@ -85,11 +93,11 @@ def mask_params(params: Params, masks: Any) -> Params:
     return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros((), w.dtype)), params, masks)
 
 
-def apply_masks(model: Model, masks: Any) -> Model:
-    """A model whose zeros are in place.
+def check_masks(model: Model, masks: Any) -> Any:
+    """Returns the masks.
 
     Raises:
-      ValueError: if the masks are not a pytree of booleans like `model.params`.
+      ValueError: if they are not a pytree of booleans like `model.params`.
     """
     if jax.tree.structure(masks) != jax.tree.structure(model.params):
         raise ValueError(
@@ -101,4 +109,13 @@ def apply_masks(model: Model, masks: Any) -> Model:
             raise ValueError(
                 f"expected a boolean mask {jnp.shape(weight)}, got {jax.dtypes.result_type(mask)}{jnp.shape(mask)}"
             )
-    return model.replace(params=mask_params(model.params, masks))
+    return masks
+
+
+def apply_masks(model: Model, masks: Any) -> Model:
+    """A model whose zeros are in place.
+
+    Raises:
+      ValueError: if the masks are not a pytree of booleans like `model.params`.
+    """
+    return model.replace(params=mask_params(model.params, check_masks(model, masks)))

@@ -84,7 +84,8 @@ def _channel_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
         counts: dict[int, str] = {group.size: f"{LEVELS}/{LEVELS}"}
         for level in range(LEVELS - 1, 0, -1):
             exact = group.size * level / LEVELS
-            count = max(round(exact / round_to) * round_to, min(min_keep, group.size), 1)
+            least = -(-max(min_keep, 1) // round_to)
+            count = max(round(exact / round_to), least) * round_to
             if count < group.size:
                 counts.setdefault(count, f"{level}/{LEVELS}")
         options = tuple(Option(label, count / group.size, (count,)) for count, label in counts.items())

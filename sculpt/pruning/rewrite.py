@@ -114,7 +114,8 @@ def take(array: Any, sizes: Sizes, term: Term) -> Any:
     """The units of an array that stay."""
     for dim, axis in enumerate(term):
         if sizes.shrinks(axis):
-            array = jnp.take(array, np.flatnonzero(sizes.units(axis)), axis=dim)
+            # Clipped, not filled: nothing is out of bounds, and what is zero everywhere is seen to stay so.
+            array = jnp.take(array, np.flatnonzero(sizes.units(axis)), axis=dim, mode="clip")
     return array
 
 

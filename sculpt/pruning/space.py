@@ -100,7 +100,7 @@ def make_space(
 
     Args:
       trace: what `sculpt.trace` returned.
-      families: names of pattern families, each one of `FAMILIES`.
+      families: names of pattern families, each one of `FAMILIES`; or one name.
       round_to: kept channel counts are multiples of it where the level is not "all" (engines like 8 or 16).
       min_keep: least number of channels that stay in a group.
       importance: what `sculpt.importance` returned for this trace: the channels of lowest score go first, also after
@@ -109,7 +109,7 @@ def make_space(
     Raises:
       ValueError: for an unknown family, a number below 1, importance of another trace, or a network without any site.
     """
-    families = tuple(families)
+    families = (families,) if isinstance(families, str) else tuple(families)
     for name in families:
         if name not in FAMILIES:
             close = difflib.get_close_matches(name, FAMILIES, 1)

@@ -61,7 +61,7 @@ def score_params(problem: Problem, params: Any) -> Scores:
         real = labels >= 0
         wanted = jnp.where(real, labels, 0)
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[:, None], axis=1)[:, 0]
-        right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == labels).astype(jnp.float32)
+        right = _right(logits, labels).astype(jnp.float32)
         return (totals[0] + right.sum(), totals[1] + jnp.where(real, losses, 0.0).sum()), None
 
     start = (jnp.zeros(()), jnp.zeros(()))
@@ -70,6 +70,11 @@ def score_params(problem: Problem, params: Any) -> Scores:
     if shared is not None:
         right, loss, count = jax.lax.psum((right, loss, count), shared)
     return Scores(right / count, loss / count)
+
+
+def _right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Boolean `[n]`; of logits with NaN none is the largest."""
+    return (jnp.argmax(logits, axis=1).astype(jnp.int32) == labels) & ~jnp.isnan(logits).any(axis=1)
 
 
 def score_policies(problem: Problem, policies: jax.Array, count: jax.Array | int | None = None) -> Scores:
@@ -190,5 +195,5 @@ def _count_right(
 ) -> tuple[jax.Array, jax.Array]:
     logits = apply(params, state, images).astype(jnp.float32)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
-    right = jnp.argmax(logits, axis=1).astype(jnp.int32) == labels
+    right = _right(logits, labels)
     return right.astype(jnp.float32).sum(), losses.sum()

@@ -31,6 +31,7 @@ from sculpt.scoring.policy_file import (
 )
 from sculpt.scoring.problem import Problem, make_problem
 from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
+from sculpt.tracing.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,8 @@ def evaluate_file(
     """
     out = Path(out)
     check_scores_file(out)
+    if isinstance(policies, str | Path) and Path(policies).resolve() == out.resolve():
+        raise ValueError(f"{out} holds the policies: name another file for their scores")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     begun = time.perf_counter()
@@ -296,8 +299,26 @@ def _about(problem: Problem) -> dict[str, Any]:
         "precision": problem.plan.precision,
         "network sha256": digest((problem.params, problem.state)),
         "data sha256": digest((images[real], labels[real], problem.calibration)),
+        "choices sha256": digest(problem.choices),
+        "program sha256": hashlib.sha256(_outline(problem.space.trace.program).encode()).hexdigest(),
         "sites sha256": hashlib.sha256(json.dumps(sites).encode()).hexdigest(),
     }
+
+
+def _outline(program: Program) -> str:
+    """What a program does, as text that is the same in every process."""
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, tuple | list):
+            return all(map(plain, value))
+        return value is None or isinstance(value, bool | int | float | str | np.dtype)
+
+    lines = []
+    for eqn in program.equations:
+        params = {name: value for name, value in sorted(eqn.params.items()) if plain(value)}
+        lines.append(f"{eqn.name} {[program.shape(value) for value in eqn.outputs]} {params}")
+        lines += map(_outline, eqn.bodies)
+    return "\n".join(lines)
 
 
 def _on_first_host(begin: Callable[[], Journal], out: Path) -> Journal | _Nothing:

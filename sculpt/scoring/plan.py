@@ -44,7 +44,10 @@ class EvaluationPlan:
     def __post_init__(self) -> None:
         for name in ("policies_per_chunk", "images_per_batch", "policy_shards", "image_shards"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, np.integer):
+                value = int(value)
+                object.__setattr__(self, name, value)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name, choices in (("convolution", Convolution), ("precision", Precision)):
             value = getattr(self, name)

@@ -15,6 +15,7 @@ from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import score_batch
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import make_problem
+from sculpt.scoring.recalibrate import images_used
 from sculpt.scoring.reward import Objective, quality
 
 
@@ -102,7 +103,7 @@ def race_policies(
     number, total = len(policies), len(images)
     sizes = _sizes(min(first_images, total), total, factor)
     # What a policy costs beside its score images: a training-mode pass over the calibration images.
-    fixed = 0 if calibration is None else len(calibration)
+    fixed = 0 if calibration is None else images_used(len(calibration))
     drawn = np.asarray(jax.random.permutation(key, number))[: min(sample, number)]
     accuracy, loss = np.zeros(number, np.float32), np.zeros(number, np.float32)
     seen = np.zeros(number, np.int64)

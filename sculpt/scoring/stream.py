@@ -38,12 +38,16 @@ class Memory:
     def put(self, policy: np.ndarray, accuracy: Any, loss: Any) -> None:
         """Remembers the scores of a policy int32 `[sites]`."""
         self._scores[policy.tobytes()] = np.float32(accuracy), np.float32(loss)
+        self._scores.move_to_end(policy.tobytes())
         if len(self._scores) > _REMEMBERED:
             self._scores.popitem(last=False)
 
     def get(self, policy: np.ndarray) -> Pair | None:
         """The scores of a policy, if it is remembered."""
-        return self._scores.get(policy.tobytes())
+        found = self._scores.get(policy.tobytes())
+        if found is not None:
+            self._scores.move_to_end(policy.tobytes())
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ def leaf_paths(tree: Any) -> list[str]:
 
 def shapes_of(tree: Any) -> Any:
     """The tree with arrays replaced by `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tree)
 
 
 def trace(model: Model, example_input: Any) -> Trace:
@@ -134,7 +134,13 @@ def trace(model: Model, example_input: Any) -> Trace:
     """
     inputs = jax.tree.map(_two_of, example_input)
     params, state = shapes_of(model.params), shapes_of(model.state)
-    program = flatten(model.apply, params, state, inputs)
+    try:
+        program = flatten(model.apply, params, state, inputs)
+    except Exception as error:  # each framework has its own
+        shapes = ", ".join(
+            f"{x.dtype}{['batch', *x.shape[1:]]}".replace("'", "") for x in jax.tree.leaves(inputs)
+        )
+        raise ValueError(f"the model does not take the example input {shapes}: {error}") from error
     paths = leaf_paths(params)
     leaves = tuple(
         Leaf(i, p, tuple(x.shape), x.dtype) for i, (p, x) in enumerate(zip(paths, jax.tree.leaves(params)))
@@ -179,7 +185,9 @@ def _two_of(example: Any) -> jax.ShapeDtypeStruct:
     """Two images, so that the batch is told from axes of size one."""
     array = example if hasattr(example, "dtype") else np.asarray(example)
     if not array.shape:
-        raise ValueError("trace expected an example input [batch, ...], got a scalar")
+        raise ValueError(
+            f"trace expected an example input [batch, ...], an array or jax.ShapeDtypeStruct(shape, dtype), got {example!r}"
+        )
     return jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.lax import GatherScatterMode
 
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.flow import Flow, because
@@ -105,24 +106,50 @@ class ZeroPass:
 
     def _step(self, eqn: Equation) -> None:
         operands = [self.read(o) for o in eqn.inputs]
+        if eqn.name in _SIDE_BY_SIDE:
+            operands = [self._spread(eqn, o, zero) for o, zero in zip(eqn.inputs, operands)]
         if eqn.bodies and not self.flow.program.is_table(eqn):
             results = _BODY_RULES[eqn.name](self, eqn, operands)
         else:
             zero = None if self.flow.program.is_table(eqn) else ZERO_RULES.get(eqn.name)
             atoms = frozenset(() if zero is None else zero(self, eqn, operands))
-            constants = {o.constant for o in operands} if eqn.name in _CARRY_CONSTANT else set()
-            constant = constants.pop() if len(constants) == 1 else None
+            constant = _constant(eqn, operands)
             results = [Zero(atoms, constant)] * len(eqn.outputs)
+            if eqn.name == "top_k":
+                results[1] = Zero(frozenset())
         for output, found in zip(eqn.outputs, results, strict=True):
             alive = self.live(self.flow.terms[output])
             everywhere = found.constant is not None and found.constant == 0
             self.zeros[output] = Zero(frozenset(alive if everywhere else found.atoms & alive), found.constant)
 
+    def _spread(self, eqn: Equation, operand: Operand, zero: Zero) -> Zero:
+        """An operand that is copied along axes of size one: not zero at the pruned units of those, even where another axis of
+        it has the same atom."""
+        shape, result = self.flow.program.shape(operand), self.flow.program.shape(eqn.outputs[0])
+        term = self.flow.terms[eqn.outputs[0]]
+        copied = (
+            [axis for axis, a, b in zip(term, shape, result) if a != b] if len(shape) == len(result) else []
+        )
+        return dataclasses.replace(zero, atoms=zero.atoms - self.live(copied)) if copied else zero
 
+
+_SIDE_BY_SIDE = {
+    *("add", "sub", "add_any", "mul", "div", "rem", "max", "min", "pow", "and", "or", "select_n", "clamp"),
+}
+"""Operations on each place of several operands, which may be of size one along some axes."""
 _CARRY_CONSTANT = {
     *("convert_element_type", "broadcast_in_dim", "copy", "reshape", "transpose", "squeeze", "slice"),
     *("concatenate", "stack", "pad"),
 }
+
+
+def _constant(eqn: Equation, operands: list[Zero]) -> Any:
+    """The one number that a result consists of, if that is known."""
+    if eqn.name == "gather":
+        filled = eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP
+        return None if filled else operands[0].constant
+    constants = {o.constant for o in operands} if eqn.name in _CARRY_CONSTANT else set()
+    return constants.pop() if len(constants) == 1 else None
 
 
 def _single_number(array: Any) -> Any:
@@ -138,9 +165,22 @@ def _single_number(array: Any) -> Any:
     *"neg abs sign tanh sin tan sqrt cbrt square erf floor ceil round expm1 log1p asin atan sinh asinh atanh fft "
     "convert_element_type copy copy_p name reshard sharding_constraint layout_constraint reduce_precision real imag stop_gradient reshape transpose squeeze slice rev "
     "split unstack tile reduce_max reduce_min reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin "
-    "gather dynamic_slice top_k".split()
+    "dynamic_slice".split()
 )
 def _kept(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    return operands[0].atoms
+
+
+@zero_rule("gather")
+def _gather(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    # Places out of bounds are filled with NaN by default, in the masked network as in the compact one.
+    filled = eqn.params.get("fill_value")
+    return operands[0].atoms if filled is None or filled == 0 or filled != filled else ()
+
+
+@zero_rule("top_k")
+def _top_k(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    """Of the values; places, the second result, are numbers of their own."""
     return operands[0].atoms
 
 
@@ -164,8 +204,10 @@ def _reduce_sum(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterabl
 
 @zero_rule("broadcast_in_dim")
 def _broadcast(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
-    mapped = eqn.params["broadcast_dimensions"]
-    new = [a for d, a in enumerate(zeros.flow.terms[eqn.outputs[0]]) if d not in mapped]
+    # What is copied along an axis is not zero at that axis' pruned units, even where another axis of it has the same atom.
+    term, shape = zeros.flow.terms[eqn.outputs[0]], eqn.params["shape"]
+    sizes = dict(zip(eqn.params["broadcast_dimensions"], zeros.flow.program.shape(eqn.inputs[0])))
+    new = [axis for d, axis in enumerate(term) if d not in sizes or sizes[d] != shape[d]]
     return operands[0].atoms - zeros.live(new)
 
 
@@ -180,7 +222,7 @@ def _numerator(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable
     return operands[0].atoms
 
 
-@zero_rule("rsqrt", "log")
+@zero_rule("rsqrt", "log", "lgamma", "digamma")
 def _undefined_at_zero(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
     _undefined(zeros, eqn, operands[0])
     return ()
@@ -193,13 +235,18 @@ def _undefined(zeros: ZeroPass, eqn: Equation, operand: Zero) -> None:
 
 @zero_rule("integer_pow")
 def _integer_power(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
+    if eqn.params["y"] < 0:
+        _undefined(zeros, eqn, operands[0])
     return operands[0].atoms if eqn.params["y"] > 0 else ()
 
 
 @zero_rule("pow")
 def _power(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Iterable[Atom]:
     exponent = operands[1].constant
-    return operands[0].atoms if exponent is not None and exponent > 0 else ()
+    if exponent is not None and exponent > 0:
+        return operands[0].atoms
+    _undefined(zeros, eqn, operands[0])
+    return ()
 
 
 _HARMLESS: dict[str, Callable[[Any], bool]] = {"max": lambda c: c <= 0, "min": lambda c: c >= 0}

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 Optimizer = Literal["sgd", "adamw"]
-Augment = Literal["none", "shift", "crop_flip"]
+Augment = Literal["none", "shift", "crop_flip", "resized_crop"]
+Precision = Literal["float32", "bfloat16"]
 _SHARE: tuple[str, Callable[[float], bool]] = ("in [0, 1)", lambda value: 0 <= value < 1)
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("learning_rate", "above 0", lambda value: value > 0),
@@ -19,6 +20,8 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("ema", *_SHARE),
     ("distillation", "in [0, 1]", lambda value: 0 <= value <= 1),
     ("temperature", "above 0", lambda value: value > 0),
+    ("mixup", "0 or more", lambda value: value >= 0),
+    ("cutmix", "0 or more", lambda value: value >= 0),
 )
 
 
@@ -55,7 +58,23 @@ class FinetuneConfig:
     temperature: float = 4.0
     """What the logits of teacher and student are divided by, above 0, before they are compared; needs `distillation`."""
     augment: Augment = "none"
-    """"none"; "shift": up to one pixel, zero padding (digits); "crop_flip": pad 4, random crop, mirror (CIFAR)."""
+    """"none"; "shift": up to one pixel, zero padding (digits); "crop_flip": pad 4, random crop, mirror (CIFAR); "resized_crop": a
+    random part brought back to full size, mirror (ImageNet)."""
+    rand_augment: int = 0
+    """Operations of RandAugment (arXiv 1909.13719) on each image, after `augment`."""
+    mixup: float = 0.0
+    """Parameter of the Beta distribution that images and labels are blended by (arXiv 1710.09412); 0: never."""
+    cutmix: float = 0.0
+    """That of the areas that are cut out of one image and pasted into another (arXiv 1905.04899); 0: never. With `mixup` a coin
+    decides for each batch."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, their gradients averaged: less memory. It divides `batch_size`;
+    BatchNorm sees the parts."""
+    remat: bool = False
+    """Whether the backward pass computes activations again instead of keeping them, save those of convolutions and matrix
+    products (`jax.checkpoint`). For accelerators; XLA for CPUs undoes it (the same memory, measured)."""
+    precision: Precision = "float32"
+    """What convolutions and matrix products multiply in; weights and everything else stay in float32."""
     ema: float = 0.0
     """Decay of a moving average of weights and statistics, in [0, 1); what is validated and returned. 0: no average."""
     max_steps: int | None = None
@@ -69,20 +88,33 @@ class FinetuneConfig:
     (37 times slower, measured on ResNet-20), and 50 on accelerators."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_steps", "checkpoint_every", "steps_per_call"):
+        required = ("epochs", "batch_size", "accumulate")
+        for name in (*required, "max_steps", "checkpoint_every", "steps_per_call"):
             value = getattr(self, name)
-            optional = name not in ("epochs", "batch_size")
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            self._require(whole or (optional and value is None), name, "a whole number of at least 1", value)
+            fits = _is_whole(value, 1) or (name not in required and value is None)
+            self._require(fits, name, "a whole number of at least 1", value)
+        self._require(
+            _is_whole(self.rand_augment, 0), "rand_augment", "a whole number of at least 0", self.rand_augment
+        )
+        self._require(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            f"a divisor of batch_size {self.batch_size}",
+            self.accumulate,
+        )
         for name, expected, fits in _RANGES:
             value = getattr(self, name)
             self._require(_is_real(value) and fits(value), name, expected, value)
         clip = self.clip_norm
         self._require(clip is None or (_is_real(clip) and clip > 0), "clip_norm", "above 0, or None", clip)
-        for name, choices in (("optimizer", get_args(Optimizer)), ("augment", get_args(Augment))):
+        for name, choices in (
+            ("optimizer", get_args(Optimizer)),
+            ("augment", get_args(Augment)),
+            ("precision", get_args(Precision)),
+        ):
             value = getattr(self, name)
             self._require(value in choices, name, "one of " + ", ".join(choices), value)
-        for name in ("nesterov", "select_best"):
+        for name in ("nesterov", "select_best", "remat"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         self._require(
             self.momentum > 0 or not self.nesterov, "nesterov", "False where momentum is 0", self.nesterov
@@ -97,6 +129,10 @@ class FinetuneConfig:
     def _require(self, condition: bool, name: str, expected: str, value: Any) -> None:
         if not condition:
             raise ValueError(f"FinetuneConfig.{name} must be {expected}, got {value!r}")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_real(value: Any) -> bool:

@@ -12,7 +12,8 @@ import optax
 
 from sculpt.model import ApplyFn, Params, State, TrainFn
 from sculpt.pruning.masks import mask_params
-from sculpt.training.augment import AUGMENTATIONS
+from sculpt.scoring.lowering import lowered
+from sculpt.training.batch import Batch, draw_batch
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits, normalise
 
@@ -58,6 +59,11 @@ class Program:
     teacher: ApplyFn | None = None
     """Evaluates the teacher; None: there is none."""
 
+    def forward(self) -> TrainFn:
+        """The network in training mode, in the precision and with the memory that the configuration asks for."""
+        apply = lowered(self.apply_train, "lax", self.config.precision)
+        return jax.checkpoint(apply, policy=_keep_products) if self.config.remat else apply
+
     def learning_rate(self, step: Any) -> jax.Array:
         """float32: linear warm-up to the peak, then half a cosine to zero at `total_steps`."""
         warm = min(round(self.config.warmup * self.total_steps), self.total_steps - 1)
@@ -81,6 +87,10 @@ class Program:
         else:
             chain += [optax.scale_by_adam(b1=config.momentum, nesterov=config.nesterov), decay]
         return optax.chain(*chain, optax.scale_by_learning_rate(self.learning_rate))
+
+
+def _keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in ("conv_general_dilated", "dot_general")
 
 
 def make_program(
@@ -148,24 +158,30 @@ def one_step(
     place = train.step % program.steps_per_epoch
     rows = jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size)
     augment_key, model_key = jax.random.split(jax.random.fold_in(key, train.step))
-    raw = AUGMENTATIONS[config.augment](augment_key, images[rows])
-    x, y = normalise(raw, program.mean, program.std), labels[rows]
-    taught = (
-        None if program.teacher is None else program.teacher(teacher[0], teacher[1], x).astype(jnp.float32)
-    )
+    teach = None if program.teacher is None else functools.partial(program.teacher, *teacher)
+    normalisation = program.mean, program.std
+    batch = draw_batch(augment_key, images[rows], labels[rows], config, normalisation, teach)
 
-    def objective(params: Params) -> tuple[jax.Array, tuple[jax.Array, State]]:
+    def objective(params: Params, state: State, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         used = params if masks is None else mask_params(params, masks)
-        logits, new_state = program.apply_train(used, train.state, x, model_key)
+        logits, new_state = program.forward()(used, state, batch.images, key)
         logits = logits.astype(jnp.float32)
-        right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == y).astype(jnp.float32).sum()
-        loss = cross_entropy(logits, y, config.label_smoothing)
-        if taught is not None:
-            apart = divergence(logits, taught, config.temperature)
-            loss = (1 - config.distillation) * loss + config.distillation * apart
-        return loss, (right, new_state)
+        right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch.labels).astype(jnp.float32).sum()
+        return batch.loss(logits, config), (right, new_state)
 
-    (loss, (right, state)), gradients = jax.value_and_grad(objective, has_aux=True)(train.params)
+    loss, right, state = jnp.float32(0), jnp.float32(0), train.state
+    gradients: Any = None
+    # Unrolled: XLA does not optimise the gradients of convolutions inside a loop on CPUs.
+    for number in range(config.accumulate):
+        part = batch.part(number, config.accumulate)
+        part_key = model_key if config.accumulate == 1 else jax.random.fold_in(model_key, number)
+        (part_loss, (part_right, state)), found = jax.value_and_grad(objective, has_aux=True)(
+            train.params, state, part, part_key
+        )
+        loss, right = loss + part_loss / config.accumulate, right + part_right
+        gradients = found if gradients is None else jax.tree.map(jnp.add, gradients, found)
+    if config.accumulate > 1:
+        gradients = jax.tree.map(lambda g: g / config.accumulate, gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
         updates, optimizer = program.optimizer().update(gradients, train.optimizer, train.params)
     params: Params = optax.apply_updates(train.params, updates)
@@ -188,23 +204,6 @@ def one_step(
 def _all_finite(tree: Any) -> jax.Array:
     floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(x).all() for x in floating]).all()
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Mean cross-entropy (nats) of float32 `[n, classes]` with int32 `[n]`, targets smoothed (arXiv 1512.00567, section 7)."""
-    log_p = jax.nn.log_softmax(logits)
-    loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
-    return loss if not smoothing else (1 - smoothing) * loss - smoothing * log_p.mean()
-
-
-def divergence(logits: jax.Array, taught: jax.Array, temperature: float) -> jax.Array:
-    """`T^2 KL(teacher || student)` of softened predictions, nats, the mean over float32 `[n, classes]` each.
-
-    Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531: T^2 keeps the gradient's
-    size whatever the temperature T.
-    """
-    wanted, found = jax.nn.log_softmax(taught / temperature), jax.nn.log_softmax(logits / temperature)
-    return temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(axis=1).mean()
 
 
 def _averaged(decay: float, train: TrainState, new: Any) -> Any:

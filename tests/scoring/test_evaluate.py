@@ -162,3 +162,17 @@ def test_recalibration_leaves_frozen_statistics_and_constants_alone() -> None:
     np.testing.assert_array_equal(found["frozen"], state["frozen"])
     np.testing.assert_array_equal(found["scale"], state["scale"])
     np.testing.assert_allclose(found["mean"], ((x - 1.0) / 2.0).mean(0), rtol=1e-5)
+
+
+def test_an_undefined_network_is_right_about_nothing() -> None:
+    model = network("plain")
+    broken = model.replace(params=jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), model.params))
+    space, labels = sculpt.make_space(traced("plain")), jnp.zeros(len(LABELS), jnp.int32)
+    policies = sculpt.random_policies(space, jax.random.key(0), 2)
+    scores = sculpt.evaluate_policies(broken, space, policies, IMAGES, labels)
+    assert np.array_equal(scores.accuracy, [0, 0]) and np.isnan(scores.loss).all()
+    assert float(sculpt.evaluate(broken, IMAGES, labels).accuracy) == 0
+
+
+def test_sizes_of_a_plan_may_be_numpy_integers() -> None:
+    assert sculpt.EvaluationPlan(images_per_batch=np.int64(4)) == sculpt.EvaluationPlan(images_per_batch=4)  # type: ignore[arg-type]

@@ -82,6 +82,13 @@ def test_policies_that_come_back_are_not_scored_again() -> None:
     assert np.array_equal(losses[:3], losses[40:])
 
 
+def test_the_policies_seen_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sculpt.scoring.stream._REMEMBERED", 3)
+    policies = some_policies(4)
+    blocks = score_stream(PROBLEM, policies[[0, 1, 2, 0, 3, 2, 0, 1]], chunk=1)
+    assert [block.evaluated for block in blocks] == [1, 1, 1, 0, 1, 0, 0, 1]
+
+
 def test_a_block_may_hold_more_policies_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sculpt.scoring.stream._REMEMBERED", 3)
     policies = some_policies(40)
@@ -206,6 +213,14 @@ def test_a_file_of_another_task_is_left_alone(tmp_path: Path) -> None:
     before = out.read_bytes()
     with pytest.raises(ValueError, match=r"belongs to another task \(other data sha256\): give another file"):
         evaluate_file(MODEL, SPACE, some_policies(5), out, IMAGES + 1, LABELS)
+    drawn = sculpt.importance(MODEL, SPACE.trace, "random", key=jax.random.key(0))
+    otherwise = sculpt.make_space(SPACE.trace, importance=drawn)
+    with pytest.raises(ValueError, match=r"belongs to another task \(other choices sha256\)"):
+        evaluate_file(MODEL, otherwise, some_policies(5), out, IMAGES, LABELS)
+    other = sculpt.from_function(lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], MODEL.params)
+    space = sculpt.make_space(sculpt.trace(other, jnp.zeros((1, 6))))
+    with pytest.raises(ValueError, match=r"belongs to another task \(other program sha256\)"):
+        evaluate_file(other, space, some_policies(5), out, IMAGES, LABELS)
     with pytest.raises(ValueError, match="holds 5 rows, there are only 3 policies"):
         run(some_policies(3), out)
     (tmp_path / "scores.jsonl.json").unlink()

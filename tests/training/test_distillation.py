@@ -12,7 +12,7 @@ import pytest
 
 import sculpt
 from sculpt.training import finetune
-from sculpt.training.step import divergence
+from sculpt.training.batch import divergence
 from tests.training.tiny import BASE, KEY, same_bits, tiny_model, tiny_splits
 
 SPLITS = tiny_splits()

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import sculpt
 from sculpt.model import Model
 from sculpt.pruning.masks import mask_params
+from sculpt.training.batch import cross_entropy
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
 from sculpt.training.finetune import TrainingDiverged, finetune, train
-from sculpt.training.step import Program, cross_entropy, epoch_order, make_program, run_step, start
+from sculpt.training.step import Program, epoch_order, make_program, run_step, start
 from tests.training.tiny import (
     BASE,
     KEY,
@@ -32,6 +34,14 @@ from tests.training.tiny import (
     tiny_model,
     tiny_splits,
 )
+
+
+class Plain(nn.Module):
+    """Two dense layers."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(10)(nn.gelu(nn.Dense(16)(x.reshape(x.shape[0], -1))))
 
 
 def tuned(config: FinetuneConfig, splits: Splits | None = None, key: jax.Array = KEY) -> Model:
@@ -116,8 +126,13 @@ CHANGES: dict[str, Any] = {
     "augment": "crop_flip",
     "ema": 0.5,
     "max_steps": 7,
+    "rand_augment": 1,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "accumulate": 2,
+    "precision": "bfloat16",
 }
-ELSEWHERE = {"select_best", "checkpoint_every", "steps_per_call", "distillation", "temperature"}
+ELSEWHERE = {"remat", "select_best", "checkpoint_every", "steps_per_call", "distillation", "temperature"}
 """Fields with a test of their own below, or in test_distillation.py."""
 
 
@@ -146,6 +161,45 @@ def test_correctness_04_fields_act_with_adamw_too(change: dict[str, Any]) -> Non
 def test_correctness_04_the_other_augmentations(shift: Any, base_result: Model) -> None:
     result = tuned(dataclasses.replace(BASE, augment=shift))
     assert same_bits(result, base_result) == (shift == "none")
+
+
+def test_both_mixtures_take_turns(base_result: Model) -> None:
+    both, one = (tuned(dataclasses.replace(BASE, mixup=0.2, cutmix=cut)) for cut in (1.0, 0.0))
+    assert not same_bits(both, one) and not same_bits(both, base_result)
+
+
+def test_accumulated_gradients_are_those_of_the_batch() -> None:
+    """Without BatchNorm and dropout, which see the parts."""
+    module = Plain()
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    whole, parts = (
+        train(
+            sculpt.from_linen(module, variables),
+            tiny_splits(),
+            dataclasses.replace(BASE, epochs=1, accumulate=number),
+            KEY,
+        )
+        for number in (1, 4)
+    )
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_computing_activations_again_changes_nothing(base_result: Model) -> None:
+    again = tuned(dataclasses.replace(BASE, remat=True))
+    for a, b in zip(*map(jax.tree.leaves, (again, base_result)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    model = tiny_model()
+    program = make_program(model.apply_train, tiny_splits(), dataclasses.replace(BASE, remat=True))
+    images = jnp.zeros((2, 8, 8, 1))
+    assert "remat" in str(jax.make_jaxpr(program.forward())(model.params, model.state, images, KEY))
+
+
+def test_half_precision_learns_as_well(base_result: Model) -> None:
+    half = tuned(dataclasses.replace(BASE, precision="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("float32")}
+    validation = tiny_splits().validation
+    assert accuracy(half, validation) > accuracy(base_result, validation) - 0.1
 
 
 def test_correctness_04_select_best_returns_the_best_epoch_and_else_the_last() -> None:

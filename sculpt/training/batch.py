@@ -1,0 +1,89 @@
+"""What one step of training learns from, and how far the network is from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sculpt.training.augment import AUGMENTATIONS, mix, rand_augment
+from sculpt.training.config import FinetuneConfig
+from sculpt.training.data import normalise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one step learns from."""
+
+    images: jax.Array
+    """Augmented and normalised, float32 `[n, ...]`."""
+    labels: jax.Array
+    """int32 `[n]`."""
+    others: jax.Array | None
+    """int32 `[n]`: labels of the images that were mixed in; None where none are."""
+    share: jax.Array | None
+    """float32 scalar: the share of `labels` in the target."""
+    taught: jax.Array | None
+    """The teacher's logits, float32 `[n, classes]`; None without a teacher."""
+
+    def part(self, number: int, parts: int) -> Batch:
+        """One of several equal parts."""
+        size = len(self.labels) // parts
+        rows = slice(number * size, (number + 1) * size)
+        pieces = (
+            None if a is None else a[rows] for a in (self.images, self.labels, self.others, self.taught)
+        )
+        images, labels, others, taught = pieces
+        return Batch(images, labels, others, self.share, taught)  # type: ignore[arg-type]
+
+    def loss(self, logits: jax.Array, config: FinetuneConfig) -> jax.Array:
+        """float32 scalar, of logits float32 `[n, classes]`."""
+        loss = cross_entropy(logits, self.labels, config.label_smoothing)
+        if self.others is not None and self.share is not None:
+            other = cross_entropy(logits, self.others, config.label_smoothing)
+            loss = self.share * loss + (1 - self.share) * other
+        if self.taught is not None:
+            apart = divergence(logits, self.taught, config.temperature)
+            loss = (1 - config.distillation) * loss + config.distillation * apart
+        return loss
+
+
+def draw_batch(
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    config: FinetuneConfig,
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+    teach: Callable[[jax.Array], jax.Array] | None,
+) -> Batch:
+    """Varies and normalises raw images `[n, ...]` with labels int32 `[n]`; `teach` gives the teacher's logits, if there is one."""
+    raw = AUGMENTATIONS[config.augment](key, images)
+    if config.rand_augment:
+        raw = rand_augment(jax.random.fold_in(key, 1), raw, config.rand_augment)
+    x = normalise(raw, *normalisation)
+    others, share = None, None
+    if config.mixup or config.cutmix:
+        x, order, share = mix(jax.random.fold_in(key, 2), x, config.mixup, config.cutmix)
+        others = labels[order]
+    taught = None if teach is None else teach(x).astype(jnp.float32)
+    return Batch(x, labels, others, share, taught)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Mean cross-entropy (nats) of float32 `[n, classes]` with int32 `[n]`, targets smoothed (arXiv 1512.00567, section 7)."""
+    log_p = jax.nn.log_softmax(logits)
+    loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
+    return loss if not smoothing else (1 - smoothing) * loss - smoothing * log_p.mean()
+
+
+def divergence(logits: jax.Array, taught: jax.Array, temperature: float) -> jax.Array:
+    """`T^2 KL(teacher || student)` of softened predictions, nats, the mean over float32 `[n, classes]` each.
+
+    Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531: T^2 keeps the gradient's
+    size whatever the temperature T.
+    """
+    wanted, found = jax.nn.log_softmax(taught / temperature), jax.nn.log_softmax(logits / temperature)
+    return temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(axis=1).mean()
