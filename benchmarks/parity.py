@@ -199,7 +199,7 @@ def drawn(twin: Twin) -> Any:
                 layer.weight.uniform_(0.7, 1.3)
                 layer.bias.normal_(0, 0.1)
         for name, parameter in module.named_parameters():
-            if "token" in name or "pos" in name:
+            if "token" in name or "pos" in name or not parameter.any():
                 parameter.normal_(0, 0.2)
     return module
 
@@ -213,18 +213,29 @@ def logits_of(module: Any, images: np.ndarray) -> np.ndarray:
     return np.asarray(getattr(found, "logits", found))
 
 
-def difference(twin: Twin, module: Any, images: np.ndarray, classes: int) -> tuple[float, float]:
-    """(largest difference of logits, largest logit); the weights go over and back through files."""
-    from safetensors.numpy import load_file, save_file
+def published(module: Any, folder: Path) -> dict[str, np.ndarray]:
+    """The twin's arrays by the names that its library publishes them under."""
+    from safetensors.numpy import load_file
 
-    state = {key: np.ascontiguousarray(value.numpy()) for key, value in module.state_dict().items()}
-    state = {
+    if hasattr(module, "save_pretrained"):  # in memory Hugging Face has names of its own
+        module.save_pretrained(folder)
+        state = load_file(folder / "model.safetensors")
+    else:
+        state = {key: np.ascontiguousarray(value.numpy()) for key, value in module.state_dict().items()}
+    return {
         key: value
         for key, value in state.items()
         if not key.endswith(("num_batches_tracked", "position_ids"))
     }
+
+
+def difference(twin: Twin, module: Any, images: np.ndarray, classes: int) -> tuple[float, float]:
+    """(largest difference of logits, largest logit); the weights go over and back through files."""
+    from safetensors.numpy import load_file, save_file
+
     with tempfile.TemporaryDirectory() as folder:
         file, back = Path(folder, "twin.safetensors"), Path(folder, "back.safetensors")
+        state = published(module, Path(folder))
         save_file(state, file)
         ours, variables = nets.load(twin.name, file, classes, side=twin.side, **dict(twin.options))
         nets.save(ours, variables, back, twin.naming)

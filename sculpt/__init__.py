@@ -53,7 +53,16 @@ if TYPE_CHECKING:
         tune_plan,
     )
     from sculpt.tracing import Trace, trace
-    from sculpt.training import FinetuneConfig, Split, Splits, finetune, from_arrays, load_data, train
+    from sculpt.training import (
+        FinetuneConfig,
+        Split,
+        Splits,
+        finetune,
+        from_arrays,
+        load_data,
+        load_folder,
+        train,
+    )
 
 __version__ = "0.1.0"
 
@@ -101,7 +110,16 @@ _HOMES = {
         "tune_plan",
     ),
     "sculpt.tracing": ("Trace", "trace"),
-    "sculpt.training": ("FinetuneConfig", "Split", "Splits", "finetune", "from_arrays", "load_data", "train"),
+    "sculpt.training": (
+        "FinetuneConfig",
+        "Split",
+        "Splits",
+        "finetune",
+        "from_arrays",
+        "load_data",
+        "load_folder",
+        "train",
+    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _SUBPACKAGES = ("agents", "nets")
@@ -145,6 +163,7 @@ __all__ = [
     "importance",
     "layer_macs",
     "load_data",
+    "load_folder",
     "load_params",
     "load_stablehlo",
     "magnitude_policy",

@@ -2,7 +2,7 @@
 
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Split, Splits, from_arrays, load_data, load_parquet
+from sculpt.training.data import Split, Splits, from_arrays, load_data, load_folder, load_parquet
 from sculpt.training.finetune import TrainingDiverged, finetune, train
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "finetune",
     "from_arrays",
     "load_data",
+    "load_folder",
     "load_parquet",
     "train",
 ]

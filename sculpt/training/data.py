@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sculpt.training.folder import find_parts, read_folder
 from sculpt.training.parquet import read_parquet
 from sculpt.training.prepared import is_known, read_prepared
 
@@ -24,7 +25,7 @@ _DIGITS_STD = (0.3762,)
 
 _CIFAR_VALIDATION = 5000
 _DIGITS_VALIDATION = 300
-_NAMES = ("digits", "cifar10", "cifar10-jpeg", "cifar100")
+_NAMES = ("digits", "cifar10", "cifar10-jpeg", "cifar100", "folder")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +84,8 @@ def load_data(
 
     `digits` comes with the package: 1,797 real 8x8 grey images, 400 of them for test (E. Alpaydin, C. Kaynak, "Optical
     Recognition of Handwritten Digits", UCI Machine Learning Repository, CC BY 4.0, as scikit-learn distributes it; its
-    grey levels 0..16 are stored as 0..255). `cifar10-jpeg` reads `train_jpeg.parquet` and `test_jpeg.parquet` in
+    grey levels 0..16 are stored as 0..255). `folder` reads `data_dir/train/<class>/<image>` and `data_dir/test` (or `val`)
+    alike, see `load_folder`. `cifar10-jpeg` reads `train_jpeg.parquet` and `test_jpeg.parquet` in
     `data_dir`. `cifar10`, `cifar100` and every other TensorFlow Datasets name are read from a prepared array_record
     directory; nothing is downloaded here. Where such a data set has no "test", its official validation is the test.
 
@@ -109,6 +111,10 @@ def load_data(
             mean=_DIGITS_MEAN,
             std=_DIGITS_STD,
         )
+    if name == "folder":
+        if data_dir is None:
+            raise ValueError("folder needs data_dir, the folder that holds train and test (or val)")
+        return load_folder(*find_parts(Path(data_dir)), validation=validation, seed=seed)
     if name == "cifar10-jpeg":
         if data_dir is None:
             raise ValueError(
@@ -145,6 +151,43 @@ def load_data(
         num_classes=prepared.num_classes,
         mean=_IMAGENET_MEAN if cifar else None,
         std=_IMAGENET_STD if cifar else None,
+    )
+
+
+def load_folder(
+    train: str | Path,
+    test: str | Path,
+    *,
+    size: int | None = None,
+    validation: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Splits from two folders that hold a folder of images for each class.
+
+    Args:
+      train: the folder that train and validation come from.
+      test: the folder of the test split, of the same classes.
+      size: shorter sides are scaled to it and middle squares cut out; None: images are of one size already.
+      validation, seed: as in `from_arrays`.
+
+    Raises:
+      ValueError: for folders without images, other classes in `test`, images that cannot be decoded or differ in size.
+    """
+    train_images, train_labels, classes = read_folder(Path(train), size)
+    test_images, test_labels, others = read_folder(Path(test), size)
+    if classes != others:
+        raise ValueError(
+            f"{test} and {train} differ in their classes: {sorted(set(classes) ^ set(others))[:5]} are in one of them only"
+        )
+    return from_arrays(
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        name="folder",
+        validation=validation,
+        seed=seed,
+        num_classes=len(classes),
     )
 
 

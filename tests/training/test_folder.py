@@ -1,0 +1,63 @@
+"""Folders of images: classes by name, one size, and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sculpt
+
+
+def picture(file: Path, colour: int, size: tuple[int, int] = (10, 8)) -> None:
+    """A plain picture, `size` wide and high."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (colour, 0, 0)).save(file)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part, number in (("train", 6), ("val", 2)):
+        for label, name in enumerate(("bee", "ant")):
+            for i in range(number):
+                picture(tmp_path / part / name / f"{i}.png", 100 * label + i)
+    (tmp_path / "train" / "bee" / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_classes_are_numbered_by_name(folder: Path) -> None:
+    splits = sculpt.load_data("folder", folder, validation=4)
+    assert (splits.name, splits.num_classes) == ("folder", 2)
+    assert splits.test.images.shape == (4, 8, 10, 3) and splits.test.images.dtype == np.uint8
+    assert splits.test.labels.tolist() == [0, 0, 1, 1]
+    assert splits.test.images[:, 0, 0, 0].tolist() == [100, 101, 0, 1]
+    assert len(splits.train.labels) == 8 and len(splits.validation.labels) == 4
+
+
+def test_pictures_are_brought_to_one_size(folder: Path) -> None:
+    picture(folder / "train" / "ant" / "wide.jpg", 50, (40, 9))
+    with pytest.raises(ValueError, match=r"wide.jpg is 40x9, .*0.png is 10x8: name a size to bring all to"):
+        sculpt.load_data("folder", folder)
+    splits = sculpt.load_folder(folder / "train", folder / "val", size=6)
+    assert splits.train.images.shape[1:] == (6, 6, 3)
+
+
+def test_what_is_missing_or_broken_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="folder needs data_dir"):
+        sculpt.load_data("folder")
+    with pytest.raises(ValueError, match="expected the folders train and test or val or validation"):
+        sculpt.load_data("folder", folder / "train")
+    with pytest.raises(
+        ValueError, match=r"expected folders of images, one for each class, in .*: there are none"
+    ):
+        sculpt.load_folder(folder / "train" / "bee", folder / "val")
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        sculpt.load_folder(folder / "train", folder / "val", size=0)
+    picture(folder / "val" / "cat" / "0.png", 1)
+    with pytest.raises(ValueError, match=r"differ in their classes: \['cat'\] are in one of them only"):
+        sculpt.load_data("folder", folder)
+    (folder / "train" / "ant" / "0.png").write_bytes(b"no png")
+    with pytest.raises(ValueError, match=r"cannot decode .*0.png"):
+        sculpt.load_data("folder", folder)
