@@ -31,7 +31,7 @@ class TrainSettings:
     data_dir: str | None = None
     """Folder of the data set, where it needs one."""
     augment: str | None = None
-    """How train images are varied: "none", "shift" or "crop_flip", see `FinetuneConfig.augment`; None: by the data."""
+    """How train images are varied: "none", "shift", "crop_flip" or "resized_crop", see `FinetuneConfig.augment`; None: by the data."""
     weights: str | None = None
     """File of pretrained weights; None: train from scratch."""
     train_epochs: int = 20

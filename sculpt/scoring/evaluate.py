@@ -157,7 +157,8 @@ def evaluate_policies(
       policies: integers `[n, sites]`.
       images: floating-point `[m, ...]`, normalised as the model expects.
       labels: integers `[m]`.
-      calibration: images `[k, ...]` to take BatchNorm statistics from, for each policy anew; None keeps the model's
+      calibration: images `[k, ...]` to take BatchNorm statistics from, for each policy anew, in whole batches of 64
+        where there are more (the rest is left out); None keeps the model's
         running statistics, with which a pruned network is often near chance.
       plan: how the work is laid out; None: one device, as `EvaluationPlan()`. `tune_plan` finds the fastest.
 

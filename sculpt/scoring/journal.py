@@ -74,9 +74,9 @@ def evaluate_file(
 ) -> StreamReport:
     """Scores policies from a file or an iterable into a file, in constant memory.
 
-    Rows are appended block by block. A call that finds rows of the same task and policies goes on behind them: nothing is
-    scored twice, nothing is lost, and the file ends as it would have without the interruption. A policy that comes back
-    within the last 262,144 is not scored again.
+    Rows are appended block by block. A call that finds rows of the same task and policies goes on behind them: no row that was
+    written is scored twice, nothing is lost, and the file ends as it would have without the interruption. Of the distinct
+    policies seen last, 262,144 are remembered: one that comes back is not scored again.
 
     Args:
       model: the dense network.
