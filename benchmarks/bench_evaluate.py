@@ -225,11 +225,13 @@ def main() -> None:
     parser.add_argument("--growth", type=int, nargs="+", default=[], help="numbers of policies to time")
     parser.add_argument("--name", default="bench_evaluate", help="of the file of results")
     options = parser.parse_args()
+    median = f"Median of {options.repeats} runs (lowest to highest)."
+    runs = "One run each, after one that compiles." if options.growth else median
     lines = [
         "# Scoring many policies",
         "",
         *provenance(),
-        f"Median of {options.repeats} runs (lowest to highest). Weights, images and policies drawn by seeds 0 to 3.",
+        f"{runs} Weights, images and policies drawn by seeds 0 to 3.",
         "",
     ]
     for name in options.nets:

@@ -76,7 +76,10 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--score-images", "1000"), "need 1128 images of the train split of digits, which has 1097"),
         ((*NEW, "--calibration-images", "896"), "--calibration-images 896 need 1152 images"),
         ((*NEW, "--calibration-images", "65"), "calibration_images must be .*got 65: take 64 or 128"),
-        ((*NEW, "--augment", "mirror"), "augment must be one of none, shift, crop_flip, resized_crop, got 'mirror'"),
+        (
+            (*NEW, "--augment", "mirror"),
+            "augment must be one of none, shift, crop_flip, resized_crop, got 'mirror'",
+        ),
         ((*NEW, "--train-clip-norm", "0"), "clip_norm must be above 0"),
         ((*NEW, "--finetune-clip-norm", "-1"), "clip_norm must be above 0"),
         ((*NEW, "--round-to", "0"), "round_to must be at least 1"),
