@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -267,3 +269,10 @@ def test_help_names_every_importance(capsys: pytest.CaptureFixture[str]) -> None
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main("--version") == 0
     assert capsys.readouterr().out == f"sculpt {sculpt.__version__}\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sculpt", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"sculpt {sculpt.__version__}\n"

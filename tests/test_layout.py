@@ -24,6 +24,7 @@ ORDER = (
     "report",
     "pipeline",
     "cli",
+    "__main__",
 )
 """Each of these may import only itself and what stands before it."""
 FOLDERS = {"agents": REPOSITORY / "agents", "nets": REPOSITORY / "nets"}
