@@ -23,7 +23,8 @@ if _WORKER and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     if len(_cores) >= _workers:
-        os.sched_setaffinity(0, _cores[int(_WORKER.removeprefix("gw")) :: _workers])
+        # Workers that take the place of one that died are numbered on.
+        os.sched_setaffinity(0, _cores[int(_WORKER.removeprefix("gw")) % _workers :: _workers])
 
 import jax
 import pytest
@@ -60,16 +61,20 @@ def optimised() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", True)
 
 
-_tests_run = itertools.count(1)
+_calls = itertools.count(1)
+
+
+def let_compiled_programs_go() -> None:
+    """Each compiled program holds some memory maps; Linux ends a process that reaches 65,530 of them. Looks every 25th time."""
+    maps = Path("/proc/self/maps")
+    if next(_calls) % 25 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
-def _let_compiled_programs_go() -> Iterator[None]:
-    """Each compiled program holds some memory maps; Linux ends a process that reaches 65,530 of them."""
+def _programs_of_the_test() -> Iterator[None]:
     yield
-    maps = Path("/proc/self/maps")
-    if next(_tests_run) % 25 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
-        jax.clear_caches()
+    let_compiled_programs_go()
 
 
 @pytest.fixture(scope="session")

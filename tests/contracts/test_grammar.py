@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import sculpt
 from tests.architectures.equality import drawn_importance, drawn_policy, leanest_policy, prune
 from tests.architectures.grammar import OPERATIONS, SIDE, Step, build
+from tests.conftest import let_compiled_programs_go
 
 STEPS = st.lists(
     st.builds(
@@ -37,6 +38,7 @@ reproducible = settings(
 
 def check(steps: list[Step], seed: int) -> None:
     """In double precision, so that only a wrong program can differ: layers of normalisation magnify what is rounded."""
+    let_compiled_programs_go()
     with jax.enable_x64(True):
         model = build(steps, jax.random.key(seed), jnp.float64)
         x = np.random.default_rng(seed).standard_normal((3, SIDE, SIDE, 3))
