@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sculpt
+from benchmarks.stages import in_words, settle, stage, test_accuracy
 from benchmarks.timing import provenance, write_results
 from sculpt.model import Model
 
@@ -36,45 +34,6 @@ EVALUATIONS = 2048
 SCORE_IMAGES = 256
 BRIEF = dataclasses.replace(RECIPE, learning_rate=0.02, max_steps=100)
 """How the best four policies of a search are fine-tuned before the last choice."""
-
-
-def stage(file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Reads the stage's result, or computes and keeps it with the seconds it took."""
-    if not file.exists():
-        begun = time.perf_counter()
-        result = compute()
-        result["seconds"] = round(time.perf_counter() - begun, 1)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result))
-        os.replace(temporary, file)
-    return json.loads(file.read_text())
-
-
-def check_settings(options: argparse.Namespace) -> None:
-    """Ends the program where the run directory was begun with other settings."""
-    settings = json.dumps(
-        {
-            "weights": options.weights.name,
-            "budget": options.budget,
-            "distillation": options.distillation,
-            "search": [EVALUATIONS, SCORE_IMAGES],
-            "recipe": repr((RECIPE, BRIEF)),
-        },
-        indent=1,
-    )
-    file = options.run / "settings.json"
-    options.run.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        file.write_text(settings)
-    if file.read_text() != settings:
-        raise SystemExit(f"{options.run} was begun with other settings ({file}): choose another --run")
-
-
-def test_accuracy(model: Model, splits: Any) -> float:
-    """Accuracy on the test split, in percent."""
-    images = splits.normalise(splits.test.images)
-    return 100 * float(sculpt.evaluate(model, images, splits.test.labels).accuracy)
 
 
 def tuned(
@@ -189,7 +148,16 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=["dense", "search", "pruned"])
     options = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
-    check_settings(options)
+    settle(
+        options.run,
+        {
+            "weights": options.weights.name,
+            "budget": options.budget,
+            "distillation": options.distillation,
+            "search": [EVALUATIONS, SCORE_IMAGES],
+            "recipe": repr((RECIPE, BRIEF)),
+        },
+    )
     splits = sculpt.load_data("cifar10-jpeg", options.data_dir)
     model = sculpt.from_linen(*sculpt.nets.load("resnet20", options.weights, num_classes=10))
     image = jnp.zeros((1, 32, 32, 3))
@@ -206,14 +174,6 @@ def main() -> None:
         if all(file.exists() for file in files):
             rows.append([seed, *(json.loads(file.read_text()) for file in files)])
     report(rows, untuned, trace, len(splits.test.labels), options)
-
-
-def in_words(config: sculpt.FinetuneConfig) -> str:
-    """What matters of a configuration: length, batch, and what is not as by default."""
-    always = ("epochs", "batch_size", "weight_decay")
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    defaults = dataclasses.asdict(sculpt.FinetuneConfig())
-    return ", ".join(f"{k}={v}" for k, v in values.items() if k in always or v != defaults[k])
 
 
 def report(

@@ -6,7 +6,7 @@ from sculpt.nets.mobilenet import MobileNetV1, MobileNetV2
 from sculpt.nets.mobilenet_v3 import MobileNetV3
 from sculpt.nets.naming import namings
 from sculpt.nets.pretrained import download, load, save
-from sculpt.nets.registry import colours, create, image_size, list_models, preprocess
+from sculpt.nets.registry import colours, create, family, image_size, list_models, preprocess
 from sculpt.nets.resnet import CifarResNet, ResNet
 from sculpt.nets.vgg import VGG
 from sculpt.nets.vit import VisionTransformer
@@ -24,6 +24,7 @@ __all__ = [
     "colours",
     "create",
     "download",
+    "family",
     "image_size",
     "list_models",
     "load",

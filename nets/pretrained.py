@@ -26,7 +26,13 @@ Shapes = dict[ArrayPath, tuple[int, ...]]
 
 
 def load(
-    name: str, path: str | Path, num_classes: int, *, side: int | None = None, **options: Any
+    name: str,
+    path: str | Path,
+    num_classes: int,
+    *,
+    side: int | None = None,
+    head_key: jax.Array | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A network and its weights from a file.
 
@@ -36,9 +42,11 @@ def load(
     Args:
       name: one of `list_models()`.
       path: the file.
-      num_classes: width of the head in the file.
+      num_classes: width of the head in the file, or of the new one.
       side: side of the images, in pixels, where there are position embeddings: those of a file for another size are
         interpolated (bicubic, as in arXiv 2012.12877). None: that of `image_size(name)`.
+      head_key: `jax.random.key` to draw a new head with, to be trained for other classes than those of the file, whose head is
+        passed over. None: the head is that of the file.
       **options: as in `create`.
 
     Returns:
@@ -48,31 +56,41 @@ def load(
       ValueError: if the file is missing or damaged, holds a pickle, or its names, shapes or values do not fit.
     """
     module = create(name, num_classes, **options)
-    shapes, treedef = _shapes(module, image_size(name) if side is None else side)
+    side = image_size(name) if side is None else side
+    shapes, treedef = _shapes(module, side)
+    drawn: set[ArrayPath] = set()
+    if head_key is not None:  # the head is what depends on the number of classes
+        others, _ = _shapes(create(name, num_classes + 1, **options), side)
+        drawn = {ours for ours, shape in shapes.items() if others[ours] != shape}
     file = Path(path)
     if file.suffix == ".npz" and file.is_file():
         arrays, names = read_keras(file, module)
         faults = [
-            f"missing {'/'.join(ours)} {list(shape)}" for ours, shape in shapes.items() if ours not in arrays
+            f"missing {'/'.join(ours)} {list(shape)}"
+            for ours, shape in shapes.items()
+            if ours not in arrays and ours not in drawn
         ]
         faults += [f"unexpected {names[ours]}" for ours in arrays if ours not in shapes]
         faults += [
             f"{names[ours]} is {list(arrays[ours].shape)}, expected {list(shape)}"
             for ours, shape in shapes.items()
-            if ours in arrays and arrays[ours].shape != shape
+            if ours in arrays and arrays[ours].shape != shape and ours not in drawn
         ]
     else:
-        arrays, names, faults = _from_pytorch(_read(file), module, shapes)
+        arrays, names, faults = _from_pytorch(_read(file), module, shapes, drawn)
     faults += [
         f"{names[ours]} holds NaN or infinite values"
         for ours in shapes
-        if ours in arrays and not np.isfinite(arrays[ours]).all()
+        if ours in arrays and ours not in drawn and not np.isfinite(arrays[ours]).all()
     ]
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ValueError(
             f"{path} does not fit {name} with {num_classes} classes: {'; '.join(faults[:_SHOWN])}{more}"
         )
+    if head_key is not None:
+        fresh = dict(_leaves(jax.jit(module.init)(head_key, jnp.zeros((1, side, side, 3)))))
+        arrays = {**arrays, **{ours: fresh[ours] for ours in drawn}}
     return module, jax.tree.unflatten(treedef, [jnp.asarray(arrays[ours]) for ours in shapes])
 
 
@@ -177,15 +195,17 @@ def _side_of(module: nn.Module, leaves: Mapping[ArrayPath, Any]) -> int:
 
 
 def _from_pytorch(
-    raw: dict[str, np.ndarray], module: nn.Module, shapes: Shapes
+    raw: dict[str, np.ndarray], module: nn.Module, shapes: Shapes, drawn: set[ArrayPath]
 ) -> tuple[dict[ArrayPath, np.ndarray], dict[ArrayPath, str], list[str]]:
-    """Arrays under our paths, what the file calls them, and what is wrong with it."""
+    """Arrays under our paths, save those that will be drawn; what the file calls them, and what is wrong with it."""
     raw = {key: value for key, value in raw.items() if not key.endswith(_IGNORED)}
     tables = [_sources(module, naming, shapes) for naming in namings(module)]
     table = max(tables, key=lambda found: len({source.key for source in found} & set(raw)))
     arrays: dict[ArrayPath, np.ndarray] = {}
     faults: list[str] = []
     for (ours, shape), source in zip(shapes.items(), table, strict=True):
+        if ours in drawn:
+            continue
         expected, value = shape_in_file(source, shape), raw.get(source.key)
         if value is None:
             faults.append(f"missing {source.key} {list(expected)}")

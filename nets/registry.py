@@ -21,6 +21,7 @@ _COLOURS = {
 }
 """Mean and deviation of the colours, 0 to 1, where they are not those of ImageNet."""
 _FAMILIES = (resnet, mlperf, vgg, mobilenet, mobilenet_v3, efficientnet, vit)
+_FAMILY_OF = {name: family.__name__.rpartition(".")[2] for family in _FAMILIES for name in family.MODELS}
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any], int]] = {
     name: entry for family in _FAMILIES for name, entry in family.MODELS.items()
 }
@@ -53,6 +54,16 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     # Tuples, so that modules hash.
     chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     return module(**{**fields, **chosen, "num_classes": num_classes})
+
+
+def family(name: str) -> str:
+    """What a network is one of: "resnet", "vgg", "mobilenet", "mobilenet_v3", "efficientnet", "vit" (DeiT too) or "mlperf".
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    _entry(name)
+    return _FAMILY_OF[name]
 
 
 def image_size(name: str) -> int:

@@ -55,12 +55,14 @@ if TYPE_CHECKING:
     from sculpt.tracing import Trace, trace
     from sculpt.training import (
         FinetuneConfig,
+        Recipe,
         Split,
         Splits,
         finetune,
         from_arrays,
         load_data,
         load_folder,
+        recipe_for,
         train,
     )
 
@@ -112,12 +114,14 @@ _HOMES = {
     "sculpt.tracing": ("Trace", "trace"),
     "sculpt.training": (
         "FinetuneConfig",
+        "Recipe",
         "Split",
         "Splits",
         "finetune",
         "from_arrays",
         "load_data",
         "load_folder",
+        "recipe_for",
         "train",
     ),
 }
@@ -133,6 +137,7 @@ __all__ = [
     "Latency",
     "Model",
     "Race",
+    "Recipe",
     "RewardConfig",
     "Scores",
     "SearchConfig",
@@ -174,6 +179,7 @@ __all__ = [
     "race_policies",
     "random_policies",
     "recalibrate",
+    "recipe_for",
     "save_params",
     "search",
     "to_graph",

@@ -30,6 +30,8 @@ _COMMANDS = {
 
 _CACHE_OPTION = "jax_compilation_cache_dir"
 _MOST_CPU_DEVICES = 16
+_WIDTH_OF_FILES = 200
+_RECIPES = ("residual", "plain", "photographs", "mobile", "transformer", "small_transformer")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +88,13 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--run", type=Path, required=name != "info", help="the run directory")
         command.add_argument("--debug", action="store_true", default=False, help="show tracebacks of errors")
+        if name == "info":
+            command.add_argument(
+                "network",
+                nargs="?",
+                metavar="MODEL",
+                help="the network, at its published size without --dataset",
+            )
         if name in ("train", "info", "prune"):
             _network_options(command)
         if name in ("train", "prune"):
@@ -116,10 +125,17 @@ def _train_options(command: argparse.ArgumentParser, short: Sequence[str]) -> No
     group.add_argument("--seed", type=int, help="of every random draw (0)")
     group.add_argument(
         "--augment",
-        help="none, shift or crop_flip (shift for grey images; crop_flip, which mirrors, for colour ones)",
+        help="none, shift, crop_flip or resized_crop (shift for grey images; the others, which mirror, for colour ones)",
     )
+    group.add_argument(
+        "--new-head",
+        action="store_true",
+        help="draw the head of the weights anew, for other classes, and train",
+    )
+    group.add_argument("--recipe", help=f"{', '.join(_RECIPES)} (by the network and the size of the images)")
+    group.add_argument("--batch-size", type=int, help="images per step of training and fine-tuning (64)")
     group.add_argument("--train-epochs", *short, type=int, help="epochs of dense training (20)")
-    group.add_argument("--train-learning-rate", type=float, help="its peak (0.1)")
+    group.add_argument("--train-learning-rate", type=float, help="its peak (the recipe's)")
     group.add_argument("--train-clip-norm", type=float, help="largest norm of its gradients (any)")
 
 
@@ -152,8 +168,11 @@ def _search_options(command: argparse.ArgumentParser) -> None:
 def _finetune_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("fine-tuning")
     group.add_argument("--finetune-epochs", "--epochs", type=int, help="epochs (15)")
-    group.add_argument("--finetune-learning-rate", type=float, help="its peak (0.03)")
+    group.add_argument("--finetune-learning-rate", type=float, help="its peak (the recipe's)")
     group.add_argument("--finetune-clip-norm", type=float, help="largest norm of the gradients (any)")
+    group.add_argument(
+        "--distillation", type=float, help="share of the loss that the dense network sets (0.5)"
+    )
 
 
 def _policies_options(command: argparse.ArgumentParser) -> None:
@@ -295,6 +314,12 @@ def _info(options: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(markup=False)
+    if "network" in options:
+        if "model" in options:
+            raise ValueError(
+                f"name the network once, got {options['network']} and --model {options['model']}"
+            )
+        options["model"] = options.pop("network")
     if "run" in options:
         if others := sorted(name.replace("_", "-") for name in set(options) - {"run"}):
             raise ValueError(f"info about a run goes without --{' and --'.join(others)}")
@@ -302,8 +327,8 @@ def _info(options: dict[str, Any]) -> None:
         return
     _require_device()
     if options:
-        if missing := sorted({"model", "dataset"} - set(options)):
-            raise ValueError(f"info about a network needs --{' and --'.join(missing)}")
+        if "model" not in options:
+            raise ValueError("info about a network needs its name: sculpt info MODEL")
         _info_model(console, options)
     else:
         from rich.table import Table
@@ -336,25 +361,24 @@ def _info_run(console: Console, folder: Path) -> None:
 
 
 def _info_model(console: Console, options: dict[str, Any]) -> None:
-    from rich import box
-    from rich.table import Table
-
     from sculpt.pipeline.artefacts import describe
+    from sculpt.report import frozen_lines, layers_table, sites_table
 
     space = describe(options)
     trace = space.trace
-    table = Table("site", "family", "options", box=box.SIMPLE_HEAD)
-    for site in space.sites:
-        table.add_row(site.name, site.family, " ".join(option.label for option in site.options))
-    console.print(table)
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_FILES
+    console.print(layers_table(space))
+    console.print(sites_table(space))
     low, high = space.reachable
     console.print(
-        f"{trace.macs:,} MACs per image, {trace.num_params:,} weights, {len(trace.layers)} layers, {space.num_sites} sites; "
-        f"budgets from {low:.4f} to {high:.0f} can be reached",
+        f"{trace.macs:,} MACs per image of {' x '.join(map(str, trace.input_shape))}, {trace.num_params:,} weights, "
+        f"{len(trace.layers)} layers, {space.num_sites} sites; budgets from {low:.4f} to {high:.0f} can be reached",
         highlight=False,
+        soft_wrap=True,
     )
-    for frozen in trace.frozen:
-        console.print(f"frozen: {frozen.name} ({frozen.size}): {frozen.reason}", highlight=False)
+    for line in frozen_lines(space):
+        console.print(f"frozen: {line}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

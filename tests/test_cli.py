@@ -19,7 +19,7 @@ from sculpt.cli import main
 from sculpt.pipeline import TrainSettings, stages
 from sculpt.pruning import KINDS
 from sculpt.report import RunDirectory
-from sculpt.training import FinetuneConfig
+from sculpt.training import RECIPES, FinetuneConfig
 from sculpt.training.finetune import TrainingDiverged
 
 
@@ -249,12 +249,15 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "747,136 MACs per image" in printed
     assert "channels" not in printed.split("frozen")[0]
     fails(capsys, "cannot be reached", "info", *NEW, "--budget", "0.00001")
+    assert run_main("info", "vit_tiny_patch16") == 0
+    assert "MACs per image of 224 x 224 x 3, 5,717,416 weights" in capsys.readouterr().out
 
 
 def test_info_takes_no_option_without_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--seed", "--evaluations", "--rerank", "--method", "--weights"):
         fails(capsys, f"unrecognized arguments: {option}", "info", *NEW, option, "1")
-    fails(capsys, "info about a network needs --dataset and --model", "info", "--families", "rect")
+    fails(capsys, "info about a network needs its name: sculpt info MODEL", "info", "--families", "rect")
+    fails(capsys, "name the network once, got resnet20 and --model resnet8", "info", "resnet20", *NEW)
     fails(
         capsys, "info about a run goes without --data-dir", "info", "--run", tmp_path, "--data-dir", tmp_path
     )
@@ -264,6 +267,11 @@ def test_help_names_every_importance(capsys: pytest.CaptureFixture[str]) -> None
     assert run_main("search", "--help") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert f"{', '.join(KINDS[:-1])} or {KINDS[-1]} (energy)" in printed
+
+
+def test_help_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("train", "--help") == 0
+    assert ", ".join(RECIPES) in " ".join(capsys.readouterr().out.split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

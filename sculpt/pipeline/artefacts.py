@@ -28,10 +28,11 @@ from sculpt.report import RunDirectory
 from sculpt.tracing import trace
 from sculpt.training import Splits, load_data
 
-_DRAWS = {"init": 0, "train": 1, "search": 2, "finetune": 3, "importance": 4, "example": 5}
+_DRAWS = {"init": 0, "train": 1, "search": 2, "finetune": 3, "importance": 4, "example": 5, "head": 6}
 """What the seed is folded with, for each use."""
 _EXAMPLE_BATCH = 128
 _IMPORTANCE_IMAGES = 1024
+_SIDE_OF_CIFAR = 32
 
 
 class Artefacts:
@@ -110,7 +111,10 @@ class Artefacts:
             module = nets.create(settings.model, classes)
             variables = jax.jit(module.init)(self.key("init"), jnp.zeros(self.image.shape))
         else:
-            module, variables = nets.load(settings.model, settings.weights, classes, side=self.image.shape[1])
+            head_key = self.key("head") if settings.new_head else None
+            module, variables = nets.load(
+                settings.model, settings.weights, classes, side=self.image.shape[1], head_key=head_key
+            )
         model = from_linen(module, variables)
         _check_takes(model, self.image, settings)
         return model
@@ -172,15 +176,21 @@ class Artefacts:
 
 
 def describe(given: Mapping[str, Any]) -> Space:
-    """The search space of a network and data set by name, without a run; a budget among the settings is checked.
+    """The search space of a network by name, without a run; a budget among the settings is checked.
+
+    Without a data set the network is as published: its image size in three colours, and the classes of ImageNet or CIFAR-10.
 
     Raises:
       ValueError: on bad settings, or a budget that cannot be reached.
     """
-    space = Artefacts(RunDirectory(Path("-")), given).space
+    artefacts = Artefacts(RunDirectory(Path("-")), {"dataset": "", **given})
+    if "dataset" not in given:
+        side = nets.image_size(given["model"])
+        classes = 10 if side <= _SIDE_OF_CIFAR else 1000
+        artefacts.data = {"image": (side, side, 3), "num_classes": classes}
     if "budget" in given:
-        check_budget(space, given["budget"])
-    return space
+        check_budget(artefacts.space, given["budget"])
+    return artefacts.space
 
 
 def _about(splits: Splits) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sculpt import nets
 from sculpt.agents import SearchConfig
 from sculpt.pruning import KINDS
 from sculpt.report.run_directory import RunDirectory
 from sculpt.scoring.recalibrate import check_calibration_images
-from sculpt.training import FinetuneConfig, Splits
+from sculpt.training import RECIPES, FinetuneConfig, Recipe, Splits, recipe_for
+from sculpt.training.recipes import LARGE_IMAGES
 
 _PATHS = ("data_dir", "weights")
 DEFAULT_IMPORTANCE = "energy"
@@ -34,37 +36,66 @@ class TrainSettings:
     """How train images are varied: "none", "shift", "crop_flip" or "resized_crop", see `FinetuneConfig.augment`; None: by the data."""
     weights: str | None = None
     """File of pretrained weights; None: train from scratch."""
+    new_head: bool = False
+    """Whether the weights are for other classes: their head is drawn anew, and the network trained."""
+    recipe: str | None = None
+    """How the network is trained and fine-tuned: one of `sculpt.training.RECIPES`; None: by the network and the images."""
+    batch_size: int = 64
+    """Images per step of training and fine-tuning."""
     train_epochs: int = 20
     """Epochs of dense training."""
-    train_learning_rate: float = 0.1
-    """Its peak learning rate."""
+    train_learning_rate: float | None = None
+    """Its peak learning rate; None: that of the recipe."""
     train_clip_norm: float | None = None
     """Largest norm of its gradients; None: any."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
-        self.config("none" if self.augment is None else self.augment)
-        if self.weights is not None:
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        self._config(RECIPES["residual"], "none" if self.augment is None else self.augment)
+        if self.new_head and self.weights is None:
+            raise ValueError("--new-head goes with --weights, which would give all but the head")
+        if not self.trains:
             training = ("train_epochs", "train_learning_rate", "train_clip_norm")
-            _refuse(self, training, "pretrained weights are not trained")
+            _refuse(self, training, "pretrained weights are not trained, save with a new head")
         if self.dataset == "digits":
             _refuse(self, ("data_dir",), "digits comes with the package")
 
-    def config(self, augment: Any) -> FinetuneConfig:
-        """How the dense network is trained."""
-        return FinetuneConfig(
+    @property
+    def trains(self) -> bool:
+        """Whether the dense network is trained, or taken as it is."""
+        return self.weights is None or self.new_head
+
+    def config(self, splits: Splits) -> FinetuneConfig:
+        """How the dense network is trained; pretrained weights as gently as after pruning."""
+        return self._config(self.recipe_for(splits), self.augmentation(splits))
+
+    def _config(self, recipe: Recipe, augment: Any) -> FinetuneConfig:
+        trained = recipe.train if self.weights is None else recipe.finetune
+        return trained(
             epochs=self.train_epochs,
-            learning_rate=self.train_learning_rate,
+            batch_size=self.batch_size,
             clip_norm=self.train_clip_norm,
             augment=augment,
+            **_given(learning_rate=self.train_learning_rate),
         )
 
+    def recipe_for(self, splits: Splits) -> Recipe:
+        """The recipe asked for, or that of the network and the size of the images."""
+        if self.recipe is not None:
+            return RECIPES[self.recipe]
+        return recipe_for(nets.family(self.model), _side(splits))
+
     def augmentation(self, splits: Splits) -> str:
-        """How images are varied: as asked, or else grey ones (digits, letters) are shifted, colour ones mirrored as well."""
+        """How images are varied: as asked, or else grey ones (digits, letters) are shifted, small colour ones cropped and mirrored,
+        large ones cut out at random and mirrored."""
         if self.augment is not None:
             return self.augment
-        return "shift" if len(splits.mean) == 1 else "crop_flip"
+        if len(splits.mean) == 1:
+            return "shift"
+        return "crop_flip" if _side(splits) < LARGE_IMAGES else "resized_crop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,21 +163,29 @@ class FinetuneSettings:
 
     finetune_epochs: int = 15
     """Epochs."""
-    finetune_learning_rate: float = 0.03
-    """Peak learning rate."""
+    finetune_learning_rate: float | None = None
+    """Peak learning rate; None: that of the recipe."""
     finetune_clip_norm: float | None = None
     """Largest norm of the gradients; None: any."""
+    distillation: float = 0.5
+    """Share of the loss that follows the dense network's predictions instead of the labels, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        self.config(augment="none")
+        self._config(RECIPES["residual"])
 
-    def config(self, augment: Any) -> FinetuneConfig:
-        """How the pruned network is fine-tuned."""
-        return FinetuneConfig(
+    def config(self, train: TrainSettings, splits: Splits) -> FinetuneConfig:
+        """How the pruned network is fine-tuned, by the recipe, batches and augmentation of the dense one."""
+        return self._config(
+            train.recipe_for(splits), augment=train.augmentation(splits), batch_size=train.batch_size
+        )
+
+    def _config(self, recipe: Recipe, **common: Any) -> FinetuneConfig:
+        return recipe.finetune(
             epochs=self.finetune_epochs,
-            learning_rate=self.finetune_learning_rate,
             clip_norm=self.finetune_clip_norm,
-            augment=augment,
+            distillation=self.distillation,
+            **_given(learning_rate=self.finetune_learning_rate),
+            **common,
         )
 
 
@@ -156,6 +195,15 @@ SECTIONS: dict[str, type] = {
     "finetune": FinetuneSettings,
 }
 """Section of `config.json` -> its settings."""
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _side(splits: Splits) -> int:
+    """The shorter side of the images, in pixels."""
+    return min(splits.train.images.shape[1:3])
 
 
 def _refuse(settings: Any, names: Sequence[str], why: str) -> None:

@@ -121,11 +121,13 @@ class Pipeline(Artefacts):
     def _train(self) -> dict[str, Any]:
         settings = self.train_settings
         model = self.untrained
-        if settings.weights is None:
-            config = settings.config(settings.augmentation(self.splits))
+        told: dict[str, Any] = {"source": settings.weights or "trained"}
+        if settings.trains:
+            config = settings.config(self.splits)
+            told |= {"recipe": settings.recipe_for(self.splits).name, "config": dataclasses.asdict(config)}
             model = train(model, self.splits, config, self.key("train"), **self._hooks("train"))
         self._save("dense", model)
-        return {"source": settings.weights or "trained", **self._validated(model)}
+        return {**told, **self._validated(model)}
 
     def _search(self) -> dict[str, Any]:
         # Where only the masks are lost, the policy is still known.
@@ -175,13 +177,19 @@ class Pipeline(Artefacts):
         }
 
     def _finetune(self) -> dict[str, Any]:
-        config = self.finetune_settings.config(self.train_settings.augmentation(self.splits))
-        pruned = apply_masks(self.dense, self.masks)
+        config = self.finetune_settings.config(self.train_settings, self.splits)
         model = finetune(
-            pruned, self.masks, self.splits, config, self.key("finetune"), **self._hooks("finetune")
+            apply_masks(self.dense, self.masks),
+            self.masks,
+            self.splits,
+            config,
+            self.key("finetune"),
+            teacher=self.dense if config.distillation else None,
+            **self._hooks("finetune"),
         )
         self._save("params", model)
-        return self._validated(model)
+        recipe = self.train_settings.recipe_for(self.splits).name
+        return {"recipe": recipe, "config": dataclasses.asdict(config), **self._validated(model)}
 
     def _compact(self) -> dict[str, Any]:
         small = compact(self.tuned, self.space, self.policy, masks=self.masks)

@@ -1,6 +1,7 @@
 """Looking at a run: its directory, tables, plots and the one-file report."""
 
 from sculpt.report.html import Number, Report, render, write_html
+from sculpt.report.network import frozen_lines, layers_table, sites_table
 from sculpt.report.plots import graph_plot, kept_plot, pareto_plot, reward_plot
 from sculpt.report.run_directory import RESULT_FIELDS, RunDirectory, check_result
 from sculpt.report.tables import COLUMNS, Row, cells, closing_table
@@ -15,10 +16,13 @@ __all__ = [
     "cells",
     "check_result",
     "closing_table",
+    "frozen_lines",
     "graph_plot",
     "kept_plot",
+    "layers_table",
     "pareto_plot",
     "render",
     "reward_plot",
+    "sites_table",
     "write_html",
 ]

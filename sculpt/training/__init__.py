@@ -4,10 +4,13 @@ from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits, from_arrays, load_data, load_folder, load_parquet
 from sculpt.training.finetune import TrainingDiverged, finetune, train
+from sculpt.training.recipes import RECIPES, Recipe, recipe_for
 
 __all__ = [
+    "RECIPES",
     "Checkpoints",
     "FinetuneConfig",
+    "Recipe",
     "Split",
     "Splits",
     "TrainingDiverged",
@@ -16,5 +19,6 @@ __all__ = [
     "load_data",
     "load_folder",
     "load_parquet",
+    "recipe_for",
     "train",
 ]

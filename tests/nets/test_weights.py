@@ -176,6 +176,25 @@ def test_position_embeddings_are_interpolated(tmp_path: Path) -> None:
         nets.load("deit_tiny_distilled_patch16", tmp_path / "w.safetensors", 6, side=side, **options)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "deit_tiny_distilled_patch16"])
+def test_a_new_head_is_drawn_for_other_classes(name: str, tmp_path: Path) -> None:
+    options, side = NARROW[name]
+    module, variables = narrow(name)
+    nets.save(module, variables, tmp_path / "w.safetensors")
+    load = functools.partial(nets.load, name, tmp_path / "w.safetensors", side=side, **options)
+    key = jax.random.key(3)
+    found, again, five = (load(num_classes=classes, head_key=key)[1]["params"] for classes in (7, 7, 5))
+    for part, before in variables["params"].items():
+        if "head" not in part:
+            jax.tree.map(np.testing.assert_array_equal, found[part], before)
+        else:
+            assert found[part]["kernel"].shape == (before["kernel"].shape[0], 7)
+            np.testing.assert_array_equal(found[part]["kernel"], again[part]["kernel"])
+            assert not np.array_equal(five[part]["kernel"], before["kernel"])
+    with pytest.raises(ValueError, match=f"does not fit {name} with 7 classes"):
+        load(num_classes=7)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
 def test_other_floating_point_becomes_single(dtype: Any, tmp_path: Path) -> None:
     options, side = NARROW["resnet18"]

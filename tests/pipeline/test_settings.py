@@ -15,13 +15,13 @@ from sculpt.pipeline.settings import read_settings
 from sculpt.report import RunDirectory
 from sculpt.scoring import EvaluationPlan
 from sculpt.scoring.recalibrate import images_used, into_batches
-from sculpt.training import Splits, from_arrays
+from sculpt.training import RECIPES, FinetuneConfig, Splits, from_arrays
 
 NETWORK: dict[str, Any] = {"model": "resnet8", "dataset": "digits"}
 
 
-def splits(channels: int) -> Splits:
-    images, labels = np.zeros((20, 4, 4, channels), np.uint8), np.arange(20, dtype=np.int32) % 2
+def splits(channels: int, side: int = 4) -> Splits:
+    images, labels = np.zeros((20, side, side, channels), np.uint8), np.arange(20, dtype=np.int32) % 2
     return from_arrays(images, labels, images[:2], labels[:2])
 
 
@@ -46,6 +46,7 @@ def test_paths_are_absolute_whatever_they_were_typed_as(
 def test_augmentation_is_by_the_data_unless_it_is_chosen() -> None:
     by_data, chosen = TrainSettings(**NETWORK), TrainSettings(**NETWORK, augment="none")
     assert [by_data.augmentation(splits(c)) for c in (1, 3)] == ["shift", "crop_flip"]
+    assert by_data.augmentation(splits(3, 96)) == "resized_crop"
     assert [chosen.augmentation(splits(c)) for c in (1, 3)] == ["none", "none"]
     with pytest.raises(ValueError, match="augment must be one of"):
         TrainSettings(**NETWORK, augment="")
@@ -110,8 +111,44 @@ def test_an_explanation_needs_a_tuned_plan() -> None:
 
 
 def test_clipping_reaches_training() -> None:
-    assert TrainSettings(**NETWORK, train_clip_norm=2.0).config("none").clip_norm == 2.0
-    assert FinetuneSettings(finetune_clip_norm=3.0).config("none").clip_norm == 3.0
+    train = TrainSettings(**NETWORK, train_clip_norm=2.0)
+    assert train.config(splits(1)).clip_norm == 2.0
+    assert FinetuneSettings(finetune_clip_norm=3.0).config(train, splits(1)).clip_norm == 3.0
+
+
+def test_the_recipe_is_by_the_network_and_the_images_unless_it_is_chosen() -> None:
+    def recipe(model: str, side: int, **settings: Any) -> FinetuneConfig:
+        train = TrainSettings(model=model, dataset="x", **settings)
+        return train.config(splits(3, side))
+
+    assert recipe("resnet20", 32).learning_rate == pytest.approx(0.05)
+    assert recipe("resnet20", 32, batch_size=128).learning_rate == pytest.approx(0.1)
+    assert recipe("resnet20", 32, train_learning_rate=0.4).learning_rate == 0.4
+    assert recipe("vit_tiny_patch4", 32).optimizer == "adamw"
+    assert recipe("resnet20", 32, recipe="small_transformer").optimizer == "adamw"
+    assert recipe("mobilenet_v2", 32).augment == "crop_flip"
+    large = recipe("vit_tiny_patch16", 96)
+    assert (large.augment, large.mixup, large.cutmix) == ("resized_crop", 0.8, 1.0)
+    with pytest.raises(ValueError, match=r"recipe must be one of residual, plain.*got 'best'"):
+        recipe("resnet20", 32, recipe="best")
+
+
+def test_fine_tuning_goes_by_the_recipe_of_training() -> None:
+    train = TrainSettings(**NETWORK, recipe="plain", batch_size=16, augment="none")
+    config = FinetuneSettings(distillation=0.25).config(train, splits(1))
+    assert config == RECIPES["plain"].finetune(batch_size=16, distillation=0.25)
+    assert FinetuneSettings(finetune_learning_rate=0.5).config(train, splits(1)).learning_rate == 0.5
+    with pytest.raises(ValueError, match=r"distillation must be in \[0, 1\]"):
+        FinetuneSettings(distillation=2.0)
+
+
+def test_weights_for_other_classes_are_trained_gently() -> None:
+    loaded = TrainSettings(**NETWORK, weights="w", new_head=True, train_epochs=2)
+    assert loaded.trains
+    assert not TrainSettings(**NETWORK, weights="w").trains
+    assert loaded.config(splits(1)).learning_rate == pytest.approx(0.3 * 0.05)
+    with pytest.raises(ValueError, match="--new-head goes with --weights"):
+        TrainSettings(**NETWORK, new_head=True)
 
 
 def test_images_to_score_on_are_counted() -> None:
