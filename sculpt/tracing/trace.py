@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-# Importing these three registers their rules.
+# Importing these four registers their rules.
 import sculpt.tracing.bodies
 import sculpt.tracing.indexing
-import sculpt.tracing.rules  # noqa: F401
+import sculpt.tracing.rules
+import sculpt.tracing.zero_rules  # noqa: F401
 from sculpt.model import Model
 from sculpt.tracing.axes import Atom, Axes, Axis
 from sculpt.tracing.flow import Flow
