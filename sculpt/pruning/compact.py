@@ -28,10 +28,11 @@ from sculpt.tracing.trace import Trace, axis_flow, leaf_paths, shapes_of
 from sculpt.tracing.zeros import unsound_atoms
 
 TOLERANCE = 1e-4
-"""Largest difference between masked and compact outputs, relative to the largest output."""
-_TINY = 1e-30
+"""Largest difference of masked and compact outputs that `compact` accepts, relative to the largest output."""
 _ROUNDINGS = 8
-"""The same in units of the last place, for networks that compute in half precision."""
+"""The same in machine epsilons of the coarsest dtype in the network, where that is more: in half precision."""
+_TINY = 1e-30
+"""The largest output counts as at least this, so that outputs that are all zero can be compared."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,18 +144,17 @@ def compact(model: Model, space: Space, policy: Any, check: bool = True, *, mask
 
 
 def max_difference(model: Model, other: Model, x: jax.Array) -> float:
-    """Largest absolute difference of two models' outputs on `x`, relative to the largest output (at least 1)."""
+    """Largest difference of two models' outputs on `x`, relative to the largest finite output of `model`."""
     outputs = (jax.tree.leaves(jax.jit(m.apply)(m.params, m.state, x)) for m in (model, other))
     return max(_difference(a, b) for a, b in zip(*outputs, strict=True))
 
 
-def _difference(a: jax.Array, b: jax.Array, least: float = 1.0) -> float:
-    """Largest difference relative to the largest finite value of `a`, which counts as at least `least`; equal infinities and NaN
-    count as equal."""
+def _difference(a: jax.Array, b: jax.Array) -> float:
+    """Largest difference relative to the largest finite value of `a`; equal infinities and NaN count as equal."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     with np.errstate(invalid="ignore"):
         gap = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
-    return float(gap.max(initial=0.0) / max(np.abs(x[np.isfinite(x)]).max(initial=0.0), least))
+    return float(gap.max(initial=0.0) / max(np.abs(x[np.isfinite(x)]).max(initial=0.0), _TINY))
 
 
 def _check(model: Model, small: Model, traced: Trace) -> None:
@@ -163,8 +163,7 @@ def _check(model: Model, small: Model, traced: Trace) -> None:
     tolerance = max(TOLERANCE, *(_ROUNDINGS * float(jnp.finfo(dtype).eps) for dtype in floating))
     # Accelerators multiply in fewer digits unless they are told otherwise.
     with jax.default_matmul_precision("highest"):
-        outputs = (jax.tree.leaves(jax.jit(m.apply)(m.params, m.state, x)) for m in (model, small))
-        difference = max(_difference(a, b, _TINY) for a, b in zip(*outputs, strict=True))
+        difference = max_difference(model, small, x)
         if not difference <= tolerance:
             raise ValueError(
                 f"compacted and masked outputs differ by {difference:.2e} of the largest output (at most {tolerance:.0e} "
@@ -207,7 +206,7 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array, t
             continue
         for output, a, b in zip(eqn.outputs, big, cut):
             kept = take(a, rewritten.sizes, rewritten.sizes.flow.terms[output])
-            if jnp.issubdtype(kept.dtype, jnp.number) and not _difference(kept, b, _TINY) <= tolerance:
+            if jnp.issubdtype(kept.dtype, jnp.number) and not _difference(kept, b) <= tolerance:
                 return f"{last}, in {eqn.name} at {eqn.source}"
     return f"{last}, at the output"
 
