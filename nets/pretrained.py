@@ -240,7 +240,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"no weights at {path}: give the path of a .safetensors or .npz file")
     with path.open("rb") as file:
         start = file.read(8)
-    pickled = start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04"
+    pickled = start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    # A zip file, as PyTorch writes; Keras' own are such too.
+    pickled |= start[:4] == b"PK\x03\x04" and path.suffix != ".keras"
     if pickled or path.suffix in (".pth", ".pt", ".pkl"):
         raise ValueError(
             f"{path} looks like a pickled PyTorch checkpoint, which is never loaded here: convert it where you trust it, with "
@@ -250,6 +252,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     try:
-        return load_file(path)
+        arrays = load_file(path)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if path.suffix not in ("", ".safetensors"):
+            raise ValueError(
+                f"weights are read from .safetensors files, or Keras' .npz files, got {path}: convert it to one of them"
+            ) from error
         raise ValueError(f"{path} is not a readable safetensors file ({error}); download it again") from error
+    if own := [key for key in arrays if "/" in key]:
+        raise ValueError(
+            f"{path} holds arrays under tree paths, such as {own[0]}, as sculpt.save_params and run directories keep them, not "
+            "under PyTorch's names: read it with sculpt.load_params, and write it with sculpt.nets.save to give it here"
+        )
+    return arrays

@@ -432,7 +432,7 @@ def test_bad_policies_are_found_before_a_plan_is_tuned(
     source.write_text("\n")
     fails("holds no policy")
     source.write_text("[0, 0, 0]\n")
-    fails(f"--out {source} is the file of the policies", source.name)
+    fails(f"{source} holds the policies: name another file", source.name)
     fails("scores are written to .jsonl or .parquet files", "scores.csv")
     fails(f"{source}, policy 0: expected policies as integers")
     source.write_text(f"{[99] * len(RunDirectory.existing(run).result()['policy'])}\n")

@@ -86,7 +86,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
         "n_test": len(labels),
         "n_latency": latency["dense"].n,
         "latency_batch": latency["dense"].batch,
-        "n_calibration": len(calibration),
+        "n_calibration": len(calibration) if jax.tree.leaves(p.dense.state) else 0,
         "splits": {
             "train": len(train_images),
             "validation": len(p.splits.validation.labels),
@@ -156,10 +156,12 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 
 def caption_of(record: dict[str, Any], seed: int) -> str:
     """What the closing table was taken over."""
+    calibration = record["n_calibration"]
+    recalibrated = f"BatchNorm recalibrated on {calibration} train images, " if calibration else ""
     return (
-        f"Accuracy: n = {record['n_test']} test images; masked: BatchNorm recalibrated on {record['n_calibration']} train "
-        f"images, not fine-tuned. Latency: median [quartiles] of n = {record['n_latency']} calls of "
-        f"{record['latency_batch']} images. Seed {seed}, {record['device']}, jax {record['versions']['jax']}."
+        f"Accuracy: n = {record['n_test']} test images; masked: {recalibrated}not fine-tuned. Latency: median [quartiles] "
+        f"of n = {record['n_latency']} calls of {record['latency_batch']} images. "
+        f"Seed {seed}, {record['device']}, jax {record['versions']['jax']}."
     )
 
 

@@ -60,7 +60,7 @@ class PolicyOptions:
                 f"{self.calibration_images}"
             )
         check_calibration_images(self.calibration_images)
-        check_scores_file(self.out)
+        check_scores_file(self.out, self.policies)
         if self.explain and (fixed := self.fixed_plan()) is not None:
             raise ValueError(
                 f"--explain says how a plan was tuned, and this one is given ({fixed.describe()}): "
@@ -105,8 +105,6 @@ def score_policies_of_run(
     total = count_policies(options.policies)
     if total == 0:
         raise ValueError(f"{options.policies} holds no policy")
-    if options.policies.resolve() == options.out.resolve():
-        raise ValueError(f"--out {options.out} is the file of the policies: name another one")
     artefacts = Artefacts(run, {})
     splits = artefacts.splits
     number = min(_IMAGES, len(splits.validation.labels)) if options.images is None else options.images
@@ -121,11 +119,11 @@ def score_policies_of_run(
     if chosen is not None:
         chosen.mesh()  # are there so many devices?
     first = list(itertools.islice(read_policies(options.policies), _COMPARED))
-    for number_of, policy in enumerate(first):
+    for index, policy in enumerate(first):
         try:
             check_policies(space, policy)
         except ValueError as error:
-            raise ValueError(f"{options.policies}, policy {number_of}: {error}") from error
+            raise ValueError(f"{options.policies}, policy {index}: {error}") from error
     images = splits.normalise(splits.validation.images[:number])
     labels = splits.validation.labels[:number]
     calibration = None
@@ -135,7 +133,7 @@ def score_policies_of_run(
         tuning = tune_plan(model, space, images, labels, calibration, cache=cache, **options.plan)
         chosen = tuning.plan
     gap = None
-    if chosen.precision != "float32" and first:
+    if chosen.precision != "float32":
         gap = precision_gap(model, space, np.stack(first), images, labels, calibration, chosen)
     on_plan(chosen, tuning, gap)
     return evaluate_file(

@@ -84,7 +84,7 @@ def _channel_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
         counts: dict[int, str] = {group.size: f"{LEVELS}/{LEVELS}"}
         for level in range(LEVELS - 1, 0, -1):
             exact = group.size * level / LEVELS
-            least = -(-max(min_keep, 1) // round_to)
+            least = -(-min_keep // round_to)
             count = max(round(exact / round_to), least) * round_to
             if count < group.size:
                 counts.setdefault(count, f"{level}/{LEVELS}")

@@ -102,7 +102,8 @@ def make_space(
       trace: what `sculpt.trace` returned.
       families: names of pattern families, each one of `FAMILIES`; or one name.
       round_to: kept channel counts are multiples of it where the level is not "all" (engines like 8 or 16).
-      min_keep: least number of channels that stay in a group.
+      min_keep: least number of channels that stay in a group, rounded up to a multiple of `round_to`; groups of no more
+        than that stay whole.
       importance: what `sculpt.importance` returned for this trace: the channels of lowest score go first, also after
         fine-tuning. None ranks them by retained energy on the parameters that masks are made of.
 
@@ -124,6 +125,12 @@ def make_space(
         check_importance(trace, importance)
     found = [site for name in families for site in FAMILIES[name].sites(trace, round_to, min_keep)]
     if not found:
+        if "channels" in families and trace.groups:
+            largest = max(group.size for group in trace.groups)
+            raise ValueError(
+                f"nothing to prune with families {families}: round_to {round_to} and min_keep {min_keep} leave every group "
+                f"whole, the largest has {largest} channels; lower them"
+            )
         reasons = sorted({f.reason for f in trace.frozen})[:3]
         raise ValueError(
             f"nothing to prune with families {families}: every axis is frozen ({'; '.join(reasons)})"

@@ -97,9 +97,7 @@ def evaluate_file(
         process is writing; on several hosts, on all of them.
     """
     out = Path(out)
-    check_scores_file(out)
-    if isinstance(policies, str | Path) and Path(policies).resolve() == out.resolve():
-        raise ValueError(f"{out} holds the policies: name another file for their scores")
+    check_scores_file(out, policies)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     begun = time.perf_counter()

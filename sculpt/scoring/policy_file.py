@@ -15,6 +15,8 @@ import numpy as np
 
 SUFFIXES = (".jsonl", ".npz", ".npy")
 """Of files of policies."""
+_WRITTEN_BY = {".npz": (b"PK", "numpy.savez"), ".npy": (b"\x93NUMPY", "numpy.save")}
+"""How an array's file begins, and what writes it."""
 COLUMNS = (
     "accuracy",
     "loss",
@@ -80,7 +82,14 @@ def _lines(file: Path) -> Iterator[np.ndarray]:
 
 
 def _array(file: Path) -> np.ndarray:
+    begins, writer = _WRITTEN_BY[file.suffix]
     try:
+        # NumPy takes what it does not know for a pickle, and says so.
+        with file.open("rb") as content:
+            if not content.read(8).startswith(begins):
+                raise ValueError(
+                    f"{writer} did not write it; write it with that, or name it .jsonl if every line is a policy"
+                )
         if file.suffix == ".npy":
             policies = np.load(file, mmap_mode="r", allow_pickle=False)
         else:
@@ -97,10 +106,12 @@ def _array(file: Path) -> np.ndarray:
     return policies
 
 
-def check_scores_file(file: Path) -> None:
-    """Raises ValueError unless scores can be written to a file of this name."""
+def check_scores_file(file: Path, policies: Any) -> None:
+    """Raises ValueError unless scores can be written to a file of this name, which is not that of the policies."""
     if file.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"scores are written to .jsonl or .parquet files, got {file}")
+    if isinstance(policies, str | Path) and Path(policies).resolve() == file.resolve():
+        raise ValueError(f"{file} holds the policies: name another file for their scores")
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import sculpt
 from sculpt import nets
 
 pytestmark = pytest.mark.optimised
@@ -139,6 +140,21 @@ def test_a_damaged_file_is_refused(small) -> None:
     for content in (whole[: len(whole) // 2], whole[:5], b"", b"\xff" * 200):
         file.write_bytes(content)
         refused(file, "is not a readable safetensors file")
+
+
+@pytest.mark.parametrize("content", [b"\x89HDF\r\n\x1a\n", b"PK\x03\x04"])
+def test_files_of_other_formats_are_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "weights.keras"
+    file.write_bytes(content)
+    refused(
+        file, r"weights are read from .safetensors files, or Keras' .npz files, got .*weights.keras: convert"
+    )
+
+
+def test_a_file_of_this_library_says_how_to_bring_it(tmp_path: Path) -> None:
+    file = tmp_path / "dense.safetensors"
+    sculpt.save_params({"params": {"head": {"bias": np.zeros(10, np.float32)}}}, file)
+    refused(file, r"under tree paths, such as params/head/bias, .* write it with sculpt.nets.save")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sculpt.agents import SearchResult
 from sculpt.pipeline import Pipeline
-from sculpt.pipeline.closing import chosen_point
+from sculpt.pipeline.closing import caption_of, chosen_point
 from sculpt.pipeline.stages import accuracy_on_front
 from sculpt.report import RunDirectory, pareto_plot
 
@@ -29,6 +29,13 @@ def test_the_chosen_policy_is_drawn_where_its_accuracy_is_known() -> None:
         assert point[0] == 0.4 and (np.isnan(point[1]) if accuracy is None else point[1] == accuracy)
         svg = pareto_plot([(m, a) for m, a, _ in front], point, 0.5, 256)
         assert ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_the_caption_tells_of_statistics_where_there_are_any() -> None:
+    record = {"n_test": 9, "n_latency": 3, "latency_batch": 2, "device": "cpu", "versions": {"jax": "1"}}
+    with_statistics, without = (caption_of({**record, "n_calibration": n}, 0) for n in (64, 0))
+    assert "masked: BatchNorm recalibrated on 64 train images, not fine-tuned." in with_statistics
+    assert "masked: not fine-tuned." in without and "BatchNorm" not in without
 
 
 def test_the_first_row_of_a_call_takes_the_place_of_older_ones(tmp_path: Path) -> None:

@@ -36,9 +36,19 @@ def test_round_to_and_min_keep_bound_the_counts() -> None:
             assert option.counts[0] % 4 == 0 and option.counts[0] >= 4
 
 
+def test_groups_of_no_more_than_min_keep_stay_whole() -> None:
+    sizes = sorted(group.size for group in traced("residual").groups)
+    space = sculpt.make_space(traced("residual"), ("channels",), min_keep=sizes[-1] - 1)
+    assert all(site.sizes[0] == sizes[-1] and len(site.options) == 2 for site in space.sites)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"families": ("channels",), "min_keep": 999},
+            "min_keep 999 leave every group whole, the largest has",
+        ),
         ({"families": ("chanels",)}, "did you mean 'channels'"),
         ({"families": ()}, "distinct names"),
         ({"families": ("rect", "rect")}, "distinct names"),

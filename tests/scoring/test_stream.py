@@ -390,8 +390,14 @@ def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
         ("p.jsonl", b"[0, 1.5]\n", "line 1: expected a list of integers"),
         ("p.jsonl", b"[0, 0]\n[0, 99]\n", r"policy 1: site .* has options"),
         ("p.jsonl", b"[0]\n", r"policy 0: expected policies as integers"),
-        ("p.npz", b"not a zip", "cannot read policies from"),
+        ("p.npz", b"not a zip", "cannot read policies from .*: numpy.savez did not write it"),
+        ("p.npz", b"PK\x03\x04 and no more", "cannot read policies from"),
         ("p.npy", b"", "cannot read policies from"),
+        (
+            "p.npy",
+            b"[0, 0]\n",
+            r"cannot read policies from .*: numpy.save did not write it; .* name it \.jsonl",
+        ),
     ],
 )
 def test_bad_policies_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
