@@ -7,7 +7,7 @@ library gives it (`layer1.1.conv1`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -84,9 +84,16 @@ def _namings(module: nn.Module) -> dict[str, Callable[[Any], Names]]:
     """Naming -> what makes its table for a network."""
     match module:
         case CifarResNet():
-            return {"cifar": lambda net: _resnet(net, "linear"), "torchvision": _resnet}
+            return {
+                "cifar": lambda net: _resnet_torchvision(net, "linear"),
+                "torchvision": _resnet_torchvision,
+            }
         case ResNet():
-            return {"torchvision": _resnet, "timm": _resnet, "huggingface": _resnet_hugging_face}
+            return {
+                "torchvision": _resnet_torchvision,
+                "timm": _resnet_torchvision,
+                "huggingface": _resnet_hugging_face,
+            }
         case VGG(hidden=()):
             return {"torchvision": _vgg_torchvision}
         case VGG():
@@ -108,41 +115,42 @@ def _namings(module: nn.Module) -> dict[str, Callable[[Any], Names]]:
     )
 
 
-def _blocks(depths: Sequence[int]) -> Iterator[tuple[int, int, str]]:
-    for stage, depth in enumerate(depths):
-        for block in range(depth):
-            yield stage, block, f"stage{stage + 1}_block{block + 1:02d}"
-
-
-def _resnet(net: Any, head: str = "fc") -> Names:
-    """torchvision's and timm's; CIFAR ResNets call their head `linear`."""
-    names: Names = {"stem_conv": "conv1", "stem_norm": "bn1", "head": head}
+def _resnet(net: Any, top: Names, block: Callable[[int, int], str], parts: dict[str, str]) -> Names:
+    """`block` names a block by its stage and its place there, from 0; `parts` the layers in it."""
+    names = dict(top)
     depths = net.depths if isinstance(net, ResNet) else (net.blocks,) * 3
-    for stage, block, ours in _blocks(depths):
-        theirs = f"layer{stage + 1}.{block}"
-        for index in (1, 2, 3):
-            names[f"{ours}/conv{index}"] = f"{theirs}.conv{index}"
-            names[f"{ours}/norm{index}"] = f"{theirs}.bn{index}"
-        names[f"{ours}/shortcut_conv"] = f"{theirs}.downsample.0"
-        names[f"{ours}/shortcut_norm"] = f"{theirs}.downsample.1"
+    for stage, depth in enumerate(depths):
+        for place in range(depth):
+            for ours, theirs in parts.items():
+                names[f"stage{stage + 1}_block{place + 1:02d}/{ours}"] = f"{block(stage, place)}.{theirs}"
     return names
+
+
+def _resnet_torchvision(net: Any, head: str = "fc") -> Names:
+    """timm's too; CIFAR ResNets call their head `linear`."""
+    parts = {
+        **{f"conv{index}": f"conv{index}" for index in (1, 2, 3)},
+        **{f"norm{index}": f"bn{index}" for index in (1, 2, 3)},
+        "shortcut_conv": "downsample.0",
+        "shortcut_norm": "downsample.1",
+    }
+    top: Names = {"stem_conv": "conv1", "stem_norm": "bn1", "head": head}
+    return _resnet(net, top, lambda stage, place: f"layer{stage + 1}.{place}", parts)
 
 
 def _resnet_hugging_face(net: ResNet) -> Names:
-    stem = "resnet.embedder.embedder"
-    names: Names = {
-        "stem_conv": f"{stem}.convolution",
-        "stem_norm": f"{stem}.normalization",
+    top: Names = {
+        "stem_conv": "resnet.embedder.embedder.convolution",
+        "stem_norm": "resnet.embedder.embedder.normalization",
         "head": "classifier.1",
     }
-    for stage, block, ours in _blocks(net.depths):
-        theirs = f"resnet.encoder.stages.{stage}.layers.{block}"
-        for index in (1, 2, 3):
-            names[f"{ours}/conv{index}"] = f"{theirs}.layer.{index - 1}.convolution"
-            names[f"{ours}/norm{index}"] = f"{theirs}.layer.{index - 1}.normalization"
-        names[f"{ours}/shortcut_conv"] = f"{theirs}.shortcut.convolution"
-        names[f"{ours}/shortcut_norm"] = f"{theirs}.shortcut.normalization"
-    return names
+    parts = {
+        **{f"conv{index}": f"layer.{index - 1}.convolution" for index in (1, 2, 3)},
+        **{f"norm{index}": f"layer.{index - 1}.normalization" for index in (1, 2, 3)},
+        "shortcut_conv": "shortcut.convolution",
+        "shortcut_norm": "shortcut.normalization",
+    }
+    return _resnet(net, top, "resnet.encoder.stages.{}.layers.{}".format, parts)
 
 
 def _vgg_features(net: VGG) -> Names:

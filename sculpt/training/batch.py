@@ -29,15 +29,21 @@ class Batch:
     taught: jax.Array | None
     """The teacher's logits, float32 `[n, classes]`; None without a teacher."""
 
-    def part(self, number: int, parts: int) -> Batch:
-        """One of several equal parts."""
-        size = len(self.labels) // parts
-        rows = slice(number * size, (number + 1) * size)
-        pieces = (
-            None if a is None else a[rows] for a in (self.images, self.labels, self.others, self.taught)
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in equal parts, or itself where one is asked for."""
+        if count == 1:
+            return [self]
+        size = len(self.labels) // count
+        return [self._rows(slice(start, start + size)) for start in range(0, count * size, size)]
+
+    def _rows(self, rows: slice) -> Batch:
+        return dataclasses.replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            others=None if self.others is None else self.others[rows],
+            taught=None if self.taught is None else self.taught[rows],
         )
-        images, labels, others, taught = pieces
-        return Batch(images, labels, others, self.share, taught)  # type: ignore[arg-type]
 
     def loss(self, logits: jax.Array, config: FinetuneConfig) -> jax.Array:
         """float32 scalar, of logits float32 `[n, classes]`."""

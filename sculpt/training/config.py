@@ -72,7 +72,7 @@ class FinetuneConfig:
     BatchNorm sees the parts."""
     remat: bool = False
     """Whether the backward pass computes activations again instead of keeping them, save those of convolutions and matrix
-    products (`jax.checkpoint`). For accelerators; XLA for CPUs undoes it (the same memory, measured)."""
+    products (`jax.checkpoint`). For accelerators; XLA for CPUs may undo it."""
     precision: Precision = "float32"
     """What convolutions and matrix products multiply in; weights and everything else stay in float32."""
     ema: float = 0.0
@@ -84,8 +84,8 @@ class FinetuneConfig:
     checkpoint_every: int | None = None
     """Steps between two checkpoints, besides those at the end of every epoch; None: only those."""
     steps_per_call: int | None = None
-    """Steps in one compiled loop. None: 1 on CPU, where XLA does not optimise the gradients of convolutions inside a loop
-    (37 times slower, measured on ResNet-20), and 50 on accelerators."""
+    """Steps in one compiled loop. None: 1 on CPU, where XLA does not optimise the gradients of convolutions inside a loop,
+    and 50 on accelerators."""
 
     def __post_init__(self) -> None:
         required = ("epochs", "batch_size", "accumulate")

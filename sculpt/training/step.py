@@ -172,8 +172,7 @@ def one_step(
     loss, right, state = jnp.float32(0), jnp.float32(0), train.state
     gradients: Any = None
     # Unrolled: XLA does not optimise the gradients of convolutions inside a loop on CPUs.
-    for number in range(config.accumulate):
-        part = batch.part(number, config.accumulate)
+    for number, part in enumerate(batch.parts(config.accumulate)):
         part_key = model_key if config.accumulate == 1 else jax.random.fold_in(model_key, number)
         (part_loss, (part_right, state)), found = jax.value_and_grad(objective, has_aux=True)(
             train.params, state, part, part_key
