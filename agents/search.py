@@ -134,13 +134,16 @@ def search(
     try:
         if keeper is not None and (found := keeper.restore_latest(run.tree(run.state))) is not None:
             run.load(found[1])
+        # An accelerator works on while the host reads. On CPUs nothing is won by that, and the dispatch may wait for the work before
+        # it: the time of one block would be counted as another's.
+        ahead = jax.default_backend() != "cpu"
         block = run.launch(update_key)
         while block is not None:
-            following = run.launch(update_key)
+            following = run.launch(update_key) if ahead else None
             run.settle(block, on_metrics)
             if keeper is not None:
                 keeper.save(block.stop, run.tree(block.state))
-            block = following
+            block = following or run.launch(update_key)
         order, rewards = ranking(run.state.env, config.budget, config.objective)
         archive, metrics = jax.device_get((run.state.env.archive, run.state.metrics))
         # Policies beyond the budget are considered only where none meets it.
@@ -231,7 +234,7 @@ class _Run:
         return _Block(start, stop, snapshot(self.state))
 
     def settle(self, block: _Block, on_metrics: Callable[[Metrics], None] | None) -> None:
-        """Waits for a block and reads its metrics, while the device goes on with the next one."""
+        """Waits for a block and reads its metrics, while an accelerator goes on with the next one."""
         jax.block_until_ready(block.state)
         now = time.perf_counter()
         self.seconds[block.start : block.stop] = (now - self.clock) / (block.stop - block.start)

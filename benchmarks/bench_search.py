@@ -18,7 +18,7 @@ import numpy as np
 
 import sculpt
 from benchmarks.bench_evaluate import NETS
-from benchmarks.timing import provenance, write_results
+from benchmarks.timing import provenance, spread, write_results
 from sculpt.scoring import Problem, Scores, score_policies
 
 
@@ -86,11 +86,10 @@ def main() -> None:
         f"{options.calibration_images} for BatchNorm; {result.unique_evaluations} of them distinct. "
         f"Plan: {plan.describe()}. Random weights and images; seeds 0 to 2.",
         "",
-        "| | seconds per update, median (lowest to highest) | share |",
+        f"| | seconds per update, median (lowest to highest) of n = {len(seconds['networks'])} | share |",
         "| --- | --- | --- |",
-        f"| whole update | {whole:.2f} ({min(seconds['networks']):.2f} to {max(seconds['networks']):.2f}) | 100% |",
-        f"| agent, projection, PPO, host | {agent:.3f} ({min(seconds['nothing']):.3f} to {max(seconds['nothing']):.3f}) | "
-        f"{agent / whole:.1%} |",
+        f"| whole update | {spread(seconds['networks'])} | 100% |",
+        f"| agent, projection, PPO, host | {spread(seconds['nothing'], 3)} | {agent / whole:.1%} |",
         "",
         f"{config.batch / whole:.2f} evaluations per second, repeats included.",
     ]
