@@ -105,6 +105,12 @@ def make_parser() -> argparse.ArgumentParser:
             _search_options(command)
         if name in ("finetune", "prune"):
             _finetune_options(command)
+        if name in ("train", "search", "finetune", "prune"):
+            command.add_argument(
+                "--devices",
+                type=int,
+                help="devices that share the search's evaluations (all) and each batch of training (1); not fixed by the run",
+            )
         if name == "evaluate":
             _policies_options(command)
     return parser
@@ -160,9 +166,6 @@ def _search_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--score-images", type=int, help="train images that each is scored on (256)")
     group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
     group.add_argument("--rerank", type=int, help="policies fine-tuned briefly for the last choice (4)")
-    group.add_argument(
-        "--devices", type=int, help="devices that share the evaluations (all); not fixed by the run"
-    )
 
 
 def _finetune_options(command: argparse.ArgumentParser) -> None:

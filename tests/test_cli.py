@@ -74,6 +74,7 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--data-dir", "data"), "leave out --data-dir /.*/data,.*digits comes with the package"),
         ((*NEW, "--devices", "64"), r"--devices must be from 1 to 8, .*got 64"),
         ((*NEW, "--devices", "0"), r"--devices must be from 1 to 8, .*got 0"),
+        ((*NEW, "--devices", "3"), "3 devices cannot share a batch of 64 images evenly"),
         ((*NEW, "--score-images", "0"), "score_images must be at least 1"),
         ((*NEW, "--score-images", "1000"), "need 1128 images of the train split of digits, which has 1097"),
         ((*NEW, "--calibration-images", "896"), "--calibration-images 896 need 1152 images"),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import sculpt
 from sculpt.cli import main
@@ -286,6 +287,17 @@ def test_an_interrupted_search_resumes_and_ends_where_it_would_have(
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 6 + 2 + 3
     assert (run / "masks.safetensors").read_bytes() == (finished / "masks.safetensors").read_bytes()
     assert not (run / "checkpoints" / "search").exists()
+
+
+def test_devices_share_the_batches_of_training(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "params.safetensors").unlink()
+    assert main(["finetune", "--devices", "2", "--run", str(run)]) == 0
+    shared, alone = (load_file(folder / "params.safetensors") for folder in (run, finished))
+    assert any((shared[name] != alone[name]).any() for name in alone), "one device did it"
+    for name, array in alone.items():
+        np.testing.assert_allclose(shared[name], array, atol=5e-3)
 
 
 class Counting:

@@ -19,10 +19,11 @@ from sculpt.pipeline import closing
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pipeline.progress import Watcher
 from sculpt.pipeline.settings import SECTIONS
-from sculpt.pruning import apply_masks, check_budget, compact, count_cost, make_masks
+from sculpt.pruning import check_budget, compact, count_cost, make_masks
 from sculpt.report import RunDirectory
 from sculpt.scoring import EvaluationPlan, evaluate, tune_plan
 from sculpt.training import finetune, train
+from sculpt.training.devices import check_devices
 from sculpt.training.finetune import TrainingDiverged
 
 STAGES = ("train", "search", "finetune", "compact", "evaluate", "export", "report")
@@ -39,8 +40,9 @@ class Pipeline(Artefacts):
       run: the directory.
       given: settings asked for explicitly, by the names of the fields in `sculpt.pipeline.settings`.
       watcher: told about progress; None: nobody is.
-      devices: how many share the evaluations of the search; None: all that there are. No setting of the run, for it
-        changes scores by rounding at the most: a run may go on with another number.
+      devices: how many share the evaluations of the search and every batch of training; None: all that there are for the
+        search, one for training. No setting of the run, for it changes results by rounding at the most: a run may go on
+        with another number.
       plans: folder that plans tuned on accelerators are kept in; None: none.
 
     Raises:
@@ -89,10 +91,12 @@ class Pipeline(Artefacts):
 
     def _check(self, stages: list[str]) -> None:
         """Raises ValueError where devices, data, weights and settings do not go together, for stages that are to run."""
-        if "search" in stages and self._devices is not None:
+        if self._devices is not None:
             _check_devices(self._devices)
         if any(stage not in _WITHOUT_DATA for stage in stages):
             _ = self.splits  # reads and compares the data
+        if self._devices is not None and ("finetune" in stages or ("train" in stages and self.train_settings.trains)):
+            check_devices(self._devices, self.train_settings.config(self.splits))
         if "train" in stages:
             _ = self.untrained  # reads the weights
         if "search" in stages:
@@ -125,7 +129,14 @@ class Pipeline(Artefacts):
         if settings.trains:
             config = settings.config(self.splits)
             told |= {"recipe": settings.recipe_for(self.splits).name, "config": dataclasses.asdict(config)}
-            model = train(model, self.splits, config, self.key("train"), **self._hooks("train"))
+            model = train(
+                model,
+                self.splits,
+                config,
+                self.key("train"),
+                devices=self._devices or 1,
+                **self._hooks("train"),
+            )
         self._save("dense", model)
         return {**told, **self._validated(model)}
 
@@ -179,12 +190,13 @@ class Pipeline(Artefacts):
     def _finetune(self) -> dict[str, Any]:
         config = self.finetune_settings.config(self.train_settings, self.splits)
         model = finetune(
-            apply_masks(self.dense, self.masks),
+            self.dense,
             self.masks,
             self.splits,
             config,
             self.key("finetune"),
             teacher=self.dense if config.distillation else None,
+            devices=self._devices or 1,
             **self._hooks("finetune"),
         )
         self._save("params", model)
@@ -298,7 +310,7 @@ def _check_devices(asked: int) -> None:
     if not 1 <= asked <= there:
         raise ValueError(
             f"--devices must be from 1 to {there}, the devices that JAX finds here, got {asked}: "
-            "give another number, or leave it out for all of them"
+            "give another number, or leave it out"
         )
 
 

@@ -18,6 +18,7 @@ from sculpt.pruning.masks import apply_masks
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits
+from sculpt.training.devices import check_devices
 from sculpt.training.run import Metrics, Run, TrainingDiverged
 
 __all__ = ["FinetuneConfig", "Metrics", "TrainingDiverged", "finetune", "train"]
@@ -31,6 +32,7 @@ def finetune(
     key: jax.Array,
     *,
     teacher: Model | None = None,
+    devices: int = 1,
     directory: str | Path | None = None,
     on_metrics: Callable[[Metrics], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -50,7 +52,11 @@ def finetune(
       key: `jax.random.key`.
       teacher: a network for the same classes, such as the dense one, whose predictions are followed; with
         `config.distillation` above 0 only.
+      devices: how many of this process share every batch; each holds weights and data. A number that divides
+        `config.batch_size` (the parts of it, where it is accumulated). The result is that of one device up to
+        rounding, BatchNorm statistics included, which are those of the whole batch.
       directory: where to keep checkpoints (after each epoch), and to resume from if there are any; None keeps none.
+        Another number of devices may resume them; the same number gives the bits of an uninterrupted run.
       on_metrics: called after every epoch with "epoch" (from 1), "step", "train_loss", "train_accuracy",
         "validation_accuracy", "learning_rate", "images_per_second" (of training, compilation left out where it can be).
       on_progress: called with (steps done, steps in all) about every 50 steps.
@@ -63,11 +69,12 @@ def finetune(
       TrainingDiverged: (a ValueError) if loss or weights are no longer finite.
     """
     _check(model, splits, config)
+    check_devices(devices, config)
     _check_teacher(teacher, model, splits, config)
     if masks is not None:
         masks = jax.tree.map(jnp.asarray, masks)
         model = apply_masks(model, masks)
-    run = Run.begin(model, masks, splits, config, key, teacher)
+    run = Run.begin(model, masks, splits, config, key, teacher, devices)
     with _open(directory, lambda: _fingerprint(model, masks, splits, config, key, teacher)) as keeper:
         if keeper is not None and (found := keeper.restore_latest(run.tree())) is not None:
             run.load(found[1])
@@ -86,13 +93,22 @@ def train(
     config: FinetuneConfig,
     key: jax.Array,
     *,
+    devices: int = 1,
     directory: str | Path | None = None,
     on_metrics: Callable[[Metrics], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Trains a dense, freshly initialised model: `finetune` without masks; arguments and errors are the same."""
     return finetune(
-        model, None, splits, config, key, directory=directory, on_metrics=on_metrics, on_progress=on_progress
+        model,
+        None,
+        splits,
+        config,
+        key,
+        devices=devices,
+        directory=directory,
+        on_metrics=on_metrics,
+        on_progress=on_progress,
     )
 
 

@@ -16,6 +16,7 @@ from sculpt.model import Model
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
+from sculpt.training.devices import from_each, place, place_shared
 from sculpt.training.step import (
     Program,
     TrainState,
@@ -93,21 +94,22 @@ class Run:
         config: FinetuneConfig,
         key: jax.Array,
         teacher: Model | None,
+        devices: int = 1,
     ) -> Run:
-        program = make_program(model.apply_train, splits, config, teacher and teacher.apply)
+        program = make_program(model.apply_train, splits, config, teacher and teacher.apply, devices)
         order_key, step_key = jax.random.split(key)
-        state = start(program, model.params, model.state, masks)
+        state = place(start(program, model.params, model.state, masks), devices)
         selects = config.select_best and program.total_steps > program.steps_per_epoch
         return Run(
             model=model,
             config=config,
             program=program,
-            masks=masks,
-            teacher=teacher and (teacher.params, teacher.state),
-            images=jnp.asarray(splits.train.images),
-            labels=jnp.asarray(splits.train.labels, jnp.int32),
-            validation=_in_batches(splits.validation),
-            keys=(order_key, step_key),
+            masks=place(masks, devices),
+            teacher=place(teacher and (teacher.params, teacher.state), devices),
+            images=place(jnp.asarray(splits.train.images), devices),
+            labels=place(jnp.asarray(splits.train.labels, jnp.int32), devices),
+            validation=place_shared(_in_batches(splits.validation, devices), devices),
+            keys=place((order_key, step_key), devices),
             train=state,
             best=_copy(state.weights) if selects else None,
             best_accuracy=np.full((), -1, np.float32),
@@ -204,6 +206,7 @@ class Run:
     def result(self) -> Model:
         """The model of the best epoch, or of the last."""
         params, state = self.train.weights if self.best is None else self.best
+        params, state = from_each((params, state), self.program.devices)
         return self.model.replace(params=params, state=state)
 
 
@@ -211,10 +214,11 @@ def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def _in_batches(split: Split) -> tuple[jax.Array, jax.Array]:
-    """Raw images `[batches, batch, ...]` and labels, padded with images of label -1."""
+def _in_batches(split: Split, devices: int) -> tuple[jax.Array, jax.Array]:
+    """Raw images `[batches, batch, ...]` and labels, padded with images of label -1; the devices divide a batch."""
     n = len(split.labels)
     size = min(64 if jax.default_backend() == "cpu" else 512, n)
-    images = np.concatenate([split.images, split.images[: -n % size]])
+    size += -size % devices
+    images = split.images[np.arange(n + -n % size) % n]
     labels = np.concatenate([split.labels, np.full(-n % size, -1)]).astype(np.int32)
     return jnp.asarray(images.reshape(-1, size, *images.shape[1:])), jnp.asarray(labels.reshape(-1, size))

@@ -16,6 +16,7 @@ from sculpt.scoring.lowering import lowered
 from sculpt.training.batch import Batch, draw_batch
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits, normalise
+from sculpt.training.devices import on_each, shared
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,8 @@ class Program:
     std: tuple[float, ...]
     teacher: ApplyFn | None = None
     """Evaluates the teacher; None: there is none."""
+    devices: int = 1
+    """How many share the images of a step."""
 
     def forward(self) -> TrainFn:
         """The network in training mode, in the precision and with the memory that the configuration asks for."""
@@ -94,7 +97,11 @@ def _keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def make_program(
-    apply_train: TrainFn, splits: Splits, config: FinetuneConfig, teacher: ApplyFn | None = None
+    apply_train: TrainFn,
+    splits: Splits,
+    config: FinetuneConfig,
+    teacher: ApplyFn | None = None,
+    devices: int = 1,
 ) -> Program:
     """The program that trains by `config` on `splits`, which hold a batch at least."""
     steps_per_epoch = len(splits.train.labels) // config.batch_size
@@ -111,6 +118,7 @@ def make_program(
         mean=tuple(map(float, splits.mean)),
         std=tuple(map(float, splits.std)),
         teacher=teacher,
+        devices=devices,
     )
 
 
@@ -156,7 +164,9 @@ def one_step(
     """
     config = program.config
     place = train.step % program.steps_per_epoch
-    rows = jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size)
+    rows = shared(
+        jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size), program.devices
+    )
     augment_key, model_key = jax.random.split(jax.random.fold_in(key, train.step))
     teach = None if program.teacher is None else functools.partial(program.teacher, *teacher)
     normalisation = program.mean, program.std
@@ -172,7 +182,7 @@ def one_step(
     loss, right, state = jnp.float32(0), jnp.float32(0), train.state
     gradients: Any = None
     # Unrolled: XLA does not optimise the gradients of convolutions inside a loop on CPUs.
-    for number, part in enumerate(batch.parts(config.accumulate)):
+    for number, part in enumerate(shared(batch.parts(config.accumulate), program.devices)):
         part_key = model_key if config.accumulate == 1 else jax.random.fold_in(model_key, number)
         (part_loss, (part_right, state)), found = jax.value_and_grad(objective, has_aux=True)(
             train.params, state, part, part_key
@@ -188,7 +198,7 @@ def one_step(
         params = mask_params(params, masks)
     sound = jnp.isfinite(loss) & _all_finite((params, state))
     first = place == 0
-    return TrainState(
+    new = TrainState(
         step=train.step + 1,
         params=params,
         state=state,
@@ -198,6 +208,7 @@ def one_step(
         right=jnp.where(first, 0.0, train.right) + right,
         diverged=jnp.where(sound | (train.diverged >= 0), train.diverged, train.step),
     )
+    return on_each(new, program.devices)
 
 
 def _all_finite(tree: Any) -> jax.Array:
