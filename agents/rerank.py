@@ -14,7 +14,7 @@ from sculpt.pruning import Space, apply_masks, make_masks
 from sculpt.scoring.evaluate import evaluate
 from sculpt.scoring.recalibrate import recalibrate
 from sculpt.training.data import Splits
-from sculpt.training.finetune import TrainingDiverged, finetune
+from sculpt.training.policies import finetune_policies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,13 @@ class Referee:
 
         A network whose fine-tuning diverges counts as 0.
         """
-        masks = make_masks(self.space, self.model.params, jnp.asarray(policy))
-        pruned = apply_masks(self.model, masks)
         if self.config.rerank:
-            try:
-                pruned = finetune(pruned, masks, self.splits, self.config.rerank_finetune, self.key)
-            except TrainingDiverged:
-                return 0.0
-        elif self.calibration is not None:
+            tuned = finetune_policies(
+                self.model, self.space, policy[None], self.splits, self.config.rerank_finetune, self.key
+            )
+            return float(tuned.validation_accuracy[0])
+        pruned = apply_masks(self.model, make_masks(self.space, self.model.params, jnp.asarray(policy)))
+        if self.calibration is not None:
             pruned = recalibrate(pruned, self.calibration)
         validation = self.splits.validation
         images = self.splits.normalise(validation.images)

@@ -5,6 +5,7 @@ from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits, from_arrays, load_data, load_folder, load_parquet
 from sculpt.training.finetune import TrainingDiverged, finetune, train
 from sculpt.training.recipes import RECIPES, Recipe, recipe_for
+from sculpt.training.policies import TunedPolicies, finetune_policies
 
 __all__ = [
     "RECIPES",
@@ -14,7 +15,9 @@ __all__ = [
     "Split",
     "Splits",
     "TrainingDiverged",
+    "TunedPolicies",
     "finetune",
+    "finetune_policies",
     "from_arrays",
     "load_data",
     "load_folder",

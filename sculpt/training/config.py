@@ -18,6 +18,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("momentum", *_SHARE),
     ("label_smoothing", *_SHARE),
     ("ema", *_SHARE),
+    ("gradual", *_SHARE),
     ("distillation", "in [0, 1]", lambda value: 0 <= value <= 1),
     ("temperature", "above 0", lambda value: value > 0),
     ("mixup", "0 or more", lambda value: value >= 0),
@@ -53,6 +54,9 @@ class FinetuneConfig:
     """Gradients with a larger global norm are scaled down to this; None: never."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, in [0, 1)."""
+    gradual: float = 0.0
+    """Share of the steps, in [0, 1), over which pruned weights fade to zero (cubic, arXiv 1710.01878), still learning, instead of
+    being zero at once; the best epoch is one of those after. Needs masks, and a model whose weights there are not zero yet."""
     distillation: float = 0.0
     """Share of the loss, in [0, 1], that is the divergence from a teacher's predictions instead of from the labels; 0: no teacher."""
     temperature: float = 4.0

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.model import Model
-from sculpt.pruning.masks import apply_masks
+from sculpt.pruning.masks import apply_masks, check_masks
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits
@@ -39,7 +39,8 @@ def finetune(
 ) -> Model:
     """Trains a model while its masked weights stay exactly zero.
 
-    The masks act in the forward pass and again after every update, so neither momentum nor weight decay revives a weight.
+    The masks act in the forward pass and again after every update, so neither momentum nor weight decay revives a weight; with
+    `config.gradual` pruned weights fade first.
     Trains on the train split and selects the epoch by the validation split; the test split is never read. All randomness
     comes from `key` and the number of the step, so that a resumed run equals an uninterrupted one. Images stay raw
     on the device and are augmented and normalised there.
@@ -68,22 +69,17 @@ def finetune(
       ValueError: if masks, splits and model do not fit together, or `directory` holds another run or a damaged one.
       TrainingDiverged: (a ValueError) if loss or weights are no longer finite.
     """
-    _check(model, splits, config)
+    check_request(model, splits, config, teacher)
     check_devices(devices, config)
-    _check_teacher(teacher, model, splits, config)
     if masks is not None:
-        masks = jax.tree.map(jnp.asarray, masks)
+        masks = jax.tree.map(jnp.asarray, check_masks(model, masks))
+    if config.gradual:
+        _check_fading(model, masks, config)
+    elif masks is not None:
         model = apply_masks(model, masks)
     run = Run.begin(model, masks, splits, config, key, teacher, devices)
-    with _open(directory, lambda: _fingerprint(model, masks, splits, config, key, teacher)) as keeper:
-        if keeper is not None and (found := keeper.restore_latest(run.tree())) is not None:
-            run.load(found[1])
-        while run.step < run.program.total_steps:
-            run.advance(keeper, on_progress)
-            if run.at_epoch_end:
-                run.finish_epoch(on_metrics)
-            if keeper is not None:
-                keeper.save(run.step, run.tree())
+    with open_checkpoints(directory, model, masks, splits, config, key, teacher) as keeper:
+        run.complete(keeper, on_metrics, on_progress)
     return run.result()
 
 
@@ -112,12 +108,38 @@ def train(
     )
 
 
-def _open(
-    directory: str | Path | None, fingerprint: Callable[[], str]
+def open_checkpoints(
+    directory: str | Path | None,
+    model: Model,
+    masks: Any,
+    splits: Splits,
+    config: FinetuneConfig,
+    key: jax.Array,
+    teacher: Model | None,
 ) -> contextlib.AbstractContextManager[Checkpoints | None]:
+    """The checkpoints of this very run in a directory; None where there is no directory."""
     if directory is None:
         return contextlib.nullcontext()
-    return contextlib.closing(Checkpoints(directory, fingerprint()))
+    return contextlib.closing(
+        Checkpoints(directory, _fingerprint(model, masks, splits, config, key, teacher))
+    )
+
+
+def check_request(model: Model, splits: Splits, config: FinetuneConfig, teacher: Model | None) -> None:
+    """Raises ValueError unless model, data, settings and teacher fit together."""
+    _check(model, splits, config)
+    _check_teacher(teacher, model, splits, config)
+
+
+def _check_fading(model: Model, masks: Any, config: FinetuneConfig) -> None:
+    request = f"FinetuneConfig.gradual is {config.gradual}, and"
+    if masks is None:
+        raise ValueError(f"{request} there are no masks to set in: pass masks, or leave it at 0")
+    pairs = list(zip(jax.tree.leaves(model.params), jax.tree.leaves(masks), strict=True))
+    if not all(mask.all() for _, mask in pairs) and not any(((w != 0) & ~mask).any() for w, mask in pairs):
+        raise ValueError(
+            f"{request} the weights that the masks prune are zero already: pass the dense model, or leave it at 0"
+        )
 
 
 def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:

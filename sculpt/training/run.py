@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,7 @@ class Run:
     best: Any
     """(params, state) of the best epoch so far; None where the last is returned."""
     best_accuracy: np.ndarray
-    """float32 scalar; -1 before the first epoch."""
+    """float32 scalar, or `[networks]` where they are stacked; -1 before the first epoch."""
     step: int = 0
     seconds: float = 0.0
     """Time of the timed steps of this epoch."""
@@ -95,8 +96,9 @@ class Run:
         key: jax.Array,
         teacher: Model | None,
         devices: int = 1,
+        stacked: bool = False,
     ) -> Run:
-        program = make_program(model.apply_train, splits, config, teacher and teacher.apply, devices)
+        program = make_program(model.apply_train, splits, config, teacher and teacher.apply, devices, stacked)
         order_key, step_key = jax.random.split(key)
         state = place(start(program, model.params, model.state, masks), devices)
         selects = config.select_best and program.total_steps > program.steps_per_epoch
@@ -112,7 +114,7 @@ class Run:
             keys=place((order_key, step_key), devices),
             train=state,
             best=_copy(state.weights) if selects else None,
-            best_accuracy=np.full((), -1, np.float32),
+            best_accuracy=np.full(state.diverged.shape, -1, np.float32),
         )
 
     def tree(self) -> dict[str, Any]:
@@ -123,6 +125,22 @@ class Run:
         """Takes over the contents of a checkpoint."""
         self.train, self.best, self.best_accuracy = tree["train"], tree["best"], tree["best_accuracy"]
         self.step = int(self.train.step)
+
+    def complete(
+        self,
+        keeper: Checkpoints | None,
+        on_metrics: Callable[[Metrics], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Goes to the end, from the last checkpoint if there is one."""
+        if keeper is not None and (found := keeper.restore_latest(self.tree())) is not None:
+            self.load(found[1])
+        while self.step < self.program.total_steps:
+            self.advance(keeper, on_progress)
+            if self.at_epoch_end:
+                self.finish_epoch(on_metrics)
+            if keeper is not None:
+                keeper.save(self.step, self.tree())
 
     @property
     def epoch(self) -> int:
@@ -174,7 +192,8 @@ class Run:
         return diverged
 
     def _require_finite(self, diverged: jax.Array | None, keeper: Checkpoints | None) -> None:
-        if diverged is None or (step := int(diverged)) < 0:
+        # Of several networks those that are sound go on.
+        if diverged is None or self.program.stacked or (step := int(diverged)) < 0:
             return
         checkpoint = None if keeper is None else keeper.latest()
         raise TrainingDiverged(step // self.program.steps_per_epoch + 1, step + 1, checkpoint)
@@ -183,11 +202,11 @@ class Run:
         """Validates, where somebody wants to know, and remembers the best epoch."""
         if on_metrics is None and self.best is None:
             return
-        params, state = self.train.weights
-        normalisation = self.program.mean, self.program.std
-        accuracy = np.asarray(validate(self.model.apply, normalisation, params, state, *self.validation))
-        if self.best is not None and accuracy > self.best_accuracy:
-            self.best, self.best_accuracy = _copy(self.train.weights), accuracy
+        accuracy = self.validated(self.train.weights)
+        faded = self.step >= self.program.fade_steps
+        if self.best is not None and faded and (better := accuracy > self.best_accuracy).any():
+            self.best = jax.tree.map(functools.partial(_choose, better), self.train.weights, self.best)
+            self.best_accuracy = np.where(better, accuracy, self.best_accuracy)
         if on_metrics is None:
             return
         steps = self.step - (self.epoch - 1) * self.program.steps_per_epoch
@@ -203,6 +222,14 @@ class Run:
             }
         )
 
+    def validated(self, weights: tuple[Any, Any]) -> np.ndarray:
+        """Accuracy of (params, state) on the validation split: float32 scalar, or `[networks]` where they are stacked."""
+        program = self.program
+        normalisation = program.mean, program.std
+        return np.asarray(
+            validate(self.model.apply, normalisation, program.stacked, *weights, *self.validation)
+        )
+
     def result(self) -> Model:
         """The model of the best epoch, or of the last."""
         params, state = self.train.weights if self.best is None else self.best
@@ -212,6 +239,11 @@ class Run:
 
 def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
+
+
+def _choose(better: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` where `better`, a boolean for each network or for the only one."""
+    return jnp.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
 
 
 def _in_batches(split: Split, devices: int) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ class TrainState:
     step: jax.Array
     """int32 scalar: steps done."""
     params: Params
-    """Weights, exactly zero where masked."""
+    """Weights, exactly zero where masked; with `FinetuneConfig.gradual` from when they have faded, like the two fields below."""
     state: State
     """The network's other arrays: BatchNorm statistics and the like."""
     optimizer: Any
@@ -61,6 +62,9 @@ class Program:
     """Evaluates the teacher; None: there is none."""
     devices: int = 1
     """How many share the images of a step."""
+    stacked: bool = False
+    """Whether several networks train side by side on the same batches (vmap): all arrays of `TrainState` but its step, and the
+    masks, then have an axis more, the first."""
 
     def forward(self) -> TrainFn:
         """The network in training mode, in the precision and with the memory that the configuration asks for."""
@@ -76,6 +80,30 @@ class Program:
         return self.config.learning_rate * jnp.minimum(
             (now + 1) / (warm + 1), (1 + jnp.cos(jnp.pi * decayed)) / 2
         )
+
+    @property
+    def fade_steps(self) -> int:
+        """Steps in which what is pruned fades; at least one is left to train with the masks in force."""
+        return min(math.ceil(self.config.gradual * self.total_steps), self.total_steps - 1)
+
+    def pruned(self, tree: Any, masks: Any, step: jax.Array) -> Any:
+        """`tree`, of the structure of the parameters, after so many steps: zero where masks are False, unless that still fades."""
+        if self.fade_steps:
+            masks = jax.tree.map(lambda mask: mask | (step < self.fade_steps), masks)
+        return mask_params(tree, masks)
+
+    def faded(self, params: Params, masks: Any, step: jax.Array) -> Params:
+        """Weights of the step with this number, pruned ones multiplied by `f(step + 1) / f(step)`; exact zeros at the end.
+
+        `f(t) = (1 - t / n)^3` over n steps is the share left of the cubic schedule of Zhu and Gupta (To prune, or not to prune,
+        arXiv 1710.01878, equation 1), whose share pruned is `1 - f`.
+        """
+        if not self.fade_steps:
+            return mask_params(params, masks)
+        left = jnp.maximum(self.fade_steps - step, 1).astype(jnp.float32)
+        share = ((left - 1) / left) ** 3
+        fading = jax.tree.map(lambda w, mask: jnp.where(mask, w, share.astype(w.dtype) * w), params, masks)
+        return self.pruned(fading, masks, step + 1)
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax chain of this configuration."""
@@ -102,6 +130,7 @@ def make_program(
     config: FinetuneConfig,
     teacher: ApplyFn | None = None,
     devices: int = 1,
+    stacked: bool = False,
 ) -> Program:
     """The program that trains by `config` on `splits`, which hold a batch at least."""
     steps_per_epoch = len(splits.train.labels) // config.batch_size
@@ -119,12 +148,24 @@ def make_program(
         std=tuple(map(float, splits.std)),
         teacher=teacher,
         devices=devices,
+        stacked=stacked,
     )
+
+
+_AXES: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(TrainState)}
+_AXES["step"] = None
+_STACKED = TrainState(**_AXES)
+"""Axes of networks that train side by side."""
 
 
 def start(program: Program, params: Params, state: State, masks: Any) -> TrainState:
     """The state before the first step; owns copies of all arrays, since steps overwrite theirs."""
-    params = params if masks is None else mask_params(params, masks)
+    begin = functools.partial(_start, program, params, state)
+    return jax.vmap(begin, out_axes=_STACKED)(masks) if program.stacked else begin(masks)
+
+
+def _start(program: Program, params: Params, state: State, masks: Any) -> TrainState:
+    params = params if masks is None else program.pruned(params, masks, jnp.int32(0))
     params, state = _copy((params, state))
     return TrainState(
         step=jnp.int32(0),
@@ -173,7 +214,7 @@ def one_step(
     batch = draw_batch(augment_key, images[rows], labels[rows], config, normalisation, teach)
 
     def objective(params: Params, state: State, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        used = params if masks is None else mask_params(params, masks)
+        used = params if masks is None else program.pruned(params, masks, train.step)
         logits, new_state = program.forward()(used, state, batch.images, key)
         logits = logits.astype(jnp.float32)
         right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch.labels).astype(jnp.float32).sum()
@@ -195,20 +236,34 @@ def one_step(
         updates, optimizer = program.optimizer().update(gradients, train.optimizer, train.params)
     params: Params = optax.apply_updates(train.params, updates)
     if masks is not None:
-        params = mask_params(params, masks)
+        params = program.faded(params, masks, train.step)
     sound = jnp.isfinite(loss) & _all_finite((params, state))
+    average = None if train.average is None else _averaged(config.ema, train, (params, state))
+    if masks is not None and program.fade_steps:
+        # What the moments and the average remember of faded weights goes with them.
+        forget = functools.partial(program.pruned, step=train.step + 1)
+        optimizer = optax.tree.map_params(program.optimizer(), forget, optimizer, masks)
+        average = average and (forget(average[0], masks), average[1])
     first = place == 0
     new = TrainState(
         step=train.step + 1,
         params=params,
         state=state,
         optimizer=optimizer,
-        average=None if train.average is None else _averaged(config.ema, train, (params, state)),
+        average=average,
         loss=jnp.where(first, 0.0, train.loss) + loss,
         right=jnp.where(first, 0.0, train.right) + right,
         diverged=jnp.where(sound | (train.diverged >= 0), train.diverged, train.step),
     )
     return on_each(new, program.devices)
+
+
+def _step(program: Program, train: TrainState, masks: Any, *shared_by_all: Any) -> TrainState:
+    """`one_step`, of several networks side by side where the program says so."""
+    step = functools.partial(one_step, program)
+    if program.stacked:
+        step = jax.vmap(step, in_axes=(_STACKED, 0, *[None] * len(shared_by_all)), out_axes=_STACKED)
+    return step(train, masks, *shared_by_all)
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -241,7 +296,7 @@ def run_step(
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
     """`one_step`, compiled by itself: what CPUs want. Also returns `diverged` in a buffer that the next call leaves alone."""
-    train = one_step(program, train, masks, teacher, images, labels, order, key)
+    train = _step(program, train, masks, teacher, images, labels, order, key)
     return train, train.diverged
 
 
@@ -259,25 +314,32 @@ def run_steps(
 ) -> tuple[TrainState, jax.Array]:
     """`count` steps (int32 scalar, traced) of one epoch in one compiled loop: what accelerators want."""
     train = jax.lax.fori_loop(
-        0, count, lambda _, t: one_step(program, t, masks, teacher, images, labels, order, key), train
+        0, count, lambda _, t: _step(program, t, masks, teacher, images, labels, order, key), train
     )
     return train, train.diverged
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def validate(
     apply: ApplyFn,
     normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+    stacked: bool,
     params: Params,
     state: State,
     images: jax.Array,
     labels: jax.Array,
 ) -> jax.Array:
-    """Accuracy (float32 scalar) on raw images `[batches, batch, ...]`; labels int32 `[batches, batch]`, -1 for padding."""
+    """Accuracy (float32 scalar; `[networks]` where they are stacked) on raw images `[batches, batch, ...]`; labels int32
+    `[batches, batch]`, -1 for padding."""
 
-    def one_batch(total: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        logits = apply(params, state, normalise(batch[0], *normalisation))
-        return total + (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch[1]).sum(dtype=jnp.int32), None
+    def accuracy(params: Params, state: State) -> jax.Array:
+        def one_batch(total: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            logits = apply(params, state, normalise(batch[0], *normalisation))
+            return total + (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch[1]).sum(
+                dtype=jnp.int32
+            ), None
 
-    right, _ = jax.lax.scan(one_batch, jnp.int32(0), (images, labels))
-    return right.astype(jnp.float32) / (labels >= 0).sum().astype(jnp.float32)
+        right, _ = jax.lax.scan(one_batch, jnp.int32(0), (images, labels))
+        return right.astype(jnp.float32) / (labels >= 0).sum().astype(jnp.float32)
+
+    return (jax.vmap(accuracy) if stacked else accuracy)(params, state)

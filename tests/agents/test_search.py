@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import sculpt
 from sculpt.agents import AgentConfig, Method, RewardConfig, SearchConfig, SearchResult, search
 from sculpt.agents.update import update
 from sculpt.model import Model
-from sculpt.pruning import cost, macs_ratio
+from sculpt.pruning import Space, cost, macs_ratio
 from sculpt.training import FinetuneConfig, Split, Splits
 from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
 
@@ -359,11 +360,15 @@ def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     told: list[FinetuneConfig] = []
 
-    def fake(model: Model, masks: object, splits: Splits, config: FinetuneConfig, key: jax.Array) -> Model:
-        told.append(config)
-        return model
+    tune = rerank.finetune_policies
 
-    monkeypatch.setattr(rerank, "finetune", fake)
+    def listen(
+        model: Model, space: Space, policies: Any, splits: Splits, config: FinetuneConfig, key: jax.Array
+    ) -> Any:
+        told.append(config)
+        return tune(model, space, policies, splits, config, key)
+
+    monkeypatch.setattr(rerank, "finetune_policies", listen)
     wanted = FinetuneConfig(max_steps=7, learning_rate=0.123)
     run(dataclasses.replace(CONTROL, rerank=1, rerank_finetune=wanted))
     assert told == [wanted]

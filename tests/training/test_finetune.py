@@ -131,6 +131,7 @@ CHANGES: dict[str, Any] = {
     "cutmix": 1.0,
     "accumulate": 2,
     "precision": "bfloat16",
+    "gradual": 0.5,
 }
 ELSEWHERE = {"remat", "select_best", "checkpoint_every", "steps_per_call", "distillation", "temperature"}
 """Fields with a test of their own below, or in test_distillation.py."""
@@ -263,6 +264,7 @@ def test_correctness_04_steps_per_call_compiles_a_loop_and_changes_no_number(ste
         ("weight_decay", -1e-4),
         ("clip_norm", 0.0),
         ("label_smoothing", 1.0),
+        ("gradual", 1.0),
         ("augment", "mixup"),
         ("ema", 1.0),
         ("max_steps", 0),
