@@ -95,7 +95,9 @@ class Pipeline(Artefacts):
             _check_devices(self._devices)
         if any(stage not in _WITHOUT_DATA for stage in stages):
             _ = self.splits  # reads and compares the data
-        if self._devices is not None and ("finetune" in stages or ("train" in stages and self.train_settings.trains)):
+        if self._devices is not None and (
+            "finetune" in stages or ("train" in stages and self.train_settings.trains)
+        ):
             check_devices(self._devices, self.train_settings.config(self.splits))
         if "train" in stages:
             _ = self.untrained  # reads the weights

@@ -4,8 +4,8 @@ from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits, from_arrays, load_data, load_folder, load_parquet
 from sculpt.training.finetune import TrainingDiverged, finetune, train
-from sculpt.training.recipes import RECIPES, Recipe, recipe_for
 from sculpt.training.policies import TunedPolicies, finetune_policies
+from sculpt.training.recipes import RECIPES, Recipe, recipe_for
 
 __all__ = [
     "RECIPES",
