@@ -49,7 +49,8 @@ class FinetuneConfig:
     nesterov: bool = False
     """Look-ahead momentum (Nesterov); with "adamw" this is NAdamW. Needs `momentum` above 0."""
     weight_decay: float = 5e-4
-    """Decay of weights of rank 2 and above (norm scales and biases are spared): L2 for "sgd", decoupled for "adamw"."""
+    """Decay of kernels and other weights of rank 2 and above: L2 for "sgd", decoupled for "adamw". Norm scales, biases,
+    position embeddings and class tokens are spared."""
     clip_norm: float | None = None
     """Gradients with a larger global norm are scaled down to this; None: never."""
     label_smoothing: float = 0.0

@@ -14,6 +14,7 @@ import optax
 from sculpt.model import ApplyFn, Params, State, TrainFn
 from sculpt.pruning.masks import mask_params
 from sculpt.scoring.lowering import lowered
+from sculpt.tracing.trace import leaf_paths
 from sculpt.training.batch import Batch, draw_batch
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits, normalise
@@ -109,15 +110,29 @@ class Program:
         """The optax chain of this configuration."""
         config = self.config
         chain = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-        decay = optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: jax.tree.map(lambda w: jnp.ndim(w) >= 2, params)
-        )
+        decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
         if config.optimizer == "sgd":
             momentum = optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
             chain += [decay, momentum]
         else:
             chain += [optax.scale_by_adam(b1=config.momentum, nesterov=config.nesterov), decay]
         return optax.chain(*chain, optax.scale_by_learning_rate(self.learning_rate))
+
+
+def decayed(params: Params) -> Any:
+    """Booleans like the parameters: what weight decay shrinks.
+
+    Spared are vectors (norms, biases), arrays named "bias" (those of attention are `[heads, width]`), and arrays `[1, n, width]`
+    that are no kernel: position embeddings and class tokens, as DeiT spares them (arXiv 2012.12877).
+    """
+
+    def shrinks(path: str, shape: tuple[int, ...]) -> bool:
+        name = path.rpartition("/")[2]
+        token = len(shape) == 3 and shape[0] == 1 and name != "kernel"
+        return len(shape) >= 2 and name != "bias" and not token
+
+    leaves, structure = jax.tree.flatten(params)
+    return structure.unflatten(map(shrinks, leaf_paths(params), map(jnp.shape, leaves)))
 
 
 def _keep_products(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -17,12 +17,13 @@ from flax import linen as nn
 import sculpt
 from sculpt.model import Model
 from sculpt.pruning.masks import mask_params
+from sculpt.tracing.trace import leaf_paths
 from sculpt.training.batch import cross_entropy
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
 from sculpt.training.finetune import TrainingDiverged, finetune, train
-from sculpt.training.step import Program, epoch_order, make_program, run_step, start
+from sculpt.training.step import Program, decayed, epoch_order, make_program, run_step, start
 from tests.training.tiny import (
     BASE,
     KEY,
@@ -293,6 +294,42 @@ def test_weight_decay_spares_norms_and_biases() -> None:
         params = train(model, tiny_splits(), config, KEY).params
         assert (params["bias"] == 1.0).all()
         assert (params["kernel"] < 1.0).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet20", "mobilenet_v2", "vit_tiny_patch4", "deit_tiny_distilled_patch16"]
+)
+def test_weight_decay_spares_position_embeddings_tokens_and_biases_of_attention(name: str) -> None:
+    module = sculpt.nets.create(name, num_classes=10)
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    shrinks = dict(zip(leaf_paths(params), jax.tree.leaves(decayed(params)), strict=True))
+    # In these networks all that is not spared is named so, convolutions of one pixel [1, 1, in, out] included.
+    assert shrinks == {path: path.endswith("/kernel") for path in shrinks}
+    if "deit" in name:
+        assert {path for path in shrinks if "/" not in path} == {
+            "class_token",
+            "distillation_token",
+            "position",
+        }
+
+
+def test_weight_decay_spares_the_same_of_other_adapters() -> None:
+    from flax import nnx
+
+    layer = nnx.MultiHeadAttention(num_heads=2, in_features=4, rngs=nnx.Rngs(0), decode=False)
+    model = sculpt.from_nnx(layer)
+    shrinks = dict(zip(leaf_paths(model.params), jax.tree.leaves(decayed(model.params)), strict=True))
+    assert {path.rpartition("/")[2]: is_decayed for path, is_decayed in shrinks.items()} == {
+        "kernel": True,
+        "bias": False,
+    }
+    own = {
+        "w": jnp.zeros((3, 4)),
+        "cls": jnp.zeros((1, 1, 4)),
+        "kernel": jnp.zeros((1, 3, 4)),
+        "b": jnp.zeros(4),
+    }
+    assert decayed(own) == {"w": True, "cls": False, "kernel": True, "b": False}
 
 
 def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
