@@ -20,6 +20,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("ema", *_SHARE),
     ("gradual", *_SHARE),
     ("distillation", "in [0, 1]", lambda value: 0 <= value <= 1),
+    ("feature_match", "0 or more", lambda value: value >= 0),
     ("temperature", "above 0", lambda value: value > 0),
     ("mixup", "0 or more", lambda value: value >= 0),
     ("cutmix", "0 or more", lambda value: value >= 0),
@@ -62,6 +63,9 @@ class FinetuneConfig:
     """Share of the loss, in [0, 1], that is the divergence from a teacher's predictions instead of from the labels; 0: no teacher."""
     temperature: float = 4.0
     """What the logits of teacher and student are divided by, above 0, before they are compared; needs `distillation`."""
+    feature_match: float = 0.0
+    """Weight in the loss of how far the results of convolutions and matrix products are from the teacher's (FitNets, arXiv
+    1412.6550), who is a network of the same layers; 0: not compared."""
     augment: Augment = "none"
     """"none"; "shift": up to one pixel, zero padding (digits); "crop_flip": pad 4, random crop, mirror (CIFAR); "resized_crop": a
     random part brought back to full size, mirror (ImageNet)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits
 from sculpt.training.devices import check_devices
+from sculpt.training.features import with_features
 from sculpt.training.run import Metrics, Run, TrainingDiverged
 
 __all__ = ["FinetuneConfig", "Metrics", "TrainingDiverged", "finetune", "train"]
@@ -51,8 +53,8 @@ def finetune(
       splits: data; must fit on the device as stored (uint8).
       config: settings.
       key: `jax.random.key`.
-      teacher: a network for the same classes, such as the dense one, whose predictions are followed; with
-        `config.distillation` above 0 only.
+      teacher: a network for the same classes, such as the dense one, whose predictions are followed
+        (`config.distillation`), or what its layers compute (`config.feature_match`); where one of the two is above 0 only.
       devices: how many of this process share every batch; each holds weights and data. A number that divides
         `config.batch_size` (the parts of it, where it is accumulated). The result is that of one device up to
         rounding, BatchNorm statistics included, which are those of the whole batch.
@@ -165,10 +167,11 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
 
 
 def _check_teacher(teacher: Model | None, model: Model, splits: Splits, config: FinetuneConfig) -> None:
-    if (teacher is None) != (config.distillation == 0):
+    follows = config.distillation > 0 or config.feature_match > 0
+    if (teacher is None) == follows:
         raise ValueError(
-            f"FinetuneConfig.distillation is {config.distillation} and there is {'no' if teacher is None else 'a'} teacher: "
-            "pass teacher= and set distillation above 0, or neither"
+            f"FinetuneConfig.distillation is {config.distillation}, feature_match {config.feature_match}, and there is "
+            f"{'no' if teacher is None else 'a'} teacher: pass teacher= and set one of them above 0, or neither"
         )
     if teacher is None:
         return
@@ -179,6 +182,23 @@ def _check_teacher(teacher: Model | None, model: Model, splits: Splits, config: 
         shapes.append([list(output.shape) for output in outputs])
     if shapes[0] != shapes[1]:
         raise ValueError(f"the teacher's logits {shapes[0]} are not of the shape of the model's {shapes[1]}")
+    if config.feature_match:
+        _check_features(teacher, model, x)
+
+
+def _check_features(teacher: Model, model: Model, x: jax.ShapeDtypeStruct) -> None:
+    train = with_features(model.apply_train)
+    own = jax.eval_shape(train, model.params, model.state, x, jax.eval_shape(jax.random.key, 0))[1]
+    others = jax.eval_shape(with_features(teacher.apply), teacher.params, teacher.state, x)[1]
+    shapes = [[list(feature.shape) for feature in features] for features in (others, own)]
+    if not own or shapes[0] != shapes[1]:
+        differ = next(
+            (pair for pair in itertools.zip_longest(*shapes) if pair[0] != pair[1]), ("none", "none")
+        )
+        raise ValueError(
+            "feature_match compares networks whose convolutions and matrix products outside loops have the same results: "
+            f"the teacher has {len(others)} of them, the model {len(own)}; the first that differ are {differ[0]} and {differ[1]}"
+        )
 
 
 def _fingerprint(

@@ -68,7 +68,7 @@ def finetune_policies(
       key: `jax.random.key`.
       policies_per_chunk: how many train side by side. A convolution under vmap is a grouped one, which CPUs are slow at: leave
         1 there. On accelerators memory grows with it.
-      teacher: a network whose predictions all follow, with `config.distillation` above 0 only.
+      teacher: a network that all follow, as in `finetune`.
       directory: where each chunk keeps its checkpoints, in a folder that is named by its first policy ("00000", ...). The same
         call goes on there: what is complete is read back, the rest resumed. None keeps none.
       on_progress: called with (policies done, policies in all).

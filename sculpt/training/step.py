@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from sculpt.training.batch import Batch, draw_batch
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits, normalise
 from sculpt.training.devices import on_each, shared
+from sculpt.training.features import Features, distance, with_features
 
 
 @jax.tree_util.register_dataclass
@@ -67,9 +69,11 @@ class Program:
     """Whether several networks train side by side on the same batches (vmap): all arrays of `TrainState` but its step, and the
     masks, then have an axis more, the first."""
 
-    def forward(self) -> TrainFn:
-        """The network in training mode, in the precision and with the memory that the configuration asks for."""
+    def forward(self) -> Callable[..., tuple[tuple[jax.Array, State], Features]]:
+        """The network in training mode, `-> ((logits, state), features)`, in the precision and with the memory that the
+        configuration asks for; features only where they are matched."""
         apply = lowered(self.apply_train, "lax", self.config.precision)
+        apply = with_features(apply) if self.config.feature_match else functools.partial(_featureless, apply)
         return jax.checkpoint(apply, policy=_keep_products) if self.config.remat else apply
 
     def learning_rate(self, step: Any) -> jax.Array:
@@ -133,6 +137,10 @@ def decayed(params: Params) -> Any:
 
     leaves, structure = jax.tree.flatten(params)
     return structure.unflatten(map(shrinks, leaf_paths(params), map(jnp.shape, leaves)))
+
+
+def _featureless(apply: TrainFn, *arguments: Any) -> tuple[tuple[jax.Array, State], Features]:
+    return apply(*arguments), ()
 
 
 def _keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -224,16 +232,20 @@ def one_step(
         jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size), program.devices
     )
     augment_key, model_key = jax.random.split(jax.random.fold_in(key, train.step))
-    teach = None if program.teacher is None else functools.partial(program.teacher, *teacher)
+    teach = functools.partial(program.teacher, *teacher) if program.teacher and config.distillation else None
     normalisation = program.mean, program.std
     batch = draw_batch(augment_key, images[rows], labels[rows], config, normalisation, teach)
 
     def objective(params: Params, state: State, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         used = params if masks is None else program.pruned(params, masks, train.step)
-        logits, new_state = program.forward()(used, state, batch.images, key)
+        (logits, new_state), features = program.forward()(used, state, batch.images, key)
         logits = logits.astype(jnp.float32)
         right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch.labels).astype(jnp.float32).sum()
-        return batch.loss(logits, config), (right, new_state)
+        loss = batch.loss(logits, config)
+        if config.feature_match and program.teacher is not None:
+            wanted = with_features(program.teacher)(*teacher, batch.images)[1]
+            loss = loss + config.feature_match * distance(features, wanted)
+        return loss, (right, new_state)
 
     loss, right, state = jnp.float32(0), jnp.float32(0), train.state
     gradients: Any = None

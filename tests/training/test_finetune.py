@@ -134,8 +134,16 @@ CHANGES: dict[str, Any] = {
     "precision": "bfloat16",
     "gradual": 0.5,
 }
-ELSEWHERE = {"remat", "select_best", "checkpoint_every", "steps_per_call", "distillation", "temperature"}
-"""Fields with a test of their own below, or in test_distillation.py."""
+ELSEWHERE = {
+    "remat",
+    "select_best",
+    "checkpoint_every",
+    "steps_per_call",
+    "distillation",
+    "temperature",
+    "feature_match",
+}
+"""Fields with a test of their own below, in test_distillation.py or test_features.py."""
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +274,7 @@ def test_correctness_04_steps_per_call_compiles_a_loop_and_changes_no_number(ste
         ("clip_norm", 0.0),
         ("label_smoothing", 1.0),
         ("gradual", 1.0),
+        ("feature_match", -1.0),
         ("augment", "mixup"),
         ("ema", 1.0),
         ("max_steps", 0),
