@@ -40,8 +40,10 @@ class Referee:
         A network whose fine-tuning diverges counts as 0.
         """
         if self.config.rerank:
+            config = self.config.rerank_finetune
+            teacher = self.model if config.needs_teacher else None
             tuned = finetune_policies(
-                self.model, self.space, policy[None], self.splits, self.config.rerank_finetune, self.key
+                self.model, self.space, policy[None], self.splits, config, self.key, teacher=teacher
             )
             return float(tuned.validation_accuracy[0])
         pruned = apply_masks(self.model, make_masks(self.space, self.model.params, jnp.asarray(policy)))

@@ -197,7 +197,7 @@ class Pipeline(Artefacts):
             self.splits,
             config,
             self.key("finetune"),
-            teacher=self.dense if config.distillation else None,
+            teacher=self.dense if config.needs_teacher else None,
             devices=self._devices or 1,
             **self._hooks("finetune"),
         )

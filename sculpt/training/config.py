@@ -135,6 +135,11 @@ class FinetuneConfig:
             self.temperature,
         )
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether there is a teacher to follow."""
+        return self.distillation > 0 or self.feature_match > 0
+
     def _require(self, condition: bool, name: str, expected: str, value: Any) -> None:
         if not condition:
             raise ValueError(f"FinetuneConfig.{name} must be {expected}, got {value!r}")

@@ -167,8 +167,7 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
 
 
 def _check_teacher(teacher: Model | None, model: Model, splits: Splits, config: FinetuneConfig) -> None:
-    follows = config.distillation > 0 or config.feature_match > 0
-    if (teacher is None) == follows:
+    if (teacher is None) == config.needs_teacher:
         raise ValueError(
             f"FinetuneConfig.distillation is {config.distillation}, feature_match {config.feature_match}, and there is "
             f"{'no' if teacher is None else 'a'} teacher: pass teacher= and set one of them above 0, or neither"

@@ -22,7 +22,7 @@ import sculpt
 from sculpt.agents import AgentConfig, Method, RewardConfig, SearchConfig, SearchResult, search
 from sculpt.agents.update import update
 from sculpt.model import Model
-from sculpt.pruning import Space, cost, macs_ratio
+from sculpt.pruning import cost, macs_ratio
 from sculpt.training import FinetuneConfig, Split, Splits
 from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
 
@@ -362,14 +362,13 @@ def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     tune = rerank.finetune_policies
 
-    def listen(
-        model: Model, space: Space, policies: Any, splits: Splits, config: FinetuneConfig, key: jax.Array
-    ) -> Any:
-        told.append(config)
-        return tune(model, space, policies, splits, config, key)
+    def listen(*arguments: Any, teacher: Model | None) -> Any:
+        told.append(arguments[4])
+        assert teacher is arguments[0]
+        return tune(*arguments, teacher=teacher)
 
     monkeypatch.setattr(rerank, "finetune_policies", listen)
-    wanted = FinetuneConfig(max_steps=7, learning_rate=0.123)
+    wanted = FinetuneConfig(max_steps=2, learning_rate=0.123, distillation=0.5)
     run(dataclasses.replace(CONTROL, rerank=1, rerank_finetune=wanted))
     assert told == [wanted]
 
