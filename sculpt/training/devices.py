@@ -2,8 +2,7 @@
 
 The step is one program over the whole batch, whose images lie on a mesh axis; XLA divides it (GSPMD, arXiv 2105.04663) and sums
 gradients and batch statistics over the devices. So any number of devices computes what one does, up to rounding:
-BatchNorm sees the whole batch, and augmentation, dropout and mixup draw the same numbers. Measured on ResNet-20 and eight CPU
-devices this takes as long as a `shard_map` whose devices keep to statistics of their own.
+BatchNorm sees the whole batch, and augmentation, dropout and mixup draw the same numbers.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import pytest
 
 import sculpt
 from sculpt.model import Model
-from sculpt.training.config import FinetuneConfig
 from sculpt.training.finetune import finetune, train
 from sculpt.training.run import Run
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_masks, tiny_model, tiny_splits
@@ -36,7 +35,7 @@ def agree(one: Model, other: Model, atol: float) -> None:
     [
         (vit_model, {"momentum": 0.0}),
         # BatchNorm, dropout and everything random see the whole batch.
-        (tiny_model, {"augment": "crop_flip", "mixup": 0.2, "ema": 0.5}),
+        (tiny_model, {"augment": "crop_flip", "mixup": 0.2, "ema": 0.5, "distillation": 0.5}),
         (tiny_model, {"accumulate": 2, "steps_per_call": 2, "rand_augment": 1}),
     ],
     ids=["vit", "augmented", "accumulated"],
@@ -44,10 +43,11 @@ def agree(one: Model, other: Model, atol: float) -> None:
 def test_eight_devices_compute_what_one_does(build: object, change: dict[str, object]) -> None:
     model: Model = build()  # type: ignore[operator]
     config = dataclasses.replace(SHORT, **change)  # type: ignore[arg-type]
-    masks = tiny_masks(model)
+    masks, teacher = tiny_masks(model), model if config.needs_teacher else None
     rows: list[dict[str, float]] = []
     one, eight = (
-        finetune(model, masks, SPLITS, config, KEY, devices=n, on_metrics=rows.append) for n in (1, 8)
+        finetune(model, masks, SPLITS, config, KEY, teacher=teacher, devices=n, on_metrics=rows.append)
+        for n in (1, 8)
     )
     agree(one, eight, 2e-5)
     assert largest_masked(eight.params, masks) == 0.0
@@ -55,16 +55,6 @@ def test_eight_devices_compute_what_one_does(build: object, change: dict[str, ob
     assert rows[0]["validation_accuracy"] == rows[1]["validation_accuracy"]
     # Single-device arrays, for whatever comes next.
     assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(eight.params)} == {1}
-
-
-def test_a_teacher_is_shared_too() -> None:
-    config = dataclasses.replace(SHORT, distillation=0.5)
-    one, four = (train_with_teacher(config, n) for n in (1, 4))
-    agree(one, four, 2e-5)
-
-
-def train_with_teacher(config: FinetuneConfig, devices: int) -> Model:
-    return finetune(tiny_model(), None, SPLITS, config, KEY, teacher=tiny_model(), devices=devices)
 
 
 def test_images_are_spread_and_weights_are_everywhere() -> None:
