@@ -215,7 +215,7 @@ def test_a_search_by_loss_and_another_importance(
 
     def keep(model: Any, masks: Any, splits: Any, config: Any, *arguments: Any, **hooks: Any) -> Any:
         asked.append(config)
-        return model
+        return sculpt.apply_masks(model, masks)
 
     monkeypatch.setattr(stages, "finetune", keep)
     wishes = ["--importance", "l1", "--objective", "loss", "--score-images", "64"]
