@@ -222,19 +222,38 @@ def one_step(
     order: jax.Array,
     key: jax.Array,
 ) -> TrainState:
+    """`learn` on the step's rows, in the order of the epoch, of images and labels that are on the device."""
+    return learn(program, train, masks, teacher, *_rows(program, train.step, images, labels, order), key)
+
+
+def _rows(
+    program: Program, step: jax.Array, images: jax.Array, labels: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The images and labels of one step, raw."""
+    size = program.config.batch_size
+    place = step % program.steps_per_epoch
+    rows = shared(jax.lax.dynamic_slice_in_dim(order, place * size, size), program.devices)
+    return images[rows], labels[rows]
+
+
+def learn(
+    program: Program,
+    train: TrainState,
+    masks: Any,
+    teacher: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+) -> TrainState:
     """One step: mask in the forward pass, update, project (CORRECTNESS 1). Randomness from `key` and the step alone.
 
-    `teacher` is the teacher's `(params, state)`, or None.
+    Images are raw `[batch, ...]`, labels int32 `[batch]`; `teacher` is the teacher's `(params, state)`, or None.
     """
     config = program.config
-    place = train.step % program.steps_per_epoch
-    rows = shared(
-        jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size), program.devices
-    )
     augment_key, model_key = jax.random.split(jax.random.fold_in(key, train.step))
     teach = functools.partial(program.teacher, *teacher) if program.teacher and config.distillation else None
     normalisation = program.mean, program.std
-    batch = draw_batch(augment_key, images[rows], labels[rows], config, normalisation, teach)
+    batch = draw_batch(augment_key, images, labels, config, normalisation, teach)
 
     def objective(params: Params, state: State, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         used = params if masks is None else program.pruned(params, masks, train.step)
@@ -271,7 +290,7 @@ def one_step(
         forget = functools.partial(program.pruned, step=train.step + 1)
         optimizer = optax.tree.map_params(program.optimizer(), forget, optimizer, masks)
         average = average and (forget(average[0], masks), average[1])
-    first = place == 0
+    first = train.step % program.steps_per_epoch == 0
     new = TrainState(
         step=train.step + 1,
         params=params,
@@ -324,6 +343,21 @@ def run_step(
 ) -> tuple[TrainState, jax.Array]:
     """`one_step`, compiled by itself: what CPUs want. Also returns `diverged` in a buffer that the next call leaves alone."""
     train = _step(program, train, masks, teacher, images, labels, order, key)
+    return train, train.diverged
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def run_batch(
+    program: Program,
+    train: TrainState,
+    masks: Any,
+    teacher: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+) -> tuple[TrainState, jax.Array]:
+    """`learn`, compiled: a step on a batch that the host brings. Returns what `run_step` does, bit for bit."""
+    train = learn(program, train, masks, teacher, images, labels, key)
     return train, train.diverged
 
 
