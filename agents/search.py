@@ -37,6 +37,7 @@ from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import make_problem
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.data import Splits
+from sculpt.training.stream import content
 
 Metrics = dict[str, float]
 
@@ -306,5 +307,5 @@ def _fingerprint(
     # Beyond the images to score on: the re-rank trains on the whole train split and judges on validation.
     for split in (splits.train, splits.validation):
         for array in (split.images, split.labels):
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(content(array))
     return digest.hexdigest()

@@ -119,8 +119,19 @@ def make_parser() -> argparse.ArgumentParser:
 def _network_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("the network")
     group.add_argument("--model", help="name of a network (`sculpt info` lists them)")
-    group.add_argument("--dataset", help="name of a data set, such as digits or cifar10")
+    group.add_argument(
+        "--dataset",
+        help="digits, fashion_mnist, folder, parquet, cifar10-jpeg, or a name of TensorFlow Datasets such as cifar10 or imagenette",
+    )
     group.add_argument("--data-dir", help="folder of the data set")
+    group.add_argument(
+        "--image-size", type=int, help="scale shorter sides to it and cut middle squares out (as they are)"
+    )
+    group.add_argument(
+        "--stream",
+        action="store_true",
+        help="leave train images on disk, read them while they are used: for data larger than memory",
+    )
 
 
 def _train_options(command: argparse.ArgumentParser, short: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from sculpt.pruning import Space, check_budget, compact, importance, make_space
 from sculpt.report import RunDirectory
 from sculpt.tracing import trace
 from sculpt.training import Splits, load_data
+from sculpt.training.stream import content
 
 _DRAWS = {"init": 0, "train": 1, "search": 2, "finetune": 3, "importance": 4, "example": 5, "head": 6}
 """What the seed is folded with, for each use."""
@@ -70,7 +71,13 @@ class Artefacts:
         settings = self.train_settings
         if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
             raise ValueError(f"no such data directory: {settings.data_dir}")
-        splits = load_data(settings.dataset, settings.data_dir, seed=settings.seed)
+        splits = load_data(
+            settings.dataset,
+            settings.data_dir,
+            size=settings.image_size,
+            stream=settings.stream,
+            seed=settings.seed,
+        )
         if self.run.recorded("data") and self.run.record("data") != _about(splits):
             raise ValueError(
                 f"the data set {splits.name} is not the one that {self.run.path} was begun with: "
@@ -197,8 +204,8 @@ def _about(splits: Splits) -> dict[str, Any]:
     """What tells a data set from others, read from the images themselves; the test split is left alone."""
     digest = hashlib.sha256()
     for split in (splits.train, splits.validation):
-        digest.update(np.ascontiguousarray(split.images).tobytes())
-        digest.update(np.ascontiguousarray(split.labels).tobytes())
+        digest.update(content(split.images))
+        digest.update(content(split.labels))
     return {
         "sha256": digest.hexdigest(),
         "image": list(splits.train.images.shape[1:]),

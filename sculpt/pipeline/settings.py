@@ -13,6 +13,8 @@ from sculpt.pruning import KINDS
 from sculpt.report.run_directory import RunDirectory
 from sculpt.scoring.recalibrate import check_calibration_images
 from sculpt.training import RECIPES, FinetuneConfig, Recipe, Splits, recipe_for
+from sculpt.training.decode import check_size
+from sculpt.training.load import ONE_SIZE
 from sculpt.training.recipes import LARGE_IMAGES
 
 _PATHS = ("data_dir", "weights")
@@ -32,6 +34,10 @@ class TrainSettings:
     """Of every random draw of the run."""
     data_dir: str | None = None
     """Folder of the data set, where it needs one."""
+    image_size: int | None = None
+    """Pixels that images are brought to, as `size` of `sculpt.load_data`; None: they are of one size already."""
+    stream: bool = False
+    """Whether train images stay on disk and are read while they are used."""
     augment: str | None = None
     """How train images are varied: "none", "shift", "crop_flip" or "resized_crop", see `FinetuneConfig.augment`; None: by the data."""
     weights: str | None = None
@@ -62,6 +68,9 @@ class TrainSettings:
             _refuse(self, training, "pretrained weights are not trained, save with a new head")
         if self.dataset == "digits":
             _refuse(self, ("data_dir",), "digits comes with the package")
+        if self.dataset in ONE_SIZE:
+            _refuse(self, ("image_size", "stream"), f"{self.dataset} is small and of one size")
+        check_size(self.image_size)
 
     @property
     def trains(self) -> bool:
@@ -210,8 +219,14 @@ def _refuse(settings: Any, names: Sequence[str], why: str) -> None:
     """Raises ValueError where fields that have no effect are given another value than their default."""
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     if asked := [name for name in names if getattr(settings, name) != defaults[name]]:
-        options = " and ".join(f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in asked)
+        options = " and ".join(_typed(name, getattr(settings, name)) for name in asked)
         raise ValueError(f"leave out {options}, which would have no effect: {why}")
+
+
+def _typed(name: str, value: Any) -> str:
+    """The option as it is typed."""
+    option = f"--{name.replace('_', '-')}"
+    return option if value is True else f"{option} {value}"
 
 
 def read_settings(run: RunDirectory, section: str, given: Mapping[str, Any]) -> Any:

@@ -2,8 +2,9 @@
 
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Split, Splits, from_arrays, load_data, load_folder, load_parquet
+from sculpt.training.data import Split, Splits, from_arrays, from_sources
 from sculpt.training.finetune import TrainingDiverged, finetune, train
+from sculpt.training.load import load_data, load_folder, load_parquet
 from sculpt.training.policies import TunedPolicies, finetune_policies
 from sculpt.training.recipes import RECIPES, Recipe, recipe_for
 
@@ -19,6 +20,7 @@ __all__ = [
     "finetune",
     "finetune_policies",
     "from_arrays",
+    "from_sources",
     "load_data",
     "load_folder",
     "load_parquet",

@@ -44,6 +44,11 @@ def place_shared(tree: Any, devices: int) -> Any:
     return tree if devices == 1 else jax.device_put(tree, NamedSharding(_mesh(devices), P(None, IMAGE_AXIS)))
 
 
+def place_batch(tree: Any, devices: int) -> Any:
+    """Arrays `[images, ...]` of the host, sent to the device or spread over the devices, which divide them."""
+    return jax.device_put(tree, None if devices == 1 else NamedSharding(_mesh(devices), P(IMAGE_AXIS)))
+
+
 def from_each(tree: Any, devices: int) -> Any:
     """Arrays that are on each of the devices, on the first alone."""
     return tree if devices == 1 else jax.tree.map(lambda x: x.addressable_data(0), tree)

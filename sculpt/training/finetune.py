@@ -22,6 +22,7 @@ from sculpt.training.data import Splits
 from sculpt.training.devices import check_devices
 from sculpt.training.features import with_features
 from sculpt.training.run import Metrics, Run, TrainingDiverged
+from sculpt.training.stream import StreamedImages, content
 
 __all__ = ["FinetuneConfig", "Metrics", "TrainingDiverged", "finetune", "train"]
 
@@ -44,13 +45,14 @@ def finetune(
     The masks act in the forward pass and again after every update, so neither momentum nor weight decay revives a weight; with
     `config.gradual` pruned weights fade first.
     Trains on the train split and selects the epoch by the validation split; the test split is never read. All randomness
-    comes from `key` and the number of the step, so that a resumed run equals an uninterrupted one. Images stay raw
-    on the device and are augmented and normalised there.
+    comes from `key` and the number of the step, so that a resumed run equals an uninterrupted one. Images come raw
+    to the device and are augmented and normalised there.
 
     Args:
       model: the network to start from.
       masks: pytree of booleans like `model.params`, False where a weight is pruned; None: nothing is.
-      splits: data; must fit on the device as stored (uint8).
+      splits: data. Train images in memory must fit on the device as stored (uint8); those of a stream are brought batch by batch,
+        in the same order, for the same weights.
       config: settings.
       key: `jax.random.key`.
       teacher: a network for the same classes, such as the dense one, whose predictions are followed
@@ -68,7 +70,8 @@ def finetune(
       The model with trained `params` and `state`.
 
     Raises:
-      ValueError: if masks, splits and model do not fit together, or `directory` holds another run or a damaged one.
+      ValueError: if masks, splits and model do not fit together, `directory` holds another run or a damaged one, or an image of a
+        stream cannot be read.
       TrainingDiverged: (a ValueError) if loss or weights are no longer finite.
     """
     check_request(model, splits, config, teacher)
@@ -151,6 +154,10 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
             f"batch_size {config.batch_size} is more than the {len(labels)} images of the train split of "
             f"{splits.name}: lower it"
         )
+    if isinstance(images, StreamedImages) and config.steps_per_call not in (None, 1):
+        raise ValueError(
+            f"FinetuneConfig.steps_per_call is {config.steps_per_call}, but a stream brings the batch of one step at a time: leave it out"
+        )
     x = jax.ShapeDtypeStruct((config.batch_size, *images.shape[1:]), jnp.float32)
     try:
         logits = jax.eval_shape(model.apply, model.params, model.state, x)
@@ -217,5 +224,5 @@ def _fingerprint(
     for split in (splits.train, splits.validation):
         for array in (split.images, split.labels):
             digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(content(array))
     return digest.hexdigest()

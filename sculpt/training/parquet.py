@@ -2,41 +2,118 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
+import dataclasses
 import os
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sculpt.training.decode import check_size, decode_image
+from sculpt.training.stream import StreamedImages
 
-def read_parquet(file: Path, cache_dir: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+_ROWS = 256
+"""Rows that are copied at a time."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParquetSource:
+    """Columns `image` and `label` as RGB images, decoded row by row; a `sculpt.training.stream.Source`."""
+
+    file: Path
+    images: Any
+    """pyarrow.ChunkedArray of encoded images, in memory or mapped into it."""
+    labels: np.ndarray
+    """int32 `[n]`."""
+    size: int | None
+    """As in `decode_image`."""
+
+    @staticmethod
+    def open(file: Path, size: int | None = None, mapped: Path | None = None) -> ParquetSource:
+        """The rows of a file, none of them decoded yet.
+
+        Args:
+          file: parquet with columns `image` (encoded bytes: JPEG, PNG, ...; or, as Hugging Face's, a struct with `bytes`) and `label`
+            (integers).
+          size: as in `decode_image`.
+          mapped: a folder that keeps the encoded images as an Arrow file, which is mapped into memory (parquet itself cannot be read
+            at random). None: they are read into memory.
+
+        Raises:
+          ValueError: if the file is missing or unreadable, empty, or lacks a column or a label.
+        """
+        check_size(size)
+        if not file.is_file():
+            raise ValueError(f"no file {file}: expected parquet with the columns image and label")
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            columns = pyarrow.parquet.read_schema(file).names
+            if not {"image", "label"} <= set(columns):
+                raise ValueError(f"{file} has the columns {columns}, expected image and label")
+            if mapped is None:
+                table = pyarrow.parquet.read_table(file, columns=["image", "label"])
+            else:
+                table = _map(_arrow_copy(file, mapped))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from error
+        images, labels = table.column("image"), table.column("label")
+        if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
+            # Not `flatten`, which copies where a struct is null.
+            images = pyarrow.chunked_array(
+                [chunk.field("bytes") for chunk in images.chunks], images.type.field("bytes").type
+            )
+        if not pyarrow.types.is_integer(labels.type):
+            raise ValueError(f"{file}: label must be integers, got {labels.type}")
+        if labels.null_count:
+            raise ValueError(f"{file} has {labels.null_count} rows without a label: leave them out")
+        if not len(images):
+            raise ValueError(f"{file} has no rows")
+        return ParquetSource(file, images, labels.to_numpy().astype(np.int32), size)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        encoded = self.images[row].as_py()
+        return {"image": decode_image(encoded, "RGB", self.size), "label": self.labels[row]}
+
+    def place(self, row: int) -> str:
+        """File and row."""
+        return f"{self.file}, row {row}"
+
+
+def read_parquet(
+    file: Path, cache_dir: Path | None = None, size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Decodes every image of a file as RGB.
 
     Args:
-      file: parquet with columns `image` (encoded bytes: JPEG, PNG, ...) and `label` (integers).
+      file: see `ParquetSource.open`.
       cache_dir: folder that keeps the decoded arrays under a name made of the file's name, size and time.
+      size: as in `decode_image`.
 
     Returns:
       images uint8 `[n, height, width, 3]` and labels int32 `[n]`, in the file's order.
 
     Raises:
-      ValueError: if the file is missing or unreadable, lacks a column, or its images cannot be decoded or differ in size.
+      ValueError: if the file does not fit, or its images cannot be decoded or differ in size.
     """
-    if not file.is_file():
-        raise ValueError(f"no file {file}: expected parquet with the columns image and label")
-    if cache_dir is None:
-        return _decode(file)
-    about = file.stat()
-    cached = cache_dir / f"{file.stem}-{about.st_size:x}-{about.st_mtime_ns:x}.npz"
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        return StreamedImages.of(ParquetSource.open(file, size), str(file)).read_all()
+
+    if cache_dir is None or not file.is_file():
+        return read()
+    cached = cache_dir / f"{_version(file)}{'' if size is None else f'-{size}px'}.npz"
     if not cached.exists():
-        images, labels = _decode(file)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_name(f".{cached.name}.{os.getpid()}.partial")
-        with temporary.open("wb") as out:
+        images, labels = read()
+        with _written(cached) as temporary, temporary.open("wb") as out:
             np.savez(out, images=images, labels=labels)
-        os.replace(temporary, cached)
         return images, labels
     try:
         with np.load(cached, allow_pickle=False) as arrays:
@@ -45,44 +122,56 @@ def read_parquet(file: Path, cache_dir: Path | None = None) -> tuple[np.ndarray,
         raise ValueError(f"{cached} is damaged ({error}): delete it and it is made again") from error
 
 
-def _decode(file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _map(file: Path) -> Any:
+    import pyarrow
+
+    try:
+        return pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it and it is made again") from error
+
+
+def _arrow_copy(file: Path, folder: Path) -> Path:
+    """The two columns as an uncompressed Arrow file, written in constant memory where it is not there yet."""
     import pyarrow
     import pyarrow.parquet
 
+    copy = folder / f"{_version(file)}.arrow"
+    if copy.exists():
+        return copy
+    with _written(copy) as temporary, pyarrow.parquet.ParquetFile(file) as source:
+        columns = ["image", "label"]
+        schema = pyarrow.schema([source.schema_arrow.field(name) for name in columns])
+        with pyarrow.ipc.new_file(str(temporary), schema) as out:
+            for batch in _batches(source, file, columns):
+                out.write_batch(pyarrow.record_batch([batch.column(name) for name in columns], schema=schema))
+    return copy
+
+
+def _batches(source: Any, file: Path, columns: list[str]) -> Iterator[Any]:
     try:
-        columns = pyarrow.parquet.read_schema(file).names
-        if not {"image", "label"} <= set(columns):
-            raise ValueError(f"{file} has the columns {columns}, expected image and label")
-        table = pyarrow.parquet.read_table(file, columns=["image", "label"])
-    except (pyarrow.ArrowException, OSError) as error:
+        yield from source.iter_batches(_ROWS, columns=columns)
+    except OSError as error:  # so that it is not taken for one of writing
         raise ValueError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from error
-    if not pyarrow.types.is_integer(table.schema.field("label").type):
-        raise ValueError(f"{file}: label must be integers, got {table.schema.field('label').type}")
-    if table.column("label").null_count:
-        raise ValueError(
-            f"{file} has {table.column('label').null_count} rows without a label: leave them out"
-        )
-    encoded = table.column("image").to_pylist()
-    if not encoded:
-        raise ValueError(f"{file} has no rows")
-    with ThreadPoolExecutor() as pool:
-        images = list(
-            pool.map(lambda row: _image(file, row, encoded[row]), range(len(encoded)), chunksize=256)
-        )
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        some = ", ".join(str(list(shape)) for shape in sorted(shapes)[:4])
-        raise ValueError(f"{file} holds images of {len(shapes)} sizes ({some}): resize them to one first")
-    return np.stack(images), table.column("label").to_numpy().astype(np.int32)
 
 
-def _image(file: Path, row: int, encoded: object) -> np.ndarray:
-    from PIL import Image
+def _version(file: Path) -> str:
+    about = file.stat()
+    return f"{file.stem}-{about.st_size:x}-{about.st_mtime_ns:x}"
 
-    if not isinstance(encoded, bytes):
-        raise ValueError(f"{file}, row {row}: image must be encoded bytes, got {type(encoded).__name__}")
+
+@contextlib.contextmanager
+def _written(file: Path) -> Iterator[Path]:
+    """A temporary name, which becomes the file's when all is written and goes where something fails."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return np.asarray(image.convert("RGB"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, file)
     except OSError as error:
-        raise ValueError(f"{file}, row {row}: no readable image ({error})") from error
+        raise ValueError(
+            f"cannot write {file} ({error.strerror or error}): name another folder as cache_dir"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from sculpt.model import Model
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
-from sculpt.training.devices import from_each, place, place_shared
+from sculpt.training.devices import from_each, place, place_batch, place_shared
 from sculpt.training.step import (
     Program,
     TrainState,
     epoch_order,
     make_program,
+    run_batch,
     run_step,
     run_steps,
     start,
     validate,
 )
+from sculpt.training.stream import StreamedImages, sent_ahead
 
 Metrics = dict[str, float]
 _LOOK_EVERY = 50
@@ -66,8 +69,8 @@ class Run:
     masks: Any
     teacher: Any
     """The teacher's (params, state), or None."""
-    images: jax.Array
-    """Raw train images `[n, ...]`."""
+    images: jax.Array | None
+    """Raw train images `[n, ...]`; None of a stream."""
     labels: jax.Array
     """int32 `[n]`."""
     validation: tuple[jax.Array, jax.Array]
@@ -86,6 +89,12 @@ class Run:
     """Steps of this epoch that were timed."""
     warm: bool = False
     """Whether the compiled step has run; the first call, which compiles, is not timed."""
+    stream: StreamedImages | None = None
+    """Train images that are read while they are used, in place of `images`."""
+    batches: Iterator[tuple[jax.Array, jax.Array]] | None = None
+    """Raw images and labels of the steps that are left, of a stream."""
+    before: jax.Array | None = None
+    """`diverged` after the last step on a batch of a stream."""
 
     @staticmethod
     def begin(
@@ -99,6 +108,8 @@ class Run:
         stacked: bool = False,
     ) -> Run:
         program = make_program(model.apply_train, splits, config, teacher and teacher.apply, devices, stacked)
+        images = splits.train.images
+        stream = images if isinstance(images, StreamedImages) else None
         order_key, step_key = jax.random.split(key)
         state = place(start(program, model.params, model.state, masks), devices)
         selects = config.select_best and program.total_steps > program.steps_per_epoch
@@ -108,7 +119,8 @@ class Run:
             program=program,
             masks=place(masks, devices),
             teacher=place(teacher and (teacher.params, teacher.state), devices),
-            images=place(jnp.asarray(splits.train.images), devices),
+            images=None if stream is not None else place(jnp.asarray(images), devices),
+            stream=stream,
             labels=place(jnp.asarray(splits.train.labels, jnp.int32), devices),
             validation=place_shared(_in_batches(splits.validation, devices), devices),
             keys=place((order_key, step_key), devices),
@@ -135,12 +147,33 @@ class Run:
         """Goes to the end, from the last checkpoint if there is one."""
         if keeper is not None and (found := keeper.restore_latest(self.tree())) is not None:
             self.load(found[1])
-        while self.step < self.program.total_steps:
-            self.advance(keeper, on_progress)
-            if self.at_epoch_end:
-                self.finish_epoch(on_metrics)
-            if keeper is not None:
-                keeper.save(self.step, self.tree())
+        with self._reading():
+            while self.step < self.program.total_steps:
+                self.advance(keeper, on_progress)
+                if self.at_epoch_end:
+                    self.finish_epoch(on_metrics)
+                if keeper is not None:
+                    keeper.save(self.step, self.tree())
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Has the batches of a stream read ahead of the steps that are left; images in memory are on the device already."""
+        if self.stream is None:
+            yield
+            return
+        send = functools.partial(place_batch, devices=self.program.devices)
+        with contextlib.closing(sent_ahead(self.stream.batches(self._rows()), send)) as self.batches:
+            yield
+
+    def _rows(self) -> Iterator[np.ndarray]:
+        """The images of each step that is left, as the key and the number of the step decide."""
+        length, size = self.program.steps_per_epoch, self.config.batch_size
+        order, epoch = np.empty(0, np.int32), -1
+        for step in range(self.step, self.program.total_steps):
+            if step // length != epoch:
+                epoch = step // length
+                order = np.asarray(epoch_order(self.keys[0], len(self.labels), jnp.int32(epoch)))
+            yield order[step % length * size :][:size]
 
     @property
     def epoch(self) -> int:
@@ -179,6 +212,8 @@ class Run:
 
     def _call(self, order: jax.Array, stop: int) -> jax.Array:
         """One call of the compiled step or loop, up to step `stop` at the most."""
+        if self.batches is not None:
+            return self._call_on(*next(self.batches))
         at_once = self.config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
         data = (self.images, self.labels, order, self.keys[1])
         arguments = (self.program, self.train, self.masks, self.teacher, *data)
@@ -189,6 +224,17 @@ class Run:
             count = min(at_once, stop - self.step)
             self.train, diverged = run_steps(*arguments, jnp.int32(count))
             self.step += count
+        return diverged
+
+    def _call_on(self, images: jax.Array, labels: jax.Array) -> jax.Array:
+        """A step on a batch of a stream."""
+        self.train, diverged = run_batch(
+            self.program, self.train, self.masks, self.teacher, images, labels, self.keys[1]
+        )
+        self.step += 1
+        # Batches that wait on the device take its memory: one step is queued behind the one that runs, no more.
+        jax.block_until_ready(self.before)
+        self.before = diverged
         return diverged
 
     def _require_finite(self, diverged: jax.Array | None, keeper: Checkpoints | None) -> None:

@@ -304,9 +304,11 @@ def learn(
     return on_each(new, program.devices)
 
 
-def _step(program: Program, train: TrainState, masks: Any, *shared_by_all: Any) -> TrainState:
-    """`one_step`, of several networks side by side where the program says so."""
-    step = functools.partial(one_step, program)
+def _step(
+    one: Callable[..., TrainState], program: Program, train: TrainState, masks: Any, *shared_by_all: Any
+) -> TrainState:
+    """`one_step` or `learn`, of several networks side by side where the program says so."""
+    step = functools.partial(one, program)
     if program.stacked:
         step = jax.vmap(step, in_axes=(_STACKED, 0, *[None] * len(shared_by_all)), out_axes=_STACKED)
     return step(train, masks, *shared_by_all)
@@ -342,7 +344,7 @@ def run_step(
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
     """`one_step`, compiled by itself: what CPUs want. Also returns `diverged` in a buffer that the next call leaves alone."""
-    train = _step(program, train, masks, teacher, images, labels, order, key)
+    train = _step(one_step, program, train, masks, teacher, images, labels, order, key)
     return train, train.diverged
 
 
@@ -357,7 +359,8 @@ def run_batch(
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
     """`learn`, compiled: a step on a batch that the host brings. Returns what `run_step` does, bit for bit."""
-    train = learn(program, train, masks, teacher, images, labels, key)
+    images, labels = shared((images, labels), program.devices)
+    train = _step(learn, program, train, masks, teacher, images, labels, key)
     return train, train.diverged
 
 
@@ -375,7 +378,7 @@ def run_steps(
 ) -> tuple[TrainState, jax.Array]:
     """`count` steps (int32 scalar, traced) of one epoch in one compiled loop: what accelerators want."""
     train = jax.lax.fori_loop(
-        0, count, lambda _, t: _step(program, t, masks, teacher, images, labels, order, key), train
+        0, count, lambda _, t: _step(one_step, program, t, masks, teacher, images, labels, order, key), train
     )
     return train, train.diverged
 

@@ -137,7 +137,9 @@ def test_a_local_archive_end_to_end(tmp_path: Path, scratch: Path, name: str, cl
     assert len(expected) == 60
     assert {image.tobytes() for image in splits.test.images} == {image.tobytes() for image in IMAGES[40:]}
     for split in (splits.train, splits.validation, splits.test):
-        assert all(expected[image.tobytes()] == label for image, label in zip(split.images, split.labels))
+        assert all(
+            expected[image.tobytes()] == label for image, label in zip(np.asarray(split.images), split.labels)
+        )
 
     stamp = (written / "dataset_info.json").stat().st_mtime_ns
     cifar.prepare(name, data_dir, file, sha256=sha256)

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 import sculpt
-from sculpt.training.data import Split, Splits, from_arrays, load_data, load_parquet
+from sculpt.training.data import Split, Splits, from_arrays
+from sculpt.training.load import load_data, load_parquet
 
 
 def content(split: Split) -> set[bytes]:
@@ -240,10 +241,8 @@ def test_data_that_are_not_prepared_name_the_folder_and_the_command(tmp_path: Pa
     ):
         load_data("cifar100", tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
-    with pytest.raises(
-        ValueError, match=f"in {tmp_path / 'elsewhere'}; .* tfds build fashion_mnist --data_dir"
-    ):
-        load_data("fashion_mnist")
+    with pytest.raises(ValueError, match=f"in {tmp_path / 'elsewhere'}; .* tfds build mnist --data_dir"):
+        load_data("mnist")
 
 
 def test_another_file_format_is_refused_before_tensorflow_is_asked_for(tmp_path: Path) -> None:
@@ -310,7 +309,7 @@ def test_decoded_images_are_kept_only_where_asked_and_follow_the_file(tmp_path: 
     kept = sorted((tmp_path / "cache").iterdir())
     assert len(kept) == 2 and all(file.suffix == ".npz" for file in kept)
     write(test, [encode(np.zeros((5, 6, 3), np.uint8))], [2])
-    assert not load_parquet("mine", train, test, cache_dir=tmp_path / "cache").test.images.any()
+    assert not np.any(load_parquet("mine", train, test, cache_dir=tmp_path / "cache").test.images[:])
     for file in kept:
         file.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"is damaged .* delete it"):
@@ -322,8 +321,8 @@ def test_parquet_that_does_not_fit_is_refused(tmp_path: Path, files) -> None:
     png = encode(images[0])
     odd = tmp_path / "odd.parquet"
     cases = {
-        r"holds images of 2 sizes \(\[4, 6, 3\], \[5, 6, 3\]\)": lambda: write(
-            odd, [png, encode(images[0, :4])], [0, 1]
+        r"odd.parquet, row 1: the image is uint8\[4, 6, 3\], others are uint8\[5, 6, 3\]: name a size": lambda: (
+            write(odd, [png, encode(images[0, :4])], [0, 1])
         ),
         "odd.parquet, row 1: no readable image": lambda: write(odd, [png, b"no image"], [0, 1]),
         "row 0: image must be encoded bytes, got str": lambda: write(odd, ["text"], [0]),

@@ -433,7 +433,9 @@ def test_other_masks_keys_and_data_of_the_same_shape_compile_nothing() -> None:
 
     params = {"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
     model, splits = sculpt.from_function(apply, params, apply_train=apply_train), tiny_splits()
-    other = dataclasses.replace(splits, train=Split(255 - splits.train.images, splits.train.labels))
+    other = dataclasses.replace(
+        splits, train=Split(255 - np.asarray(splits.train.images), splits.train.labels)
+    )
     finetune(model, tiny_masks(model, 1), splits, BASE, KEY)
     first = len(traces)
     assert first > 0

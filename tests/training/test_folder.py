@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 import sculpt
+from sculpt.training.stream import StreamedImages
 
 
 def picture(file: Path, colour: int, size: tuple[int, int] = (10, 8)) -> None:
@@ -38,7 +40,10 @@ def test_classes_are_numbered_by_name(folder: Path) -> None:
 
 def test_pictures_are_brought_to_one_size(folder: Path) -> None:
     picture(folder / "train" / "ant" / "wide.jpg", 50, (40, 9))
-    with pytest.raises(ValueError, match=r"wide.jpg is 40x9, .*0.png is 10x8: name a size to bring all to"):
+    with pytest.raises(
+        ValueError,
+        match=r"wide.jpg: the image is uint8\[9, 40, 3\], others are uint8\[8, 10, 3\]: name a size",
+    ):
         sculpt.load_data("folder", folder)
     splits = sculpt.load_folder(folder / "train", folder / "val", size=6)
     assert splits.train.images.shape[1:] == (6, 6, 3)
@@ -53,11 +58,27 @@ def test_what_is_missing_or_broken_is_named(folder: Path, tmp_path: Path) -> Non
         ValueError, match=r"expected folders of images, one for each class, in .*: there are none"
     ):
         sculpt.load_folder(folder / "train" / "bee", folder / "val")
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="size must be a whole number of pixels of at least 1, or None, got 0"
+    ):
         sculpt.load_folder(folder / "train", folder / "val", size=0)
     picture(folder / "val" / "cat" / "0.png", 1)
     with pytest.raises(ValueError, match=r"differ in their classes: \['cat'\] are in one of them only"):
         sculpt.load_data("folder", folder)
+    shutil.rmtree(folder / "val" / "cat")
     (folder / "train" / "ant" / "0.png").write_bytes(b"no png")
-    with pytest.raises(ValueError, match=r"cannot decode .*0.png"):
+    with pytest.raises(ValueError, match=r"ant/0.png: no readable image"):
         sculpt.load_data("folder", folder)
+
+
+def test_a_stream_of_it_holds_the_same(folder: Path) -> None:
+    picture(folder / "train" / "ant" / "wide.jpg", 50, (40, 9))
+    one, other = (sculpt.load_data("folder", folder, size=6, stream=stream) for stream in (False, True))
+    for name in ("train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(other, name).images[:], getattr(one, name).images)
+        np.testing.assert_array_equal(getattr(other, name).labels, getattr(one, name).labels)
+    assert (one.mean, one.std) == (other.mean, other.std)
+    assert isinstance(other.train.images, StreamedImages)
+    (folder / "train" / "ant" / "wide.jpg").unlink()
+    with pytest.raises(ValueError, match=r"wide.jpg: no readable image .*No such file"):
+        other.train.images[:]

@@ -1,0 +1,251 @@
+"""Data sets by name, from folders and from files."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sculpt.training import idx
+from sculpt.training.data import Splits, from_arrays, from_sources
+from sculpt.training.folder import FolderSource, find_parts
+from sculpt.training.parquet import ParquetSource, read_parquet
+from sculpt.training.prepared import (
+    data_directory,
+    is_known,
+    is_prepared,
+    named_errors,
+    open_prepared,
+    preparing_command,
+)
+from sculpt.training.stream import StreamedImages
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_DIGITS_MEAN = (0.3053,)
+_DIGITS_STD = (0.3762,)
+
+_VALIDATION = {"digits": 300, "cifar10": 5000, "cifar10-jpeg": 5000, "cifar100": 5000, "fashion_mnist": 5000}
+_NAMES = ("digits", "fashion_mnist", "cifar10", "cifar10-jpeg", "cifar100", "folder", "parquet")
+_NORMALISED_AS_IMAGENET = ("cifar10", "cifar100", "imagenette", "imagenet2012")
+ONE_SIZE = ("digits", "fashion_mnist")
+"""Small data sets of small images: never scaled or streamed."""
+
+
+def load_data(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    size: int | None = None,
+    stream: bool = False,
+    validation: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """A data set by name. Nothing is downloaded.
+
+    `digits` comes with the package: 1,797 real 8x8 grey images, 400 of them for test (E. Alpaydin, C. Kaynak, "Optical
+    Recognition of Handwritten Digits", UCI Machine Learning Repository, CC BY 4.0, as scikit-learn distributes it; its
+    grey levels 0..16 are stored as 0..255).
+
+    `fashion_mnist`: 70,000 grey 28x28 pictures of clothes, 10,000 of them for test (H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST: a
+    Novel Image Dataset for Benchmarking Machine Learning Algorithms", arXiv 1708.07747; MIT licence, Zalando SE). Classes: T-shirt/top,
+    trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot. Read from `train-images-idx3-ubyte.gz` and its three
+    siblings in `data_dir`, by default where Debian's package `dataset-fashion-mnist` puts them; else as TensorFlow Datasets prepares it.
+
+    `folder` reads `data_dir/train/<class>/<image>` and `data_dir/test` (or `val`) alike, see `load_folder`; `parquet` reads
+    `train.parquet` and `test.parquet` in `data_dir`, see `load_parquet`; `cifar10-jpeg` reads `train_jpeg.parquet` and
+    `test_jpeg.parquet` there.
+
+    `cifar10`, `cifar100`, `imagenette`, `imagenet2012` and every other TensorFlow Datasets name are read from a prepared array_record
+    directory. Where such a data set has no "test", or one without labels, its official validation is the test.
+
+    Args:
+      name: one of the above.
+      data_dir: where the files are; for TensorFlow Datasets `$TFDS_DATA_DIR` or `~/tensorflow_datasets` by default.
+      size: shorter sides are scaled to it and middle squares cut out, for images of several sizes; None: they are of one size already.
+        Not for digits and fashion_mnist.
+      stream: leave the train split on disk and read it while it is used, see `from_sources`; validation and test are in memory. For
+        TensorFlow Datasets every record is read once for its label, here. Not for digits and fashion_mnist.
+      validation: number of training examples set aside; by default 300 of digits, 5,000 of CIFAR and Fashion-MNIST, else a
+        tenth, 10,000 at the most.
+      seed: which of them. The test split never depends on it.
+
+    Raises:
+      ValueError: for an unknown name, data that are not there (with the command that prepares them), images of several
+        sizes without `size`, or a `validation` that leaves nothing to train on.
+    """
+    if name in ONE_SIZE and (size is not None or stream):
+        raise ValueError(
+            f"{name} is small and of one size: leave out {'size' if size is not None else 'stream'}"
+        )
+    if name == "digits":
+        with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
+            arrays = [file[key] for key in ("train_images", "train_labels", "test_images", "test_labels")]
+        return from_arrays(
+            *arrays,
+            name=name,
+            validation=_VALIDATION[name] if validation is None else validation,
+            seed=seed,
+            num_classes=10,
+            mean=_DIGITS_MEAN,
+            std=_DIGITS_STD,
+        )
+    if name == "fashion_mnist" and (files := _fashion_files(data_dir)):
+        train, test = idx.read_images(*files[:2]), idx.read_images(*files[2:])
+        validation = _small_validation(name, len(train[1])) if validation is None else validation
+        return from_arrays(*train, *test, name=name, validation=validation, seed=seed, num_classes=10)
+    if name == "folder":
+        folder = _required(name, data_dir, "train and test (or val)")
+        return load_folder(*find_parts(folder), size=size, stream=stream, validation=validation, seed=seed)
+    if name == "parquet":
+        folder = _required(name, data_dir, "train.parquet and test.parquet")
+        files = folder / "train.parquet", folder / "test.parquet"
+        return load_parquet(name, *files, size=size, stream=stream, validation=validation, seed=seed)
+    if name == "cifar10-jpeg":
+        folder = _required(name, data_dir, "train_jpeg.parquet and test_jpeg.parquet")
+        return load_parquet(
+            name,
+            folder / "train_jpeg.parquet",
+            folder / "test_jpeg.parquet",
+            size=size,
+            stream=stream,
+            validation=_VALIDATION[name] if validation is None else validation,
+            seed=seed,
+            num_classes=10,
+            mean=_IMAGENET_MEAN,
+            std=_IMAGENET_STD,
+        )
+    if name not in _NAMES and not is_known(name, data_dir):
+        close = difflib.get_close_matches(name, _NAMES, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"unknown data set {name!r}, expected one of {', '.join(_NAMES)} or a TensorFlow Datasets name{hint}"
+        )
+    return _load_prepared(name, data_dir, size, stream, validation, seed)
+
+
+def load_folder(
+    train: str | Path,
+    test: str | Path,
+    *,
+    size: int | None = None,
+    stream: bool = False,
+    validation: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Splits from two folders that hold a folder of images for each class.
+
+    Args:
+      train: the folder that train and validation come from.
+      test: the folder of the test split, of the same classes.
+      size: shorter sides are scaled to it and middle squares cut out; None: images are of one size already.
+      stream: leave the train split on disk and read it while it is used, see `from_sources`.
+      validation, seed: as in `from_arrays`.
+
+    Raises:
+      ValueError: for folders without images, other classes in `test`, images that cannot be decoded or differ in size.
+    """
+    kept, held = FolderSource.open(Path(train), size), FolderSource.open(Path(test), size)
+    if kept.classes != held.classes:
+        differing = sorted(set(kept.classes) ^ set(held.classes))[:5]
+        raise ValueError(f"{test} and {train} differ in their classes: {differing} are in one of them only")
+    about: dict[str, Any] = {"validation": validation, "seed": seed, "num_classes": len(kept.classes)}
+    if stream:
+        return from_sources(kept, held, name="folder", train_labels=kept.labels, **about)
+    arrays = (StreamedImages.of(source, "folder").read_all() for source in (kept, held))
+    return from_arrays(*next(arrays), *next(arrays), name="folder", **about)
+
+
+def load_parquet(
+    name: str,
+    train_file: str | Path,
+    test_file: str | Path,
+    *,
+    size: int | None = None,
+    stream: bool = False,
+    validation: int | None = None,
+    seed: int = 0,
+    num_classes: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    cache_dir: str | Path | None = None,
+) -> Splits:
+    """Splits from two parquet files with columns `image` (encoded bytes, or Hugging Face's struct of them) and `label` (integers).
+
+    Args:
+      name: what to call the data set.
+      train_file: the file that train and validation come from.
+      test_file: the file of the test split.
+      size: shorter sides are scaled to it and middle squares cut out; None: images are of one size already.
+      stream: leave the train split on disk and read it while it is used, see `from_sources`. Parquet cannot be read at random, so
+        its two columns are copied, once, to an Arrow file in `cache_dir`.
+      validation, seed, num_classes, mean, std: as in `from_arrays`.
+      cache_dir: folder for the decoded images, to be read back the next time, None keeps nothing; of a stream for the encoded ones,
+        None: beside `train_file`.
+
+    Raises:
+      ValueError: if a file is missing or unreadable, lacks a column, or holds images of several sizes.
+    """
+    kept, held = Path(train_file), Path(test_file)
+    cache = None if cache_dir is None else Path(cache_dir)
+    about: dict[str, Any] = {
+        "name": name,
+        "validation": validation,
+        "seed": seed,
+        "num_classes": num_classes,
+        "mean": mean,
+        "std": std,
+    }
+    if stream:
+        source = ParquetSource.open(kept, size, kept.parent if cache is None else cache)
+        return from_sources(source, ParquetSource.open(held, size), train_labels=source.labels, **about)
+    return from_arrays(*read_parquet(kept, cache, size), *read_parquet(held, cache, size), **about)
+
+
+def _load_prepared(
+    name: str, data_dir: str | Path | None, size: int | None, stream: bool, validation: int | None, seed: int
+) -> Splits:
+    prepared = open_prepared(name, data_dir, size)
+    family = name.partition("/")[0].partition(":")[0]
+    as_imagenet = family in _NORMALISED_AS_IMAGENET
+    about: dict[str, Any] = {
+        "name": name,
+        "validation": _small_validation(family, len(prepared.train)) if validation is None else validation,
+        "seed": seed,
+        "num_classes": prepared.num_classes,
+        "mean": _IMAGENET_MEAN if as_imagenet else None,
+        "std": _IMAGENET_STD if as_imagenet else None,
+    }
+    if stream:
+        with named_errors(prepared.where):
+            labels = prepared.train.labels()
+        return from_sources(prepared.train, prepared.test, train_labels=labels, **about)
+    arrays = (StreamedImages.of(source, name).read_all() for source in (prepared.train, prepared.test))
+    return from_arrays(*next(arrays), *next(arrays), **about)
+
+
+def _fashion_files(data_dir: str | Path | None) -> tuple[Path, ...]:
+    """Of the idx format, unless it is prepared for TensorFlow Datasets and only that."""
+    folder = idx.DEBIAN if data_dir is None else Path(data_dir)
+    files = idx.find_files(folder)
+    if not files and not is_prepared("fashion_mnist", data_dir):
+        prepared = data_directory(data_dir)
+        raise ValueError(
+            f"no fashion_mnist in {folder}: put its four files there (train-images-idx3-ubyte.gz and so on; on Debian: apt-get "
+            f"install dataset-fashion-mnist), or prepare it in {prepared} with: {preparing_command('fashion_mnist', prepared)}"
+        )
+    return files
+
+
+def _small_validation(name: str, images: int) -> int | None:
+    """The usual number of a data set; None where there is none, or a part of the data set is too small for it."""
+    count = _VALIDATION.get(name)
+    return count if count is not None and images > 2 * count else None
+
+
+def _required(name: str, data_dir: str | Path | None, parts: str) -> Path:
+    if data_dir is None:
+        raise ValueError(f"{name} needs data_dir, the folder that holds {parts}")
+    return Path(data_dir)

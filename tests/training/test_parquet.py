@@ -1,0 +1,121 @@
+"""Parquet by name: sizes, Hugging Face's layout, and streams through an Arrow file."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+import sculpt
+from tests.training.tiny import KEY, Tiny
+
+LABELS = [number % 3 for number in range(30)]
+
+
+def photograph(number: int) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (12 + number, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+IMAGES = [photograph(number) for number in range(30)]
+
+
+def write(file: Path, images: list[Any], labels: list[int], **options: Any) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": [0] * len(labels), "image": images, "label": labels}), file, **options
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "train.parquet", IMAGES[:24], LABELS[:24], row_group_size=7)
+    write(tmp_path / "test.parquet", IMAGES[24:], LABELS[24:])
+    return tmp_path
+
+
+def same(one: sculpt.Splits, other: sculpt.Splits) -> None:
+    for name in ("train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(one, name).images[:], getattr(other, name).images[:])
+        np.testing.assert_array_equal(getattr(one, name).labels, getattr(other, name).labels)
+    assert (one.mean, one.std, one.num_classes) == (other.mean, other.std, other.num_classes)
+
+
+def test_it_is_read_by_name_at_a_size(folder: Path) -> None:
+    splits = sculpt.load_data("parquet", folder, size=8)
+    assert splits.name == "parquet" and splits.train.images.shape == (22, 8, 8, 3)
+    assert splits.test.labels.tolist() == LABELS[24:]
+    with pytest.raises(
+        ValueError, match=r"train.parquet, row 1: the image is uint8\[13, 20, 3\], others are"
+    ):
+        sculpt.load_data("parquet", folder)
+    with pytest.raises(ValueError, match=r"parquet needs data_dir, the folder that holds train.parquet and"):
+        sculpt.load_data("parquet")
+
+
+def test_hugging_faces_layout_is_the_same(folder: Path) -> None:
+    expected = sculpt.load_data("parquet", folder, size=8)
+    for part, rows in (("train", slice(24)), ("test", slice(24, None))):
+        images = [{"bytes": image, "path": None} for image in IMAGES[rows]]
+        write(folder / f"{part}.parquet", images, LABELS[rows])
+    same(sculpt.load_data("parquet", folder, size=8), expected)
+    same(sculpt.load_data("parquet", folder, size=8, stream=True), expected)
+
+
+def test_decoded_images_are_kept_for_each_size(folder: Path) -> None:
+    files = "mine", folder / "train.parquet", folder / "test.parquet"
+    for size in (6, 8, 6):
+        splits = sculpt.load_parquet(*files, size=size, cache_dir=folder / "cache")
+        assert splits.train.images.shape[1:] == (size, size, 3)
+    assert len(list((folder / "cache").iterdir())) == 4
+
+
+def test_a_stream_of_it_holds_the_same_and_copies_once(folder: Path) -> None:
+    expected = sculpt.load_data("parquet", folder, size=8)
+    assert sorted(file.suffix for file in folder.iterdir()) == [".parquet", ".parquet"]
+    same(sculpt.load_data("parquet", folder, size=8, stream=True), expected)
+    (copy,) = folder.glob("train-*.arrow")
+    assert len(list(folder.iterdir())) == 3
+    stamp = copy.stat().st_mtime_ns
+    same(sculpt.load_data("parquet", folder, size=8, stream=True), expected)
+    assert copy.stat().st_mtime_ns == stamp
+    write(folder / "train.parquet", IMAGES[:23], LABELS[:23])  # another file, another copy
+    splits = sculpt.load_data("parquet", folder, size=8, stream=True)
+    assert len(splits.train.labels) + len(splits.validation.labels) == 23
+
+
+def test_what_is_wrong_with_it_is_named(folder: Path) -> None:
+    train, test = folder / "train.parquet", folder / "test.parquet"
+    sculpt.load_parquet("mine", train, test, size=8, stream=True, cache_dir=folder / "cache")
+    (copy,) = (folder / "cache").iterdir()
+    copy.write_bytes(copy.read_bytes()[:99])
+    with pytest.raises(ValueError, match=r"train-.*.arrow is damaged .*: delete it and it is made again"):
+        sculpt.load_parquet("mine", train, test, size=8, stream=True, cache_dir=folder / "cache")
+    (folder / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write .*file/.*: name another folder as cache_dir"):
+        sculpt.load_parquet("mine", train, test, size=8, stream=True, cache_dir=folder / "file")
+    data = bytearray(train.read_bytes())
+    data[50 : len(data) // 2] = bytes(len(data) // 2 - 50)
+    train.write_bytes(data)
+    with pytest.raises(ValueError, match=r"train.parquet"):
+        sculpt.load_data("parquet", folder, size=8, stream=True)
+    assert not list(folder.glob(".*partial")) and not list(folder.glob("*.arrow"))
+
+
+def test_a_row_that_is_no_image_is_named_when_training_comes_to_it(folder: Path) -> None:
+    write(folder / "train.parquet", [*IMAGES[:5], b"no image", *IMAGES[6:24]], LABELS[:24])
+    files = "mine", folder / "train.parquet", folder / "test.parquet"
+    grey: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    splits = sculpt.load_parquet(*files, size=8, stream=True, validation=1, **grey)
+    module = Tiny()
+    model = sculpt.from_linen(module, module.init(KEY, jnp.zeros((1, 8, 8, 3))))
+    with pytest.raises(ValueError, match=r"train.parquet, row 5: no readable image \(of no known format\)"):
+        sculpt.train(model, splits, sculpt.FinetuneConfig(batch_size=4), KEY)
