@@ -72,6 +72,12 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--weights", "w", "--train-learning-rate", "1"), "leave out --train-learning-rate 1.0"),
         ((*NEW, "--weights", "w", "--train-clip-norm", "1"), "leave out --train-clip-norm 1.0"),
         ((*NEW, "--data-dir", "data"), "leave out --data-dir /.*/data,.*digits comes with the package"),
+        ((*NEW, "--image-size", "16"), "leave out --image-size 16,.*digits is small and of one size"),
+        (
+            (*NEW, "--stream"),
+            "leave out --stream, which would have no effect: digits is small and of one size",
+        ),
+        ((*NEW[:3], "folder", "--image-size", "0"), "size must be a whole number of pixels of at least 1"),
         ((*NEW, "--devices", "64"), r"--devices must be from 1 to 8, .*got 64"),
         ((*NEW, "--devices", "0"), r"--devices must be from 1 to 8, .*got 0"),
         ((*NEW, "--devices", "3"), "3 devices cannot share a batch of 64 images evenly"),

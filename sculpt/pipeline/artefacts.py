@@ -201,7 +201,7 @@ def describe(given: Mapping[str, Any]) -> Space:
 
 
 def _about(splits: Splits) -> dict[str, Any]:
-    """What tells a data set from others, read from the images themselves; the test split is left alone."""
+    """What tells a data set from others, read from the images themselves (some, of a stream); the test split is left alone."""
     digest = hashlib.sha256()
     for split in (splits.train, splits.validation):
         digest.update(content(split.images))

@@ -122,8 +122,8 @@ def from_sources(
 ) -> Splits:
     """Splits whose train part stays in its source and is read while it is used, for data larger than memory.
 
-    The same examples as `from_arrays` would give, in the same order: training on either gives the same weights. Of the train split
-    `ahead + 1` batches are in host memory and up to three on the device; validation and test are read into memory here.
+    The same examples as `from_arrays` would give, in the same order. Of the train split `ahead + 1` batches are in host memory and up
+    to three on the device; validation and test are read into memory here.
 
     Args:
       train: random access to examples, such as a `tfds.data_source` or a grain source; see `Source`. Threads share it.

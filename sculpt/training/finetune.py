@@ -52,7 +52,7 @@ def finetune(
       model: the network to start from.
       masks: pytree of booleans like `model.params`, False where a weight is pruned; None: nothing is.
       splits: data. Train images in memory must fit on the device as stored (uint8); those of a stream are brought batch by batch,
-        in the same order, for the same weights.
+        in the same order (on CPUs the weights are the same bit for bit).
       config: settings.
       key: `jax.random.key`.
       teacher: a network for the same classes, such as the dense one, whose predictions are followed

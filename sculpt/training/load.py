@@ -22,14 +22,19 @@ from sculpt.training.prepared import (
 )
 from sculpt.training.stream import StreamedImages
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
-_DIGITS_MEAN = (0.3053,)
-_DIGITS_STD = (0.3762,)
-
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_COLOURS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "digits": ((0.3053,), (0.3762,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "cifar10": _IMAGENET,
+    "cifar10-jpeg": _IMAGENET,
+    "cifar100": _IMAGENET,
+    "imagenette": _IMAGENET,
+    "imagenet2012": _IMAGENET,
+}
+"""Mean and deviation; of other data sets they are measured."""
 _VALIDATION = {"digits": 300, "cifar10": 5000, "cifar10-jpeg": 5000, "cifar100": 5000, "fashion_mnist": 5000}
 _NAMES = ("digits", "fashion_mnist", "cifar10", "cifar10-jpeg", "cifar100", "folder", "parquet")
-_NORMALISED_AS_IMAGENET = ("cifar10", "cifar100", "imagenette", "imagenet2012")
 ONE_SIZE = ("digits", "fashion_mnist")
 """Small data sets of small images: never scaled or streamed."""
 
@@ -83,19 +88,11 @@ def load_data(
     if name == "digits":
         with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
             arrays = [file[key] for key in ("train_images", "train_labels", "test_images", "test_labels")]
-        return from_arrays(
-            *arrays,
-            name=name,
-            validation=_VALIDATION[name] if validation is None else validation,
-            seed=seed,
-            num_classes=10,
-            mean=_DIGITS_MEAN,
-            std=_DIGITS_STD,
-        )
+        about = _about(name, len(arrays[1]), validation, seed)
+        return from_arrays(*arrays, num_classes=10, **about)
     if name == "fashion_mnist" and (files := _fashion_files(data_dir)):
         train, test = idx.read_images(*files[:2]), idx.read_images(*files[2:])
-        validation = _small_validation(name, len(train[1])) if validation is None else validation
-        return from_arrays(*train, *test, name=name, validation=validation, seed=seed, num_classes=10)
+        return from_arrays(*train, *test, num_classes=10, **_about(name, len(train[1]), validation, seed))
     if name == "folder":
         folder = _required(name, data_dir, "train and test (or val)")
         return load_folder(*find_parts(folder), size=size, stream=stream, validation=validation, seed=seed)
@@ -114,8 +111,8 @@ def load_data(
             validation=_VALIDATION[name] if validation is None else validation,
             seed=seed,
             num_classes=10,
-            mean=_IMAGENET_MEAN,
-            std=_IMAGENET_STD,
+            mean=_IMAGENET[0],
+            std=_IMAGENET[1],
         )
     if name not in _NAMES and not is_known(name, data_dir):
         close = difflib.get_close_matches(name, _NAMES, 1)
@@ -208,16 +205,8 @@ def _load_prepared(
     name: str, data_dir: str | Path | None, size: int | None, stream: bool, validation: int | None, seed: int
 ) -> Splits:
     prepared = open_prepared(name, data_dir, size)
-    family = name.partition("/")[0].partition(":")[0]
-    as_imagenet = family in _NORMALISED_AS_IMAGENET
-    about: dict[str, Any] = {
-        "name": name,
-        "validation": _small_validation(family, len(prepared.train)) if validation is None else validation,
-        "seed": seed,
-        "num_classes": prepared.num_classes,
-        "mean": _IMAGENET_MEAN if as_imagenet else None,
-        "std": _IMAGENET_STD if as_imagenet else None,
-    }
+    about = _about(name, len(prepared.train), validation, seed)
+    about["num_classes"] = prepared.num_classes
     if stream:
         with named_errors(prepared.where):
             labels = prepared.train.labels()
@@ -239,10 +228,14 @@ def _fashion_files(data_dir: str | Path | None) -> tuple[Path, ...]:
     return files
 
 
-def _small_validation(name: str, images: int) -> int | None:
-    """The usual number of a data set; None where there is none, or a part of the data set is too small for it."""
-    count = _VALIDATION.get(name)
-    return count if count is not None and images > 2 * count else None
+def _about(name: str, images: int, validation: int | None, seed: int) -> dict[str, Any]:
+    """What a data set is called and made into: the usual validation, unless a part of the data set is too small for it."""
+    family = name.partition("/")[0].partition(":")[0]
+    usual = _VALIDATION.get(family)
+    if validation is None and usual is not None and images > 2 * usual:
+        validation = usual
+    mean, std = _COLOURS.get(family, (None, None))
+    return {"name": name, "validation": validation, "seed": seed, "mean": mean, "std": std}
 
 
 def _required(name: str, data_dir: str | Path | None, parts: str) -> Path:

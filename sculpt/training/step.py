@@ -358,7 +358,7 @@ def run_batch(
     labels: jax.Array,
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
-    """`learn`, compiled: a step on a batch that the host brings. Returns what `run_step` does, bit for bit."""
+    """`learn`, compiled: a step on a batch that the host brings. Returns what `run_step` does."""
     images, labels = shared((images, labels), program.devices)
     train = _step(learn, program, train, masks, teacher, images, labels, key)
     return train, train.diverged

@@ -1,4 +1,4 @@
-"""Pretrained weights in a run: read, and images scaled as they expect."""
+"""Data and pretrained weights in a run: read as they were asked for, and images scaled as the weights expect."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sculpt import nets
 from sculpt.pipeline import artefacts
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.report import RunDirectory
+from sculpt.training.stream import StreamedImages
 from tests.architectures.architecture import draw
 
 
@@ -41,3 +42,41 @@ def test_images_are_scaled_as_the_weights_expect(
         np.array_equal(a, b)
         for a, b in zip(*map(jax.tree.leaves, (found.untrained.params, variables["params"])), strict=True)
     )
+
+
+def test_images_are_brought_to_a_size_and_left_on_disk_where_that_is_asked_for(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for label in ("ant", "bee"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(10):
+                image = Image.new("RGB", (9 + number, 12), (20 * number, 0, 0))
+                image.save(tmp_path / part / label / f"{number}.png")
+    given = {"model": "resnet8", "dataset": "folder", "data_dir": str(tmp_path), "image_size": 8}
+    kept, left = (
+        Artefacts(RunDirectory.open(tmp_path / f"run{stream}"), {**given, "stream": stream}).splits
+        for stream in (False, True)
+    )
+    assert isinstance(kept.train.images, np.ndarray) and isinstance(left.train.images, StreamedImages)
+    np.testing.assert_array_equal(left.train.images[:], kept.train.images)
+    assert kept.test.images.shape == (20, 8, 8, 3)
+
+
+def test_a_run_on_a_stream_knows_its_data_again(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for number in range(20):
+            file = tmp_path / part / "ab"[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (10 * number, 0, 0)).save(file)
+    given = {"model": "resnet8", "dataset": "folder", "data_dir": str(tmp_path), "stream": True}
+    run = RunDirectory.open(tmp_path / "run")
+    run.complete("data", Artefacts(run, given).data)
+    assert len(Artefacts(run, given).splits.train.labels) == 18
+    file.rename(tmp_path / "test" / "a" / "moved.png")
+    assert len(Artefacts(run, given).splits.test.labels) == 20  # the test split is left alone
+    (tmp_path / "train" / "a" / "0.png").rename(tmp_path / "train" / "b" / "0.png")
+    with pytest.raises(ValueError, match="the data set folder is not the one that"):
+        _ = Artefacts(run, given).splits

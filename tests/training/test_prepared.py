@@ -17,6 +17,13 @@ from sculpt.training.stream import StreamedImages
 TRAIN, VALIDATION = 24, 6
 
 
+def clothes(number: int) -> io.BytesIO:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (28, 28), np.uint8)).save(out, "PNG")
+    out.seek(0)
+    return out
+
+
 def photograph(number: int, kind: str) -> io.BytesIO:
     """Noise of a size of its own; one in five is wide, one is a PNG with transparency, as ImageNet has them."""
     height, width = (20 + number, 60 if number % 5 == 0 else 33)
@@ -37,14 +44,16 @@ def prepare(name: str, folder: Path) -> Path:
     def examples(start: int, stop: int, names: list[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
         for number in range(start, stop):
             label = -1 if names is None else names[number % 3]
-            example = {"image": photograph(number, "PNG" if number == 3 else "JPEG"), "label": label}
+            image = photograph(number, "PNG" if number == 3 else "JPEG")
+            example = {"image": clothes(number) if name == "fashion_mnist" else image, "label": label}
             yield number, example | ({"file_name": str(number)} if name == "imagenet2012" else {})
 
     def split_generators(builder: Any, manager: Any) -> dict[str, Any]:
         names = builder.info.features["label"].names
+        held = examples(TRAIN, TRAIN + VALIDATION, names)
         found = {
             "train": examples(0, TRAIN, names),
-            "validation": examples(TRAIN, TRAIN + VALIDATION, names),
+            "test" if name == "fashion_mnist" else "validation": held,
         }
         return found | ({"test": examples(40, 44, None)} if name == "imagenet2012" else {})
 
@@ -114,3 +123,10 @@ def test_a_shard_that_is_lost_is_one_clear_error(tmp_path: Path) -> None:
     for stream in (False, True):
         with pytest.raises(ValueError, match=f"imagenette in {tmp_path} cannot be read"):
             sculpt.load_data("imagenette", tmp_path, size=16, stream=stream)
+
+
+def test_fashion_mnist_may_be_prepared_as_well(tmp_path: Path) -> None:
+    prepare("fashion_mnist", tmp_path)
+    splits = sculpt.load_data("fashion_mnist", tmp_path)
+    assert (splits.name, splits.num_classes, splits.mean) == ("fashion_mnist", 10, (0.286,))
+    assert splits.test.images.shape == (VALIDATION, 28, 28, 1)
