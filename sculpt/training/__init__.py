@@ -7,14 +7,17 @@ from sculpt.training.finetune import TrainingDiverged, finetune, train
 from sculpt.training.load import load_data, load_folder, load_parquet
 from sculpt.training.policies import TunedPolicies, finetune_policies
 from sculpt.training.recipes import RECIPES, Recipe, recipe_for
+from sculpt.training.stream import Source, StreamedImages
 
 __all__ = [
     "RECIPES",
     "Checkpoints",
     "FinetuneConfig",
     "Recipe",
+    "Source",
     "Split",
     "Splits",
+    "StreamedImages",
     "TrainingDiverged",
     "TunedPolicies",
     "finetune",

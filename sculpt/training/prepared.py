@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sculpt.training.decode import check_size, decode_image
+from sculpt.training.stream import gather_labels
 
 _OWN_PREPARER = ("cifar10", "cifar100")
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:[\w.*]+)?")
@@ -46,7 +47,7 @@ class PreparedSource:
 
     def labels(self) -> np.ndarray:
         """int32 `[n]`; reads every record, decodes no image."""
-        return np.fromiter((self.encoded[row]["label"] for row in range(len(self))), np.int32, len(self))
+        return gather_labels(lambda row: int(self.encoded[row]["label"]), np.arange(len(self)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

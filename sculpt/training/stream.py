@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 _SOME = 1024
+"""Rows that a thread reads labels of before the next asks for some."""
 _SAMPLE = 16
 """Images that stand for all of a stream where one is told from another."""
 
@@ -35,7 +36,7 @@ class Source(Protocol):
 class StreamedImages:
     """Images of a source. Indexed like an array `[n, height, width, channels]`, they are read and decoded then; nothing is kept.
 
-    `images[3]`, `images[:100]` and `images[rows]` are arrays; `images[:]` reads everything, which nothing else does.
+    `images[3]`, `images[:100]` and `images[rows]` are arrays; only `images[:]` brings everything into memory.
     """
 
     source: Source
@@ -59,8 +60,7 @@ class StreamedImages:
         Raises:
           ValueError: for numbers below 1, a source without rows, or a first row without an image.
         """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = cores if workers is None else workers
+        workers = _cores() if workers is None else workers
         if min(workers, ahead) < 1:
             raise ValueError(f"workers and ahead must be at least 1, got {workers} and {ahead}")
         if len(source) == 0:
@@ -104,14 +104,7 @@ class StreamedImages:
 
     def read_labels(self) -> np.ndarray:
         """int32 `[n]`. Every row is read for them, and its image let go."""
-        with _readers(self.workers) as (pool, stop):
-
-            def read(rows: np.ndarray) -> list[int]:
-                return [self.read(int(row))[1] for row in rows if not stop.is_set()]
-
-            parts = np.array_split(self.rows, -(-len(self) // _SOME))
-            futures = [pool.submit(read, part) for part in parts]
-            return np.concatenate([future.result() for future in futures]).astype(np.int32)
+        return gather_labels(lambda row: self.read(row)[1], self.rows, self.workers)
 
     def content(self) -> np.ndarray:
         """Some images, spread evenly, to tell a stream from another; the same ones each time."""
@@ -125,7 +118,7 @@ class StreamedImages:
         """
         try:
             example = self.source[row]
-            image, label = np.asarray(example["image"]), operator.index(example["label"])
+            image, label = np.asarray(example["image"]), np.int32(operator.index(example["label"]))
         except Exception as error:  # each kind of source has its own
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             if isinstance(error, KeyError):
@@ -143,9 +136,9 @@ class StreamedImages:
         if self.image_shape and (image.shape, image.dtype) != (self.image_shape, self.dtype):
             raise ValueError(
                 f"{self._place(row)}: the image is {image.dtype}{list(image.shape)}, others are "
-                f"{self.dtype}{list(self.image_shape)}: name a size to bring all to (size=, --image-size)"
+                f"{self.dtype}{list(self.image_shape)}: bring all to one (size= or --image-size, where data are read by name)"
             )
-        return image, label
+        return image, int(label)
 
     def read_all(self, which: Any = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """Images `[m, height, width, channels]` and labels int32 `[m]`; all of them unless `which` says which."""
@@ -199,6 +192,21 @@ class StreamedImages:
     def _place(self, row: int) -> str:
         place: Callable[[int], str] | None = getattr(self.source, "place", None)
         return f"{self.name}, row {row}" if place is None else place(row)
+
+
+def gather_labels(read: Callable[[int], int], rows: np.ndarray, workers: int | None = None) -> np.ndarray:
+    """int32 `[n]`: what `read` gives for each row. Threads read, by default one for each core."""
+    with _readers(_cores() if workers is None else workers) as (pool, stop):
+
+        def some(part: np.ndarray) -> list[int]:
+            return [read(int(row)) for row in part if not stop.is_set()]
+
+        futures = [pool.submit(some, part) for part in np.array_split(rows, -(-len(rows) // _SOME))]
+        return np.concatenate([future.result() for future in futures]).astype(np.int32)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -321,7 +321,7 @@ def test_parquet_that_does_not_fit_is_refused(tmp_path: Path, files) -> None:
     png = encode(images[0])
     odd = tmp_path / "odd.parquet"
     cases = {
-        r"odd.parquet, row 1: the image is uint8\[4, 6, 3\], others are uint8\[5, 6, 3\]: name a size": lambda: (
+        r"odd.parquet, row 1: the image is uint8\[4, 6, 3\], others are uint8\[5, 6, 3\]: bring all to one": lambda: (
             write(odd, [png, encode(images[0, :4])], [0, 1])
         ),
         "odd.parquet, row 1: no readable image": lambda: write(odd, [png, b"no image"], [0, 1]),

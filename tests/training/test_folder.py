@@ -42,7 +42,7 @@ def test_pictures_are_brought_to_one_size(folder: Path) -> None:
     picture(folder / "train" / "ant" / "wide.jpg", 50, (40, 9))
     with pytest.raises(
         ValueError,
-        match=r"wide.jpg: the image is uint8\[9, 40, 3\], others are uint8\[8, 10, 3\]: name a size",
+        match=r"wide.jpg: the image is uint8\[9, 40, 3\], others are uint8\[8, 10, 3\]: bring all to one",
     ):
         sculpt.load_data("folder", folder)
     splits = sculpt.load_folder(folder / "train", folder / "val", size=6)

@@ -95,7 +95,7 @@ def test_the_middle_square_is_what_remains(data_dir: Path) -> None:
 
 def test_without_a_size_they_are_refused(data_dir: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"imagenette in .* row \d+ of train: the image is uint8.*name a size"
+        ValueError, match=r"imagenette in .* row \d+ of train: the image is uint8.*bring all to one"
     ):
         sculpt.load_data("imagenette", data_dir)
     for size in (0, -1, 2.5, True):

@@ -278,7 +278,7 @@ def undecodable(row: int) -> Any:
         ),
         (
             lambda row: {"image": TRAIN[0][row, :4], "label": 0},
-            r"row \d+: the image is uint8\[4, 8, 1\], others are uint8\[8, 8, 1\]: name a size",
+            r"row \d+: the image is uint8\[4, 8, 1\], others are uint8\[8, 8, 1\]: bring all to one",
         ),
         (
             lambda row: {"image": TRAIN[0][row] * 1.0, "label": 0},
@@ -429,12 +429,12 @@ from tests.training.tiny import BASE, KEY, tiny_masks, tiny_model
 from sculpt.training.finetune import finetune
 class Slow(Rows):
     def __getitem__(self, row):
-        time.sleep(0.002)
+        time.sleep(0.01)
         return super().__getitem__(row)
 model = tiny_model()
 finetune(
-    model, tiny_masks(model), streamed(Slow(*TRAIN)), dataclasses.replace(BASE, checkpoint_every=4), KEY,
-    directory=sys.argv[1],
+    model, tiny_masks(model), streamed(Slow(*TRAIN), train_labels=TRAIN[1]),
+    dataclasses.replace(BASE, checkpoint_every=4), KEY, directory=sys.argv[1],
 )
 """
 
