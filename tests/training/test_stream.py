@@ -331,14 +331,14 @@ def test_no_thread_outlives_an_exception_of_the_caller(kind: type[BaseException]
 
 
 INTERRUPTED = """
-import threading, time, signal, os
+import os, threading, time
 from tests.training.test_stream import Failing, TRAIN, streamed
 from tests.training.tiny import BASE, KEY, tiny_model
 from sculpt.training.finetune import train
 source = Failing(*TRAIN)
 splits = streamed(source, train_labels=TRAIN[1])
 def slow(row):
-    print("reading", flush=True)
+    os.write(1, b"reading\\n")
     time.sleep(0.05)
     return {"image": TRAIN[0][row], "label": 0}
 source.how = slow
@@ -363,7 +363,9 @@ def child(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 def test_an_interrupt_while_batches_are_awaited_ends_at_once() -> None:
     process = child(INTERRUPTED)
-    assert process.stdout is not None and process.stdout.readline() == "reading\n"
+    assert process.stdout is not None
+    for _ in range(12):  # by then all threads run, and the main one waits
+        assert process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert out.splitlines()[-1] == "stopped, 1 thread"
