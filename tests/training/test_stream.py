@@ -24,6 +24,7 @@ import sculpt
 from sculpt.training import run as run_module
 from sculpt.training.data import Splits, from_arrays, from_sources
 from sculpt.training.finetune import finetune, train
+from sculpt.training.policies import finetune_policies
 from sculpt.training.step import run_batch
 from sculpt.training.stream import StreamedImages
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_masks, tiny_model, tiny_splits
@@ -189,6 +190,23 @@ def test_training_on_a_stream_gives_the_same_weights(changes: dict[str, Any]) ->
             del row["images_per_second"]
     assert rows[0] == rows[1]
     assert largest_masked(other.params, masks) == 0.0
+
+
+def test_devices_share_the_batches_of_a_stream() -> None:
+    model = tiny_model()
+    one, other = (finetune(model, None, splits, BASE, KEY, devices=2) for splits in (in_memory(), streamed()))
+    assert same_bits(one, other)
+
+
+def test_many_policies_are_fine_tuned_on_a_stream() -> None:
+    model, config = tiny_model(), dataclasses.replace(BASE, epochs=1)
+    space = sculpt.make_space(sculpt.trace(model, np.zeros((1, 8, 8, 1), np.float32)), ("channels",))
+    policies = sculpt.random_policies(space, KEY, 2, budget=0.7)
+    one, other = (
+        finetune_policies(model, space, policies, splits, config, KEY, policies_per_chunk=2)
+        for splits in (in_memory(), streamed())
+    )
+    assert same_bits(one, other)
 
 
 def test_each_epoch_reads_its_own_images_once_in_the_order_of_the_key() -> None:
