@@ -1,12 +1,15 @@
-"""How convolutions and matrix products of a network are computed while policies are scored: algorithm and precision.
+"""How convolutions and matrix products of a network are computed in scoring and training: algorithm and precision.
 
-Both act on the program of the network, operation by operation, so they need nothing of the user's classes.
+Both act on the program of the network, operation by operation, so they need nothing of the user's classes. On CPUs depthwise
+convolutions are always sums of shifted products: XLA computes them there 8 to 50 times slower forwards, 2 to 25 times
+backwards (benchmarks/bench_depthwise.py).
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -30,7 +33,8 @@ def lowered(
 
     The result is to be traced (jit, scan, vmap): each call flattens the function for the shapes that it is given.
     """
-    if convolution == "lax" and precision == "float32":
+    plain = convolution == "lax" and precision == "float32"
+    if plain and jax.default_backend() != "cpu":
         return function
 
     @functools.wraps(function)
@@ -39,6 +43,8 @@ def lowered(
             lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.dtypes.result_type(x)), arguments
         )
         program = flatten(function, *abstract)
+        if plain and not _has_depthwise(program):
+            return function(*arguments)
         bind = functools.partial(_bind, convolution, precision)
         results = execute(_with_bodies(program), jax.tree.leaves(arguments), bind)
         return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *abstract)), results)
@@ -50,6 +56,14 @@ def _with_bodies(program: Program) -> Executable:
     """The program as written, whose bodies are run operation by operation too."""
     bodies = {id(eqn): tuple(map(_with_bodies, eqn.bodies)) for eqn in program.equations if eqn.bodies}
     return Executable(program, program.constants, {}, bodies, {})
+
+
+def _has_depthwise(program: Program) -> bool:
+    return any(
+        (eqn.name == "conv_general_dilated" and _is_depthwise(program.shape(eqn.inputs[0]), eqn.params))
+        or any(map(_has_depthwise, eqn.bodies))
+        for eqn in program.equations
+    )
 
 
 def _bind(
@@ -69,6 +83,12 @@ def _bind(
         params = params | {"preferred_element_type": wanted}
     if eqn.name == "conv_general_dilated" and convolution == "im2col" and _is_plain(operands[0], params):
         result = _product_of_patches(operands[0], operands[1], params, jnp.float32 if narrow else None)
+    elif (
+        eqn.name == "conv_general_dilated"
+        and jax.default_backend() == "cpu"
+        and _is_depthwise(operands[0].shape, params)
+    ):
+        result = _sum_of_shifts(operands[0], operands[1], params)
     else:
         result = eqn.primitive.bind(*operands, **params)
     return result.astype(jnp.float32) if narrow else result
@@ -83,12 +103,54 @@ def _is_plain(image: Any, params: dict[str, Any]) -> bool:
     )
 
 
+def _is_depthwise(image: Sequence[int], params: dict[str, Any]) -> bool:
+    """Whether every channel of a convolution of an image of this shape is filtered by itself."""
+    return (
+        1 < params["feature_group_count"] == image[params["dimension_numbers"].lhs_spec[1]]
+        and params["batch_group_count"] == 1
+        and math.prod(params["lhs_dilation"]) == 1
+    )
+
+
+def _sum_of_shifts(image: Any, kernel: Any, params: dict[str, Any]) -> Any:
+    """A depthwise convolution: for each entry of the window, the pixels that it meets times its weights, added up."""
+    image, kernel = _channels_last(image, kernel, params)
+    *window, _, outputs = kernel.shape
+    kernel = kernel.reshape(*window, outputs)
+    # Channels that are filtered several times stand side by side.
+    image = jnp.repeat(image, outputs // image.shape[-1], axis=-1)
+    corners = _corners(image, window, params)
+    flat = kernel.reshape(-1, *[1] * (image.ndim - 1), outputs)
+    result = functools.reduce(operator.add, (corner * weights for corner, weights in zip(corners, flat)))
+    wanted = params["preferred_element_type"]
+    return _as_written(result if wanted is None else result.astype(wanted), params)
+
+
 def _product_of_patches(image: Any, kernel: Any, params: dict[str, Any], accumulate: Any) -> Any:
     """A convolution without groups as one matrix product of `[positions, window * inputs]` and `[.., outputs]`."""
+    image, kernel = _channels_last(image, kernel, params)
+    window, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
+    patches = jnp.concatenate(_corners(image, window, params), axis=-1)
+    result = jax.lax.dot_general(
+        patches,
+        kernel.reshape(math.prod(window) * inputs, outputs),
+        (((patches.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=accumulate or params["preferred_element_type"],
+        precision=params["precision"],
+    )
+    return _as_written(result, params)
+
+
+def _channels_last(image: Any, kernel: Any, params: dict[str, Any]) -> tuple[Any, Any]:
+    """`[n, *sizes, inputs]` and `[*window, inputs of a group, outputs]`."""
     numbers = params["dimension_numbers"]
     image = jnp.transpose(image, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
     kernel = jnp.transpose(kernel, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
-    window, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
+    return image, kernel
+
+
+def _corners(image: Any, window: Sequence[int], params: dict[str, Any]) -> list[Any]:
+    """For each entry of the window, row by row, the pixels that it meets: `[n, *sizes of the result, inputs]`."""
     zero = jnp.zeros((), image.dtype)
     image = jax.lax.pad(
         image, zero, [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)]
@@ -100,20 +162,17 @@ def _product_of_patches(image: Any, kernel: Any, params: dict[str, Any], accumul
     ]
 
     def corner(offset: Sequence[int]) -> Any:
-        """The pixels that one entry of the window meets, `[n, *sizes, inputs]`."""
         start = [o * d for o, d in zip(offset, dilation)]
         stop = [begin + (n - 1) * s + 1 for begin, n, s in zip(start, sizes, strides)]
-        return jax.lax.slice(image, (0, *start, 0), (image.shape[0], *stop, inputs), (1, *strides, 1))
+        last = image.shape[-1]
+        return jax.lax.slice(image, (0, *start, 0), (image.shape[0], *stop, last), (1, *strides, 1))
 
-    offsets = list(np.ndindex(*window))  # row-major, like the kernel
-    patches = jnp.concatenate([corner(offset) for offset in offsets], axis=-1)
-    result = jax.lax.dot_general(
-        patches,
-        kernel.reshape(len(offsets) * inputs, outputs),
-        (((patches.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=accumulate or params["preferred_element_type"],
-        precision=params["precision"],
-    )
+    return [corner(offset) for offset in np.ndindex(*window)]
+
+
+def _as_written(result: Any, params: dict[str, Any]) -> Any:
+    """`[n, *sizes, outputs]` in the layout that the program expects."""
+    numbers = params["dimension_numbers"]
     back = [0] * result.ndim
     for place, axis in enumerate((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])):
         back[axis] = place

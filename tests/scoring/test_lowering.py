@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sculpt
-from sculpt.scoring import precision_gap
+from sculpt.scoring import lowering, precision_gap
 from sculpt.scoring.lowering import lowered
 from sculpt.tracing.program import flatten
 from tests.networks import network, traced
@@ -36,7 +38,7 @@ def test_im2col_is_the_same_convolution(
     window: tuple[int, int],
     strides: tuple[int, int],
     dilation: tuple[int, int],
-    padding: object,
+    padding: Any,
     layout: tuple[str, str, str],
 ) -> None:
     def permuted(shape: dict[str, int], letters: str) -> tuple[int, ...]:
@@ -49,27 +51,87 @@ def test_im2col_is_the_same_convolution(
     w = jnp.asarray(rng.normal(size=permuted(kernel, layout[1])), jnp.float32)
 
     def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, w, strides, padding, None, dilation, layout)  # type: ignore[arg-type]
+        return jax.lax.conv_general_dilated(x, w, strides, padding, None, dilation, layout)
 
     changed = lowered(convolve, "im2col", "float32")
     assert "conv_general_dilated" not in names(changed, x, w)
     np.testing.assert_allclose(changed(x, w), convolve(x, w), atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_no_matrix_product_stays_a_convolution() -> None:
-    x, w = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 1, 4))
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
+    window=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.sampled_from(["SAME", "VALID", ((1, 0), (-1, 2))]),
+    layout=st.sampled_from([("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("NHWC", "OHWI", "NCHW")]),
+    filters=st.integers(1, 2),
+)
+def test_a_depthwise_convolution_is_a_sum_of_shifts_on_cpus(
+    size: tuple[int, int],
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: Any,
+    layout: tuple[str, str, str],
+    filters: int,
+) -> None:
+    image = {"N": 2, "C": 3, "H": size[0], "W": size[1]}
+    kernel = {"I": 1, "O": 3 * filters, "H": window[0], "W": window[1]}
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=[image[letter] for letter in layout[0]]), jnp.float32)
+    w = jnp.asarray(rng.normal(size=[kernel[letter] for letter in layout[1]]), jnp.float32)
 
-    def depthwise(x: jax.Array, w: jax.Array) -> jax.Array:
+    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
-            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+            x,
+            w,
+            strides,
+            padding,
+            None,
+            dilation,
+            layout,
+            feature_group_count=3,
         )
 
-    assert "conv_general_dilated" in names(lowered(depthwise, "im2col", "float32"), x, w)
+    changed = lowered(convolve, "lax", "float32")
+    assert "conv_general_dilated" not in names(changed, x, w)
+    np.testing.assert_allclose(changed(x, w), convolve(x, w), atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_to_change_is_the_function_itself() -> None:
+def test_gradients_of_a_mobile_network_are_those_of_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("separable")
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+
+    def loss(params: object) -> jax.Array:
+        apply = lowered(model.apply_train, "lax", "float32")
+        logits, _ = apply(params, model.state, images, jax.random.key(1))
+        return jnp.square(logits).sum()
+
+    ours = jax.jit(jax.grad(loss))(model.params)
+    monkeypatch.setattr(lowering, "_is_depthwise", lambda *_: False)
+    xla = jax.jit(jax.grad(lambda params: loss(params) * 1.0))(model.params)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xla), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max() + 1e-6))
+
+
+def test_what_is_no_matrix_product_stays_a_convolution() -> None:
+    x, w = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 2, 4))
+
+    def grouped(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+        )
+
+    assert "conv_general_dilated" in names(lowered(grouped, "im2col", "float32"), x, w)
+
+
+def test_where_nothing_is_to_change_the_program_is_as_it_was() -> None:
     model = network("plain")
-    assert lowered(model.apply, "lax", "float32") is model.apply
+    arguments = model.params, model.state, jnp.zeros((2, 8, 8, 3))
+    changed = lowered(model.apply, "lax", "float32")
+    assert str(jax.make_jaxpr(changed)(*arguments)) == str(jax.make_jaxpr(model.apply)(*arguments))
 
 
 class Looped(nn.Module):
