@@ -187,6 +187,11 @@ def _finetune_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distillation", type=float, help="share of the loss that the dense network sets (0.5)"
     )
+    group.add_argument(
+        "--gradual",
+        type=float,
+        help="share of the steps over which pruned weights fade, instead of at once (0)",
+    )
 
 
 def _policies_options(command: argparse.ArgumentParser) -> None:

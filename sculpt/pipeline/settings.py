@@ -178,6 +178,8 @@ class FinetuneSettings:
     """Largest norm of the gradients; None: any."""
     distillation: float = 0.5
     """Share of the loss that follows the dense network's predictions instead of the labels, in [0, 1]."""
+    gradual: float = 0.0
+    """Share of the steps, in [0, 1), over which pruned weights fade to zero; 0: they are zero at once."""
 
     def __post_init__(self) -> None:
         self._config(RECIPES["residual"])
@@ -193,6 +195,7 @@ class FinetuneSettings:
             epochs=self.finetune_epochs,
             clip_norm=self.finetune_clip_norm,
             distillation=self.distillation,
+            gradual=self.gradual,
             **_given(learning_rate=self.finetune_learning_rate),
             **common,
         )

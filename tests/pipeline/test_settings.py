@@ -135,8 +135,8 @@ def test_the_recipe_is_by_the_network_and_the_images_unless_it_is_chosen() -> No
 
 def test_fine_tuning_goes_by_the_recipe_of_training() -> None:
     train = TrainSettings(**NETWORK, recipe="plain", batch_size=16, augment="none")
-    config = FinetuneSettings(distillation=0.25).config(train, splits(1))
-    assert config == RECIPES["plain"].finetune(batch_size=16, distillation=0.25)
+    config = FinetuneSettings(distillation=0.25, gradual=0.5).config(train, splits(1))
+    assert config == RECIPES["plain"].finetune(batch_size=16, distillation=0.25, gradual=0.5)
     assert FinetuneSettings(finetune_learning_rate=0.5).config(train, splits(1)).learning_rate == 0.5
     with pytest.raises(ValueError, match=r"distillation must be in \[0, 1\]"):
         FinetuneSettings(distillation=2.0)
