@@ -22,6 +22,8 @@ from sculpt.model import Params
 from sculpt.pruning import Space, energy_logits, site_features
 from sculpt.scoring.env import state_axes
 
+PolicyNetwork = nn.Module
+"""Something that takes a graph and `SiteInputs` and gives logits and a value, as `ActorCritic` does."""
 _NEAR_ZERO = nn.initializers.normal(0.01)
 
 
@@ -115,7 +117,7 @@ class Critic(nn.Module):
 
 
 def forward(
-    agent: ActorCritic, params: dict, graphs: Graph, sites: SiteInputs
+    agent: PolicyNetwork, params: dict, graphs: Graph, sites: SiteInputs
 ) -> tuple[jax.Array, jax.Array]:
     """Logits float32 `[n, sites, options]` and values float32 `[n]` of a batch of states (axes as in `state_axes`)."""
 

@@ -9,10 +9,15 @@ from typing import Literal, get_args
 from sculpt.scoring.reward import Objective, RewardConfig
 from sculpt.training.config import FinetuneConfig
 
-Method = Literal["agent", "random", "uniform", "magnitude", "evolution"]
+Method = Literal["agent", "table", "random", "uniform", "magnitude", "lamp", "greedy", "evolution", "cma_es"]
+LEARNERS = ("agent", "table")
+"""Methods that learn by PPO."""
+RULES = ("uniform", "magnitude", "lamp")
+"""Methods without chance, which propose one policy over and over."""
+_FROM_ENERGY = (*LEARNERS, "cma_es")
 
 _LARGE_BATCH_FROM = 2048
-_OF_THE_AGENT = ("agent", "learning_rate", "epochs", "clip_ratio", "entropy")
+_OF_LEARNERS = ("learning_rate", "epochs", "clip_ratio", "entropy")
 _BRIEF = FinetuneConfig(max_steps=100)
 
 
@@ -61,7 +66,11 @@ class SearchConfig:
 
     method: Method = "agent"
     """"agent": the graph attention network trained by PPO. Controls, under the same projection and the same number of
-    evaluations: "random", "evolution" (aging evolution), and the two fixed rules "uniform" and "magnitude"."""
+    evaluations: "table" (PPO on a table of logits, without the graph), "random", "evolution" (aging evolution), "cma_es" (on
+    logits), "greedy" (each site by itself first), and the fixed rules "uniform", "magnitude" and "lamp"."""
+    warm_start: bool | None = None
+    """Whether the first proposals favour options that retain energy. None: for "agent", "table" and "cma_es"; "random" and
+    "evolution" then begin with all options alike. The other methods have no use for it."""
     budget: float = 0.5
     """MACs kept / dense MACs that the policy found must not exceed, in (0, 1]."""
     evaluations: int = 2000
@@ -83,7 +92,7 @@ class SearchConfig:
     rerank_finetune: FinetuneConfig = _BRIEF
     """How each of them is fine-tuned."""
     agent: AgentConfig = AgentConfig()
-    """The size of the agent. This and what follows is for `method="agent"` alone; other methods refuse another value."""
+    """The size of the agent. For `method="agent"` alone; what follows for "table" too; other methods refuse another value."""
     learning_rate: float = 3e-3
     """Adam's, for the agent."""
     epochs: int = 6
@@ -123,6 +132,7 @@ class SearchConfig:
             _require(0.0 <= value <= 1.0, f"SearchConfig.{name} must be in [0, 1], got {value}")
         self._check_batch()
         self._check_combinations()
+        self._check_method()
 
     def _check_batch(self) -> None:
         if self.batch_size is not None:
@@ -159,22 +169,40 @@ class SearchConfig:
             "kind 'lagrangian' or 'schedule'",
         )
         _require(
-            self.projection or self.method == "agent",
-            f"SearchConfig.projection=False needs method='agent': method={self.method!r} has only the projection to "
-            "keep the budget",
+            self.projection or self.method in LEARNERS,
+            f"SearchConfig.projection=False needs method='agent' or 'table': method={self.method!r} has only the projection "
+            "to keep the budget",
         )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _require(
-                self.method == "agent" or field.name not in _OF_THE_AGENT or value == field.default,
-                f"SearchConfig.{field.name}={value} needs method='agent': method={self.method!r} has no use for it",
-            )
         # The plain settings are what a compiled program, which knows of no re-rank, has in their place.
         _require(
             self.rerank > 0 or self.rerank_finetune in (_BRIEF, FinetuneConfig()),
             "SearchConfig.rerank_finetune says how the best policies are fine-tuned, and rerank=0 fine-tunes none: leave "
             "it out, or set rerank",
         )
+
+    def _check_method(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            without = f"method={self.method!r} has no use for it"
+            _require(
+                field.name != "agent" or self.method == "agent",
+                f"SearchConfig.agent={value} needs method='agent': {without}",
+            )
+            _require(
+                field.name not in _OF_LEARNERS or self.method in LEARNERS,
+                f"SearchConfig.{field.name}={value} needs method='agent' or 'table': {without}",
+            )
+        _require(
+            self.warm_start is None or self.method not in (*RULES, "greedy"),
+            f"SearchConfig.warm_start={self.warm_start}: method={self.method!r} has no use for it, leave it out",
+        )
+
+    @property
+    def starts_from_energy(self) -> bool:
+        """Whether the first proposals favour options that retain energy."""
+        return self.method in _FROM_ENERGY if self.warm_start is None else self.warm_start
 
     @property
     def batch(self) -> int:

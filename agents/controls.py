@@ -1,18 +1,24 @@
 """Rivals of the agent: how much of what it finds would another way have found, with as many evaluations?
 
 All of them propose policies through the same projection onto the budget, and what they propose is scored by the same
-environment. Uniform and magnitude are rules without chance: they propose one policy over and over, which costs one
-evaluation.
+environment. Uniform, magnitude and LAMP are rules without chance: they propose one policy over and over, which costs one
+evaluation. Greedy first scores every option of every site by itself, beyond the budget, and then draws near the policy that these
+scores favour. A table of logits learned by PPO is in `table`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sculpt.agents.config import Method
+from sculpt.agents import cma_es
+from sculpt.agents.config import RULES, Method, SearchConfig
 from sculpt.model import Params
-from sculpt.pruning import Space, magnitude_policy, project, uniform_policy
+from sculpt.pruning import Space, lamp_policy, magnitude_policy, project, uniform_policy
 from sculpt.scoring.archive import Archive
 from sculpt.scoring.reward import Objective, quality
 
@@ -21,6 +27,7 @@ POPULATION = 64
 TOURNAMENT = 16
 """Of these, so many are drawn, and the best becomes a parent."""
 _STEP = 4.0  # logits by which a child resists each step away from its parent, against Gumbel noise of scale 1
+_TRUST = 3.0  # logits per standard deviation of the scores of single options, against the same noise
 
 
 def fixed_policy(method: Method, space: Space, params: Params, budget: float) -> jax.Array:
@@ -33,41 +40,115 @@ def fixed_policy(method: Method, space: Space, params: Params, budget: float) ->
         return jnp.asarray(uniform_policy(space, budget), jnp.int32)
     if method == "magnitude":
         return jnp.asarray(magnitude_policy(space, params, budget), jnp.int32)
+    if method == "lamp":
+        return jnp.asarray(lamp_policy(space, params, budget), jnp.int32)
     return jnp.zeros(space.num_sites, jnp.int32)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Proposals:
+    """Policies to be scored next."""
+
+    policies: jax.Array
+    """int32 `[n, sites]`."""
+    drawn: Any
+    """What `after` needs of how they were drawn; None but for "cma_es"."""
+    state: Any
+    """The control's state behind them."""
+
+
+def start(config: SearchConfig, prior: jax.Array, key: jax.Array) -> Any:
+    """The state of a control before its first proposal; `{}` where the archive is all that it goes by.
+
+    `prior` is float32 `[sites, options]`: the logits to start from.
+    """
+    return cma_es.start(config.batch, prior, key) if config.method == "cma_es" else {}
+
+
 def propose(
-    method: Method,
+    config: SearchConfig,
     space: Space,
-    number: int,
     budget: jax.Array,
     rule: jax.Array,
+    prior: jax.Array,
     archive: Archive,
-    objective: Objective,
+    state: Any,
     key: jax.Array,
-) -> jax.Array:
-    """Policies int32 `[number, sites]` to be scored next; jit-able.
+) -> Proposals:
+    """Proposes `config.batch` policies; jit-able.
 
     Args:
-      method: which control, not "agent".
+      config: which control, not one that learns by PPO.
       space: sites and patterns.
-      number: how many.
       budget: float32 scalar.
       rule: int32 `[sites]`, from `fixed_policy`.
-      archive: what was scored so far, which evolution breeds from.
-      objective: what evolution selects by.
+      prior: float32 `[sites, options]`: the logits to start from.
+      archive: what was scored so far.
+      state: from `start`, or the proposals before.
       key: for the draws.
     """
-    if method in ("uniform", "magnitude"):
-        return jnp.broadcast_to(rule, (number, space.num_sites))
-    logits = jnp.zeros((number, space.num_sites, space.max_options), jnp.float32)
-    breed_key, project_key = jax.random.split(key)
+    number, method = config.batch, config.method
+    if method in RULES:
+        return Proposals(jnp.broadcast_to(rule, (number, space.num_sites)), None, state)
+    draw_key, project_key = jax.random.split(key)
+    if method == "cma_es":
+        drawn, state = cma_es.ask(number, prior.shape, state, draw_key)
+        policies = jax.vmap(lambda row: project(space, row, budget).policy)(drawn)
+        return Proposals(policies, drawn, state)
+    logits = jnp.broadcast_to(prior, (number, *prior.shape))
     if method == "evolution":
-        targets, weights = _breed(space, number, archive, objective, breed_key)
+        targets, weights = _breed(space, number, archive, config.objective, draw_key)
         steps = jnp.abs(jnp.arange(space.max_options)[None, None] - targets[:, :, None]).astype(jnp.float32)
         logits = jnp.where(archive.count > 0, -_STEP * weights[:, :, None] * steps, logits)
+    elif method == "greedy":
+        logits = jnp.broadcast_to(_favoured(space, archive, config.objective), logits.shape)
     keys = jax.random.split(project_key, number)
-    return jax.vmap(lambda row, k: project(space, row, budget, k).policy)(logits, keys)
+    policies = jax.vmap(lambda row, k: project(space, row, budget, k).policy)(logits, keys)
+    if method == "greedy":
+        policies = _alone_first(space, archive.total, policies)
+    return Proposals(policies, None, state)
+
+
+def after(config: SearchConfig, proposals: Proposals, worth: jax.Array, key: jax.Array) -> Any:
+    """The control's state after the worth float32 `[n]` of its proposals is known."""
+    if config.method != "cma_es":
+        return proposals.state
+    return cma_es.tell(proposals.drawn, worth, proposals.state, key)
+
+
+def singles(space: Space) -> np.ndarray:
+    """int32 `[m, sites]`: the dense policy, then every other option of every site with all other sites dense."""
+    rows = [np.zeros(space.num_sites, np.int32)]
+    for site, options in enumerate(space.num_options):
+        for option in range(1, options):
+            rows.append(np.zeros(space.num_sites, np.int32))
+            rows[-1][site] = option
+    return np.stack(rows)
+
+
+def _alone_first(space: Space, total: jax.Array, policies: jax.Array) -> jax.Array:
+    """The next of `singles` as long as there are any, then the policies given."""
+    alone = jnp.asarray(singles(space))
+    turn = total + jnp.arange(len(policies))
+    return jnp.where((turn < len(alone))[:, None], alone[jnp.minimum(turn, len(alone) - 1)], policies)
+
+
+def _favoured(space: Space, archive: Archive, objective: Objective) -> jax.Array:
+    """Logits float32 `[sites, options]`: what each option does to the score by itself, in units of its spread over all."""
+    worth = quality(archive.accuracy, archive.loss, objective)
+    used = jnp.arange(worth.size) < archive.count
+    pruned = (archive.policies > 0).sum(axis=1)
+    dense = jnp.max(jnp.where(used & (pruned == 0), worth, -jnp.inf))
+    site = jnp.argmax(archive.policies > 0, axis=1)
+    option = jnp.take_along_axis(archive.policies, site[:, None], axis=1)[:, 0]
+    # Rows that are no single option are sent out of range, hence dropped.
+    row = jnp.where(used & (pruned == 1), site, space.num_sites)
+    found = jnp.zeros((space.num_sites, space.max_options), jnp.float32)
+    found = found.at[row, option].set(worth - dense, mode="drop")
+    valid = jnp.asarray(space.valid)
+    deviation = jnp.sqrt(jnp.mean(found**2, where=valid))
+    return _TRUST * found / jnp.maximum(deviation, 1e-6)
 
 
 def _breed(

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from sculpt.agents import distributions
-from sculpt.agents.actor_critic import ActorCritic, SiteInputs, forward
+from sculpt.agents.actor_critic import PolicyNetwork, SiteInputs, forward
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.credit import (
     CreditState,
@@ -122,7 +122,12 @@ def explained_variance(targets: jax.Array, predictions: jax.Array) -> jax.Array:
 
 
 def ppo_loss(
-    params: dict, agent: ActorCritic, batch: Batch, sites: SiteInputs, free: np.ndarray, config: SearchConfig
+    params: dict,
+    agent: PolicyNetwork,
+    batch: Batch,
+    sites: SiteInputs,
+    free: np.ndarray,
+    config: SearchConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss to be minimised and its measurements.
 
@@ -159,7 +164,7 @@ def ppo_loss(
 def learn(
     params: dict,
     optimizer_state: optax.OptState,
-    agent: ActorCritic,
+    agent: PolicyNetwork,
     batch: Batch,
     sites: SiteInputs,
     free: np.ndarray,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.agents import distributions
-from sculpt.agents.actor_critic import ActorCritic, SiteInputs, forward
+from sculpt.agents.actor_critic import PolicyNetwork, SiteInputs, forward
 from sculpt.agents.gatv2 import Graph
 from sculpt.pruning import Space, project
 from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
@@ -53,7 +53,7 @@ def act(
 
 
 def play(
-    agent: ActorCritic,
+    agent: PolicyNetwork,
     agent_params: dict,
     env: PruningEnv,
     env_params: EnvParams,

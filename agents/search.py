@@ -15,7 +15,7 @@ import numpy as np
 
 from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
-from sculpt.agents.controls import fixed_policy
+from sculpt.agents.controls import fixed_policy, singles
 from sculpt.agents.rerank import Referee
 from sculpt.agents.update import (
     TOLERANCE,
@@ -111,7 +111,14 @@ def search(
             "a search over several hosts keeps no checkpoints: leave directory out, or search on one host"
         )
     check_budget(space, config.budget)
+    if config.method == "greedy" and config.evaluations <= (alone := len(singles(space))):
+        raise ValueError(
+            f"method 'greedy' scores {alone} policies of one pruned site first: evaluations must be more, got {config.evaluations}"
+        )
     plan = plan or EvaluationPlan()
+    sites = site_inputs(space, model.params)
+    if not config.starts_from_energy:
+        sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
     data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)
     images, labels, calibration = _draw_images(splits, config, data_key)
     task = plan.place(
@@ -119,7 +126,7 @@ def search(
             env=EnvParams(
                 make_problem(model, space, images, labels, calibration, plan), jnp.float32(config.budget)
             ),
-            sites=site_inputs(space, model.params),
+            sites=sites,
             rule=fixed_policy(config.method, space, model.params, config.budget),
         )
     )

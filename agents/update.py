@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.agents import ppo
+from sculpt.agents import controls, ppo
 from sculpt.agents.actor_critic import ActorCritic, SiteInputs
-from sculpt.agents.config import SearchConfig
-from sculpt.agents.controls import propose
+from sculpt.agents.config import LEARNERS, SearchConfig
 from sculpt.agents.credit import init_credit
 from sculpt.agents.rollout import play
+from sculpt.agents.table import TablePolicy
 from sculpt.scoring.archive import Archive
 from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
 from sculpt.scoring.reward import Objective, quality, reward, violation
@@ -56,11 +56,13 @@ class SearchState:
     env: EnvState
     """Archive and adaptive reward."""
     agent: Any
-    """Parameters of the actor-critic; `{}` for a control."""
+    """Parameters of the actor-critic, or of the table; `{}` for a control."""
     optimizer: Any
     """State of the agent's optimizer; `{}` for a control."""
     credit: Any
     """`CreditState` of the per-site regression; `{}` for a control."""
+    control: Any
+    """State of a control that has one; `{}` for others."""
     metrics: dict[str, jax.Array]
     """float32 `[updates]` each: measurements of every update so far."""
 
@@ -85,21 +87,28 @@ def init_state(program: Program, task: Task, key: jax.Array) -> SearchState:
     """The state before the first update; `key` initialises the agent."""
     config, space = program.config, program.env.space
     env_state = program.env.init(config.updates * config.policies_per_update)
-    agent, optimizer, credit = {}, {}, {}
-    if config.method == "agent":
+    agent, optimizer, credit, control = {}, {}, {}, {}
+    if config.method in LEARNERS:
         agent = _init_agent(program, task, env_state, key)
         optimizer = ppo.make_optimizer(config).init(agent)
         credit = init_credit(space.num_sites, space.max_options)
-    names = METRICS + (AGENT_METRICS if config.method == "agent" else ())
+    else:
+        control = controls.start(config, task.sites.prior, key)
+    names = METRICS + (AGENT_METRICS if config.method in LEARNERS else ())
     metrics = {name: jnp.zeros(config.updates, jnp.float32) for name in names}
-    return SearchState(jnp.int32(0), env_state, agent, optimizer, credit, metrics)
+    return SearchState(jnp.int32(0), env_state, agent, optimizer, credit, control, metrics)
+
+
+def network_of(config: SearchConfig) -> ActorCritic | TablePolicy:
+    """What learns: the graph network, or the table."""
+    return ActorCritic(config.agent) if config.method == "agent" else TablePolicy()
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init_agent(program: Program, task: Task, env_state: EnvState, key: jax.Array) -> Any:
     graphs = program.env.observe(env_state, task.env)
     one = graphs._replace(nodes=graphs.nodes[0], globals=graphs.globals[0])
-    return ActorCritic(program.config.agent).init(key, one, task.sites)["params"]
+    return network_of(program.config).init(key, one, task.sites)["params"]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -125,11 +134,8 @@ def _update(
 ) -> tuple[SearchState, dict[str, jax.Array]]:
     config, env = program.config, program.env
     key = jax.random.fold_in(key, state.update)
-    if config.method == "agent":
-        env_state, learnt, rewards, info, measured = _agent_turn(program, task, state, key)
-    else:
-        env_state, rewards, info = _control_turn(program, task, state, key)
-        learnt, measured = {}, {}
+    turn = _learning_turn if config.method in LEARNERS else _control_turn
+    env_state, learnt, rewards, info, measured = turn(program, task, state, key)
     done = state.update + 1
     progress = done.astype(jnp.float32) / config.updates
     measured |= {
@@ -145,9 +151,13 @@ def _update(
     return dataclasses.replace(state, update=done, env=env_state, **learnt), measured
 
 
-def _agent_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> tuple:
+_Turn = tuple[EnvState, dict[str, Any], jax.Array, StepInfo, dict[str, jax.Array]]
+"""State of the environment, changed fields of the search's state, rewards, measurements of the policies and of learning."""
+
+
+def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:
     config, env = program.config, program.env
-    agent = ActorCritic(config.agent)
+    agent = network_of(config)
     env_state, rollout = play(
         agent, state.agent, env, task.env, state.env, task.sites, key, config.projection
     )
@@ -165,24 +175,22 @@ def _agent_turn(program: Program, task: Task, state: SearchState, key: jax.Array
     return env_state, learnt, rollout.rewards, rollout.info, measured
 
 
-def _control_turn(
-    program: Program, task: Task, state: SearchState, key: jax.Array
-) -> tuple[EnvState, jax.Array, StepInfo]:
+def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:
     config, env = program.config, program.env
     propose_key, step_key = jax.random.split(key)
-    policies = propose(
-        config.method,
+    proposals = controls.propose(
+        config,
         env.space,
-        env.num_envs,
         task.env.budget,
         task.rule,
+        task.sites.prior,
         state.env.archive,
-        config.objective,
+        state.control,
         propose_key,
     )
     _, env_state = env.reset(step_key, task.env, state.env)
-    _, env_state, rewards, _, _, info = env.step(step_key, env_state, policies, task.env)
-    return env_state, rewards, info
+    _, env_state, rewards, _, _, info = env.step(step_key, env_state, proposals.policies, task.env)
+    return env_state, {"control": controls.after(config, proposals, rewards, step_key)}, rewards, info, {}
 
 
 def best_quality(archive: Archive, budget: jax.Array, objective: Objective) -> jax.Array:

@@ -181,6 +181,33 @@ def magnitude_policy(space: Space, params: Params, budget: float) -> jax.Array:
     return project(space, energy_logits(space, params), budget).policy
 
 
+def lamp_policy(space: Space, params: Params, budget: float) -> jax.Array:
+    """int32 `[sites]`: one global threshold on LAMP scores (Lee et al., arXiv 2010.07611), slack filled.
+
+    The score of what an option removes beyond the option before it is its energy, divided by the energy of all that is not
+    weaker: `1 - retained / retained before`. A site is pruned as long as its scores are below the threshold, which is the
+    lowest that meets the budget. Costs play no part in it.
+    """
+    check_budget(space, budget)
+    return _lamp(space, params, jnp.float32(budget))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _lamp(space: Space, params: Params, budget: jax.Array) -> jax.Array:
+    retained = jnp.exp(energy_logits(space, params) / 3.0)
+    valid = jnp.asarray(space.valid)
+    scores = 1.0 - retained[:, 1:] / jnp.maximum(retained[:, :-1], 1e-6)
+    # What comes later in a site cannot go before what comes earlier.
+    highest = jax.lax.cummax(jnp.where(valid[:, 1:], scores, jnp.inf), axis=1)
+    thresholds = jnp.sort(highest.reshape(-1))
+    policies = (highest[None] <= thresholds[:, None, None]).sum(axis=2, dtype=jnp.int32)
+    policies = jnp.minimum(policies, jnp.asarray(space.num_options - 1)[None])
+    fits = macs_ratio(space, policies) <= budget + 1e-6
+    policy = policies[jnp.argmax(fits)]
+    liked = jnp.concatenate([jnp.zeros((len(highest), 1)), -highest], axis=1)
+    return fill(space, policy, jnp.where(valid, liked, _INVALID), budget + 1e-6)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def energy_logits(space: Space, params: Params) -> jax.Array:
     """float32 `[sites, max_options]`: 3 log(retained energy), a prior that favours what loses little."""

@@ -13,7 +13,7 @@ LAGRANGIAN = RewardConfig(kind="lagrangian")
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"method": "guess"}, "method must be one of agent, random"),
+        ({"method": "guess"}, "method must be one of agent, table, random"),
         ({"objective": "speed"}, "objective must be one of"),
         ({"budget": 0.0}, "budget must be in"),
         ({"budget": 1.5}, "budget must be in"),
@@ -47,6 +47,8 @@ LAGRANGIAN = RewardConfig(kind="lagrangian")
         ({"method": "uniform", "epochs": 1}, "epochs=1 needs method='agent'"),
         ({"method": "magnitude", "clip_ratio": 0.1}, "clip_ratio=0.1 needs method='agent'"),
         ({"method": "random", "entropy": 0.0}, "entropy=0.0 needs method='agent'"),
+        ({"method": "table", "agent": AgentConfig(hidden=16)}, "agent=AgentConfig.* needs method='agent'"),
+        ({"method": "lamp", "warm_start": True}, "warm_start=True: method='lamp' has no use for it"),
         ({"rerank": 0, "rerank_finetune": FinetuneConfig(max_steps=7)}, "rerank=0 fine-tunes none"),
     ],
 )
