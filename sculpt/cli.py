@@ -171,7 +171,10 @@ def _search_options(command: argparse.ArgumentParser) -> None:
         "--importance",
         help="which channels stay: energy, l1, l2, batch_norm, geometric_median, taylor, activation or random (energy)",
     )
-    group.add_argument("--method", help="agent, evolution, random, uniform or magnitude (agent)")
+    group.add_argument(
+        "--method",
+        help="agent, or a control: table, random, evolution, cma_es, greedy, uniform, magnitude, lamp (agent)",
+    )
     group.add_argument("--objective", help="what policies are scored by: accuracy or loss (accuracy)")
     group.add_argument("--evaluations", type=int, help="policies scored (512)")
     group.add_argument("--score-images", type=int, help="train images that each is scored on (256)")

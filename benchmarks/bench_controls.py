@@ -1,0 +1,182 @@
+"""The agent against its controls: the same evaluator, the same number of evaluations, several seeds.
+
+    python -m benchmarks.bench_controls --data DATA --tasks digits-resnet8 --budgets 0.3 0.5 --seeds 0 1 2 3 4
+
+Tasks are those of `prune_tasks`, their dense network trained (or fine-tuned) once, with seed 0. Every method searches channels and
+windows with the same images to score on; what it finds is fine-tuned alike, without a re-rank, and tested. A search is kept under
+--run and skipped when it is there already, so that a killed benchmark goes on where it was; the table holds whatever is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sculpt
+from benchmarks.prune_tasks import TASKS, Task, starting_model, tuned
+from benchmarks.stages import in_words, settle, stage
+from benchmarks.timing import provenance, write_results
+from sculpt.agents import Method
+from sculpt.agents.config import RULES
+from sculpt.model import Model
+from sculpt.pruning import Space
+from sculpt.training import Splits
+
+METHODS = {name: {"method": name} for name in get_args(Method)} | {
+    f"{name}, warm": {"method": name, "warm_start": True} for name in ("random", "evolution")
+}
+"""Row of the table -> fields of `SearchConfig`. Warm: begins from retained energy, as the agent, the table and CMA-ES do."""
+LOOKS = (128, 256, 512, 1024, 2048)
+"""Evaluations after which the best so far is told."""
+
+
+def searched(
+    model: Model,
+    space: Space,
+    splits: Splits,
+    task: Task,
+    config: sculpt.SearchConfig,
+    seed: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """One search, and the test accuracy of what it found after fine-tuning."""
+    found = sculpt.search(model, space, splits, config, jax.random.key(seed))
+    masks = sculpt.make_masks(space, model.params, found.policy)
+    small = sculpt.compact(sculpt.apply_masks(model, masks), space, found.policy)
+    folder.mkdir(parents=True, exist_ok=True)
+    after = tuned(small, splits, task.finetune, 0, folder / f"seed{seed}", teacher=model)
+    return {
+        "score": found.score,
+        "validation": found.validation_accuracy,
+        "test": after["test_accuracy"],
+        "unique": found.unique_evaluations,
+        "best": [[row["evaluations"], row.get("best")] for row in found.history],
+        "policy": found.policy.tolist(),
+    }
+
+
+def best_after(result: dict[str, Any], evaluations: int) -> float | None:
+    """The best score within the budget among the first so many evaluations; None where there is none."""
+    values = [best for count, best in result["best"] if count <= evaluations and best is not None]
+    return max(values, default=None)
+
+
+def evaluations_to(result: dict[str, Any], score: float) -> float:
+    """Evaluations until a score is reached; infinite where it never is."""
+    return min(
+        (count for count, best in result["best"] if best is not None and best >= score), default=np.inf
+    )
+
+
+def in_quartiles(values: list[float], digits: int) -> str:
+    """Median and quartiles."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(found: dict[str, list[dict[str, Any]]], evaluations: int) -> list[str]:
+    """Rows of one task and budget: the methods of which there are results."""
+    looks = [look for look in LOOKS if look < evaluations]
+    goal = np.median([result["score"] for result in found["random"]]) if "random" in found else np.inf
+    lines = [
+        f"| method | seeds | {' | '.join(f'best after {look}' for look in looks)} | best after {evaluations} | validation | "
+        "test, fine-tuned | distinct | evaluations to random's end |",
+        f"| --- | --- |{' --- |' * len(looks)} --- | --- | --- | --- | --- |",
+    ]
+    for method, results in found.items():
+        early = []
+        for look in looks:
+            values = [best_after(result, look) for result in results]
+            early.append("-" if None in values else f"{np.median(np.asarray(values, float)):.3f}")
+        reached = np.median([evaluations_to(result, float(goal)) for result in results])
+        lines.append(
+            f"| {method} | {len(results)} | {' | '.join(early)} | {in_quartiles([r['score'] for r in results], 3)} | "
+            f"{in_quartiles([r['validation'] for r in results], 3)} | {in_quartiles([r['test'] for r in results], 2)} | "
+            f"{np.median([r['unique'] for r in results]):.0f} | {f'{reached:.0f}' if np.isfinite(reached) else 'not reached'} |"
+        )
+    return lines
+
+
+def results_of(folder: Path, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """Method -> results of the seeds that are complete."""
+    found = {}
+    for method in METHODS:
+        files = [folder / method.replace(", ", "-") / f"seed{seed}.json" for seed in seeds]
+        if rows := [json.loads(file.read_text()) for file in files if file.exists()]:
+            found[method] = rows
+    return found
+
+
+def report(options: argparse.Namespace) -> None:
+    """Prints the tables as Markdown and keeps them in benchmarks/results/."""
+    lines = [
+        "# The agent and its controls",
+        "",
+        *provenance(),
+        f"{options.evaluations} evaluations of every method, accuracy on 256 train images after BatchNorm recalibration on 128, "
+        "families channels and rect, no re-rank; the policy found is fine-tuned with the dense network as its teacher and "
+        "tested. Median [quartiles] over the seeds of the search; the fine-tuning has the same key throughout.",
+    ]
+    for name in options.tasks:
+        for budget in options.budgets:
+            found = results_of(options.run / name / f"budget{budget}", options.seeds)
+            if found:
+                lines += ["", f"## {name}, budget {budget}", "", *table(found, options.evaluations)]
+        lines += ["", f"Fine-tuning of {name}: {in_words(TASKS[name].finetune)}."]
+    write_results("bench_controls", lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="holds cifar10/, tiny_imagenet/ and weights/"
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/bench_controls"))
+    parser.add_argument("--tasks", nargs="+", default=["digits-resnet8"], choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--evaluations", type=int, default=512)
+    options = parser.parse_args()
+    jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
+    for name in options.tasks:
+        task, folder = TASKS[name], options.run / name
+        settle(
+            folder,
+            {
+                "train": repr(task.train),
+                "finetune": repr(task.finetune),
+                "evaluations": options.evaluations,
+            },
+        )
+        splits = task.load(options.data)
+        start = starting_model(task, splits, 0, options.data)
+        stage(folder / "dense.json", functools.partial(tuned, start, splits, task.train, 0, folder / "dense"))
+        like = {"params": start.params, "state": start.state}
+        dense = start.replace(**sculpt.load_params(folder / "dense.safetensors", like))
+        space = sculpt.make_space(sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:]))))
+        for budget in options.budgets:
+            for method in options.methods:
+                fields = METHODS[method]
+                # A rule has no chance in it.
+                for seed in options.seeds[:1] if fields["method"] in RULES else options.seeds:
+                    config = sculpt.SearchConfig(
+                        budget=budget, evaluations=options.evaluations, rerank=0, **fields
+                    )
+                    place = folder / f"budget{budget}" / method.replace(", ", "-")
+                    compute = functools.partial(searched, dense, space, splits, task, config, seed, place)
+                    stage(place / f"seed{seed}.json", compute)
+                report(options)
+
+
+if __name__ == "__main__":
+    main()
