@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.pruning.budget import magnitude_policy, project, uniform_policy
+from sculpt.pruning.budget import lamp_policy, magnitude_policy, project, uniform_policy
 from tests.networks import network, traced
 
 
@@ -53,12 +53,13 @@ def test_strong_preferences_within_the_budget_are_kept(space: sculpt.Space) -> N
     assert float((policy == wanted).mean()) > 0.8
 
 
-@pytest.mark.parametrize("policy_of", ["uniform", "magnitude"])
+@pytest.mark.parametrize("policy_of", ["uniform", "magnitude", "lamp"])
 @pytest.mark.parametrize("budget", [0.2, 0.5])
 def test_deterministic_controls_meet_the_budget(space: sculpt.Space, policy_of: str, budget: float) -> None:
     make = {
         "uniform": functools.partial(uniform_policy, space),
         "magnitude": functools.partial(magnitude_policy, space, network("residual").params),
+        "lamp": functools.partial(lamp_policy, space, network("residual").params),
     }[policy_of]
     ratio = float(sculpt.cost(space, make(budget)).macs_ratio)
     assert 0.8 * budget <= ratio <= budget + 2e-6
