@@ -72,6 +72,7 @@ def test_files_that_are_unpacked_do_as_well(folder: Path) -> None:
             r"holds 10 images, .*t10k-labels-idx1-ubyte.gz 9 labels",
         ),
     ],
+    ids=["cut short", "no gzip", "a byte short", "a byte long", "other rank", "empty", "fewer labels"],
 )
 def test_a_damaged_file_is_one_clear_error(folder: Path, name: str, data: bytes, message: str) -> None:
     (folder / name).write_bytes(data)
