@@ -1,7 +1,9 @@
 """Leaving for an engine: portable programs, arrays in files, measured latency."""
 
 from sculpt.deploy.environment import device_name, versions
+from sculpt.deploy.fold import fold
 from sculpt.deploy.latency import Latency, compare_latency, measure_latency
+from sculpt.deploy.onnx_export import export_onnx
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.deploy.stablehlo import ExportedModel, export_stablehlo, load_stablehlo
 
@@ -10,7 +12,9 @@ __all__ = [
     "Latency",
     "compare_latency",
     "device_name",
+    "export_onnx",
     "export_stablehlo",
+    "fold",
     "load_metadata",
     "load_params",
     "load_stablehlo",

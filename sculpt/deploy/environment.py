@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import platform
+from typing import Any
 
 import jax
 
@@ -34,3 +36,15 @@ def device_name() -> str:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return f"cpu ({platform.machine()}, {cores} cores)"
     return f"{device.platform} ({device.device_kind})"
+
+
+def required(module: str, extra: str) -> Any:
+    """An optional package.
+
+    Raises:
+      ValueError: if it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"this needs the package {module}: pip install 'autosculpt[{extra}]'") from error

@@ -148,16 +148,55 @@ def _abstract(program: Program, operand: Operand) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def with_known_sizes(program: Program, size: int) -> Program:
-    """The same program, value ids included, with every symbolic dimension (of `jax.export`) taken to be `size`."""
+_ONLY_FOR_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
+"""Primitives whose body is all that evaluation needs."""
+
+
+def inlined(program: Program) -> Program:
+    """The same program without what only derivatives need: the bodies of functions with a derivative of their own and of
+    rematerialised regions stand in place of the calls. For evaluation; values get new ids."""
+    avals = list(program.avals)
+    equations: list[Equation] = []
+    constants = dict(program.constants)
+
+    def new(aval: Any) -> int:
+        avals.append(aval)
+        return len(avals) - 1
+
+    def visit(inner: Program, values: dict[int, Operand]) -> tuple[Operand, ...]:
+        for eqn in inner.equations:
+            inputs = tuple(i if isinstance(i, Literal) else values[i] for i in eqn.inputs)
+            if eqn.name in _ONLY_FOR_DERIVATIVES:
+                body = eqn.bodies[0]
+                known: dict[int, Operand] = dict(zip(body.inputs, inputs, strict=True))
+                for value, array in body.constants.items():
+                    known[value] = place = new(body.avals[value])
+                    constants[place] = array
+                results = visit(body, known)
+            else:
+                results = tuple(new(inner.avals[o]) for o in eqn.outputs)
+                equations.append(dataclasses.replace(eqn, inputs=inputs, outputs=results))
+            values.update(zip(eqn.outputs, results, strict=True))
+        return tuple(o if isinstance(o, Literal) else values[o] for o in inner.outputs)
+
+    outputs = visit(program, {i: i for i in (*program.inputs, *program.constants)})
+    return Program(tuple(equations), tuple(avals), program.inputs, outputs, constants, frozenset())
+
+
+def size_at(expression: Any, size: Any) -> Any:
+    """A symbolic dimension with all that is open in it taken to be `size`, which may be symbolic itself."""
+    found = expression._evaluate(dict.fromkeys(expression._get_vars(), size))
+    return found if jax.export.is_symbolic_dim(found) else int(found)
+
+
+def with_known_sizes(program: Program, size: Any) -> Program:
+    """The same program, value ids included, with every symbolic dimension (of `jax.export`) taken to be `size`, which may be
+    another symbolic one."""
 
     def known(value: Any) -> Any:
         if type(value) is tuple:
             return tuple(known(v) for v in value)
-        if not jax.export.is_symbolic_dim(value):
-            return value
-        expression: Any = value
-        return int(expression._evaluate(dict.fromkeys(expression._get_vars(), size)))
+        return size_at(value, size) if jax.export.is_symbolic_dim(value) else value
 
     equations = tuple(
         dataclasses.replace(

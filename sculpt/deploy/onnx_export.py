@@ -1,0 +1,223 @@
+"""ONNX: a model as one file for onnxruntime, OpenVINO, TensorRT and others, weights inside.
+
+The program is folded first (`sculpt.deploy.fold`), then written operation by operation. Every file is checked, loaded in
+onnxruntime and compared with the model before it gets its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+# Importing these registers what they write.
+import sculpt.deploy.onnx_contractions
+import sculpt.deploy.onnx_elementwise
+import sculpt.deploy.onnx_idioms
+import sculpt.deploy.onnx_shapes
+import sculpt.deploy.onnx_windows  # noqa: F401
+from sculpt.deploy.environment import required, versions
+from sculpt.deploy.fold import FoldedProgram, fold_program
+from sculpt.deploy.onnx_writer import Unsupported, Writer, write_equation
+from sculpt.model import Model
+from sculpt.tracing.program import Literal
+
+TOLERANCE = 1e-4
+"""Largest difference between the logits of the model and of the file, relative to the largest logit."""
+LAYOUTS = ("NHWC", "NCHW")
+IMAGES, LOGITS = "images", "logits"
+"""Names of the graph's input and output."""
+_OLDEST = 17
+_LARGEST = 2**31 - 2**20
+"""Bytes: a protobuf message ends at 2 GiB."""
+
+
+def export_onnx(
+    model: Model, path: str | Path, example_input: Any, *, opset: int = _OLDEST, layout: str = "NHWC"
+) -> None:
+    """Writes a model as an ONNX file.
+
+    Weights are inside, BatchNorm is folded into them. The input is called "images", the output "logits"; the batch size stays
+    open where the model's own code allows it, and is that of `example_input` otherwise. Convolutions are written channels first,
+    with transposes at the borders only. The same model gives the same bytes.
+
+    Args:
+      model: the model, dense or compact, of float32 arrays.
+      path: the file; its folder is made if need be.
+      example_input: float32 array `[batch, ...]` that the model takes; the file is compared with the model on it.
+      opset: version of ONNX's operators, 17 or newer.
+      layout: "NHWC" for images as the model takes them; "NCHW" for channels first, which spares a transpose.
+
+    Raises:
+      ValueError: if the packages of the extra `onnx` are missing, an operation has no ONNX here (it is named, with its layer), the
+        model computes in other than float32, the file would pass 2 GB, or its logits differ; no file is left then.
+    """
+    onnx = required("onnx", "onnx")
+    required("onnxruntime", "onnx")
+    newest = onnx.defs.onnx_opset_version()
+    if not _OLDEST <= opset <= newest:
+        raise ValueError(f"opset must be from {_OLDEST} to {newest} (of the installed onnx), got {opset}")
+    x = np.asarray(example_input)
+    if layout not in LAYOUTS or (layout == "NCHW" and x.ndim != 4):
+        raise ValueError(
+            f"layout must be one of {', '.join(LAYOUTS)}, the latter for images [batch, height, width, channels]; got {layout!r} for "
+            f"an input {list(x.shape)}"
+        )
+    order = (0, 3, 1, 2) if layout == "NCHW" else tuple(range(x.ndim))
+    writer = write_program(fold_program(model, x), opset, order)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        message = _message(writer, order)
+        onnx.checker.check_model(message, full_check=True)
+        temporary.write_bytes(message.SerializeToString(deterministic=True))
+        _compare(model, temporary, x, order, _is_open(writer))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_program(folded: FoldedProgram, opset: int, order: tuple[int, ...]) -> Writer:
+    """The graph of a folded program.
+
+    Raises:
+      ValueError: if an operation has no ONNX, or a value is of other than float32, integers and booleans.
+    """
+    program = folded.program
+    image = program.avals[program.inputs[-1]]
+    if image.dtype != jnp.float32:
+        raise ValueError(
+            f"export_onnx takes models of float32 images, this one takes {image.dtype}{list(image.shape)}"
+        )
+    writer = Writer(program, folded.arrays, folded.names, opset, IMAGES, order)
+    labels = dict(zip(program.inputs, folded.names))
+    layer = "the input"
+    for eqn in program.equations:
+        named = [labels[i] for i in eqn.inputs if not isinstance(i, Literal) and i in labels]
+        if named and eqn.name in ("conv_general_dilated", "dot_general"):
+            layer = f"layer {named[-1].rpartition('/')[0] or named[-1]}"
+        place = f"{eqn.name} at {eqn.source}, at or after {layer}"
+        for output in eqn.outputs:
+            dtype = program.avals[output].dtype
+            if jnp.issubdtype(dtype, jnp.inexact) and dtype != jnp.float32:
+                raise ValueError(
+                    f"export_onnx takes models that compute in float32, but {place} gives {dtype}"
+                )
+        try:
+            write_equation(writer, eqn)
+        except Unsupported as error:
+            raise ValueError(
+                f"export_onnx cannot write {place}: {error}; export_stablehlo takes any model"
+            ) from error
+    result = program.avals[program.outputs[0]] if not isinstance(program.outputs[0], Literal) else None
+    if result is None or result.dtype != jnp.float32:
+        raise ValueError(
+            f"export_onnx takes models whose result is float32, this one gives {result and result.dtype}"
+        )
+    writer.finish(LOGITS)
+    return writer
+
+
+def _is_open(writer: Writer) -> bool:
+    return export.is_symbolic_dim(writer.program.shape(writer.program.inputs[-1])[0])
+
+
+def _message(writer: Writer, order: Sequence[int]) -> Any:
+    from onnx import TensorProto, helper, numpy_helper
+
+    size = sum(array.nbytes for array in writer.arrays.values())
+    if size > _LARGEST:
+        raise ValueError(
+            f"the weights take {size / 1e9:.2f} GB, a file of ONNX at most 2.1: export_stablehlo takes them"
+        )
+    program = writer.program
+    shape = program.shape(program.inputs[-1])
+    nodes = []
+    for node in writer.nodes:
+        attributes = {
+            name: helper.np_dtype_to_tensor_dtype(value) if isinstance(value, np.dtype) else value
+            for name, value in node.attributes.items()
+        }
+        nodes.append(
+            helper.make_node(node.operator, node.inputs, node.outputs, node.outputs[0], **attributes)
+        )
+    result = program.shape(program.outputs[0])
+    graph = helper.make_graph(
+        nodes,
+        "model",
+        [helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, [_size(shape[d]) for d in order])],
+        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [_size(n) for n in result])],
+        [numpy_helper.from_array(array, name) for name, array in writer.arrays.items()],
+    )
+    opsets = [helper.make_opsetid("", writer.opset)]
+    return helper.make_model(
+        graph,
+        opset_imports=opsets,
+        ir_version=helper.find_min_ir_version_for(opsets),
+        producer_name="sculpt",
+        producer_version=versions()["sculpt"],
+    )
+
+
+def _size(size: Any) -> Any:
+    return str(size) if export.is_symbolic_dim(size) else size
+
+
+def _compare(model: Model, file: Path, x: np.ndarray, order: Sequence[int], any_batch: bool) -> None:
+    """Raises ValueError unless onnxruntime gives the model's logits, for another batch size too where that is open."""
+    run = _session(file)
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        return np.asarray(_logits(model, images))
+
+    def difference(images: np.ndarray, expected: np.ndarray) -> float:
+        found = run(np.ascontiguousarray(images.transpose(order)))
+        if found.shape != expected.shape:
+            raise ValueError(
+                f"the ONNX file gives logits {found.shape}, the model {expected.shape}; nothing was written"
+            )
+        largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+        return float(np.abs(found - expected).max()) / largest
+
+    expected = logits(x)
+    differences = {len(x): difference(x, expected)}
+    if any_batch:
+        # Images rarely know of each other: the logits of other batches are known without compiling for them. Where they are not, the
+        # model is asked.
+        chosen = [*range(1, len(x))] or [0, 0]
+        images = x[chosen]
+        found = difference(images, expected[chosen])
+        differences[len(images)] = found if found <= TOLERANCE else difference(images, logits(images))
+    for batch, found in differences.items():
+        if not found <= TOLERANCE:
+            raise ValueError(
+                f"the logits of the ONNX file differ from the model's by {found:.2e} of the largest for a batch of {batch} (at most "
+                f"{TOLERANCE} expected); nothing was written"
+            )
+
+
+@jax.jit
+def _logits(model: Model, images: Any) -> jax.Array:
+    return model(images)
+
+
+def _session(file: Path) -> Callable[[np.ndarray], np.ndarray]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    # Errors are raised; warnings would go to the terminal.
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+    # onnxruntime's exceptions have no common base but Exception.
+    except Exception as error:
+        raise ValueError(f"onnxruntime does not load the ONNX file: {error}") from error
+    return lambda images: session.run([LOGITS], {IMAGES: images})[0]
