@@ -1,4 +1,4 @@
-"""The command line: `sculpt train | search | finetune | compact | evaluate | export | report | info | prune`."""
+"""The command line: `sculpt train | search | finetune | compact | evaluate | export | report | bench | info | prune`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _STAGES = {
     "finetune": "fine-tune the pruned network, its zeros held",
     "compact": "take the zeros out: smaller arrays, the same function",
     "evaluate": "read the test split, once, and write result.json",
-    "export": "write the compact network as StableHLO",
+    "export": "write the compact network as StableHLO, or as ONNX",
     "report": "write plots and report.html",
 }
 _COMMANDS = {
     **_STAGES,
+    "bench": "measure the compact network beside the dense one in engines",
     "info": "say what a network offers to prune, what a run holds, or what there is",
     "prune": "all of it, into one run directory; run again to resume",
 }
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _info(options)
         elif command == "evaluate" and set(options) != {"run"}:
             _evaluate_policies(options)
+        elif command == "export" and "format" in options:
+            _export_formats(options)
+        elif command == "bench":
+            _bench_latency(options)
         else:
             _run(command, options)
     # RuntimeError: what jax raises where a device is absent, or its memory is full.
@@ -113,6 +118,12 @@ def make_parser() -> argparse.ArgumentParser:
             )
         if name == "evaluate":
             _policies_options(command)
+        if name == "export":
+            command.add_argument(
+                "--format", type=_names, help="stablehlo, onnx, or both with a comma (stablehlo)"
+            )
+        if name == "bench":
+            _bench_options(command)
     return parser
 
 
@@ -213,6 +224,25 @@ def _policies_options(command: argparse.ArgumentParser) -> None:
     plan.add_argument("--convolution", help="lax or im2col")
     plan.add_argument("--policy-shards", type=int, help="groups of devices that share the policies")
     plan.add_argument("--image-shards", type=int, help="devices in a group, which share the images")
+
+
+def _bench_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("what", choices=("latency",), help="what is measured")
+    command.add_argument(
+        "--engines", type=_names, help="xla, onnxruntime, openvino, litert, with commas (xla,onnxruntime)"
+    )
+    command.add_argument("--threads", type=int, help="CPU cores that an engine has (all)")
+    command.add_argument("--batch", type=_numbers, help="images per call, with commas (1,8,32)")
+    command.add_argument("--repeats", type=int, help="samples of each network (30)")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers with commas, such as 1,8,32, got {text!r}"
+        ) from None
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -330,6 +360,36 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _export_formats(options: dict[str, Any]) -> None:
+    from sculpt.pipeline.bench import export_formats
+    from sculpt.report import RunDirectory
+
+    _require_device()
+    run = RunDirectory.existing(options["run"])
+    for name in export_formats(run, options["format"]):
+        print(run.path / name)
+
+
+def _bench_latency(options: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from sculpt.pipeline.bench import LatencyOptions, bench_latency
+    from sculpt.pipeline.progress import watching
+    from sculpt.report import RunDirectory, latency_table
+
+    _require_device()
+    run = RunDirectory.existing(options["run"])
+    given = {"batches" if name == "batch" else name: options[name] for name in set(options) - {"run", "what"}}
+    asked = LatencyOptions(**given)
+    console = Console(markup=False)
+    with watching(console) as watcher:
+        watcher.start("latency")
+        rows = bench_latency(
+            run, asked, lambda done, total, what: watcher.progress(done, total, "comparisons", what)
+        )
+    console.print(latency_table(rows))
 
 
 def _info(options: dict[str, Any]) -> None:

@@ -17,25 +17,29 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the packages that numbers depend on; "absent" for what is not installed."""
-    found = {"sculpt": _version("autosculpt"), "python": platform.python_version()}
-    return found | {name: _version(name) for name in _PACKAGES}
+    found = {"sculpt": version("autosculpt"), "python": platform.python_version()}
+    return found | {name: version(name) for name in _PACKAGES}
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Version of a package; "absent" where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
 
 
-def device_name() -> str:
-    """The default device in words, such as "cpu (x86_64, 2 cores)" or "gpu (NVIDIA H200)"."""
-    device = jax.devices()[0]
+def device_name(platform_name: str | None = None) -> str:
+    """A device in words, such as "cpu (x86_64, 2 cores)" or "gpu (NVIDIA H200)": the default one, or that of a platform."""
+    device = jax.devices(platform_name)[0]
     if device.platform == "cpu":
-        # The cores that this process may use, where the system tells.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"cpu ({platform.machine()}, {cores} cores)"
+        return f"cpu ({platform.machine()}, {cores()} cores)"
     return f"{device.platform} ({device.device_kind})"
+
+
+def cores() -> int:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def required(module: str, extra: str) -> Any:

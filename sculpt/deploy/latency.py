@@ -1,16 +1,17 @@
-"""Measured latency: seconds per call of a compiled model on the current device."""
+"""Measured latency: seconds per call of a compiled model, in JAX on the current device or in another engine."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from sculpt.deploy.environment import device_name, versions
+from sculpt.deploy.engines import Call, confined, engine_of, prepared
+from sculpt.deploy.environment import cores, device_name, version, versions
 from sculpt.model import Model
 
 _SHORTEST_SAMPLE = 2e-3
@@ -29,14 +30,22 @@ class Latency:
     """Number of samples."""
     batch: int
     """Images per call."""
+    engine: str
+    """What computed it."""
+    threads: int
+    """CPU cores that it had."""
+    precision: str
+    """Dtype of the images; engines other than XLA compute in it throughout."""
     device: str
     """Where it was measured."""
     versions: dict[str, str]
-    """What it was measured with."""
+    """What it was measured with, the engine included."""
 
 
-def measure_latency(model: Model, example_input: Any, repeats: int = 30) -> Latency:
-    """Median and quartiles of the seconds that one call takes, compiled beforehand, on the current device.
+def measure_latency(
+    model: Model, example_input: Any, repeats: int = 30, *, engine: str = "xla", threads: int | None = None
+) -> Latency:
+    """Median and quartiles of the seconds that one call takes, compiled beforehand.
 
     To compare models use `compare_latency`: two runs of this one see two different loads of the machine.
 
@@ -44,23 +53,38 @@ def measure_latency(model: Model, example_input: Any, repeats: int = 30) -> Late
       model: the model.
       example_input: `[batch, ...]`, what the model takes.
       repeats: number of samples.
+      engine: as in `compare_latency`.
+      threads: as in `compare_latency`.
 
     Raises:
-      ValueError: if `repeats` is below 1 or the input is a scalar.
+      ValueError: like `compare_latency`.
     """
-    return compare_latency({"model": model}, example_input, repeats)["model"]
+    return compare_latency({"model": model}, example_input, repeats, engine=engine, threads=threads)["model"]
 
 
-def compare_latency(models: Mapping[str, Model], example_input: Any, repeats: int = 30) -> dict[str, Latency]:
+def compare_latency(
+    models: Mapping[str, Model],
+    example_input: Any,
+    repeats: int = 30,
+    *,
+    engine: str = "xla",
+    threads: int | None = None,
+) -> dict[str, Latency]:
     """Latencies of several models on the same input, interleaved: each sample of one is taken beside one of the others.
+
+    In XLA images and logits stay on the device; the other engines take and give host arrays.
 
     Args:
       models: name -> model.
       example_input: `[batch, ...]`, what every model takes.
       repeats: number of samples of each.
+      engine: "xla" (JAX, on its default device), or "onnxruntime", "openvino" or "litert" on the CPU, in float32; each is checked to give
+        the model's logits before it is timed.
+      threads: CPU cores that the engine has; None: all that this process may use.
 
     Raises:
-      ValueError: if there is no model, `repeats` is below 1, or the input is a scalar.
+      ValueError: if there is no model, `repeats` is below 1, the input is a scalar, there are fewer cores than `threads`, or the
+        engine is unknown, not installed (the extra is named), does not take a model or gives other logits.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -68,8 +92,24 @@ def compare_latency(models: Mapping[str, Model], example_input: Any, repeats: in
         raise ValueError("expected at least one model to measure, got none")
     if not np.shape(example_input):
         raise ValueError("expected an example input [batch, ...], got a scalar")
-    x = jax.device_put(example_input)
-    calls = {name: _compiled(model, x) for name, model in models.items()}
+    x = np.asarray(example_input)
+    about = versions() | {(package := engine_of(engine).package): version(package)}
+    threads = cores() if threads is None else threads
+    with confined(threads):
+        calls = {name: prepared(engine, model, x, threads) for name, model in models.items()}
+        samples = _samples(calls, repeats)
+    device = device_name() if engine == "xla" else device_name("cpu")
+    found = {}
+    for name, values in samples.items():
+        low, median, high = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+        precision = np.dtype(x.dtype).name
+        found[name] = Latency(
+            median, (low, high), len(values), len(x), engine, threads, precision, device, about
+        )
+    return found
+
+
+def _samples(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
     # The first calls also fault memory in and settle clocks.
     slowest = max(max(_seconds(call, 1) for _ in range(3)) for call in calls.values())
     times = max(1, round(_SHORTEST_SAMPLE / max(slowest, 1e-7)))
@@ -79,23 +119,12 @@ def compare_latency(models: Mapping[str, Model], example_input: Any, repeats: in
         # Who goes first takes turns, for the caches.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             samples[name].append(_seconds(calls[name], times))
-    return {name: _summary(np.asarray(values), x.shape[0]) for name, values in samples.items()}
+    return samples
 
 
-def _compiled(model: Model, x: jax.Array) -> Callable[[], jax.Array]:
-    params, state = jax.device_put((model.params, model.state))
-    program = jax.jit(model.apply).lower(params, state, x).compile()
-    return lambda: program(params, state, x)
-
-
-def _seconds(call: Callable[[], jax.Array], times: int) -> float:
+def _seconds(call: Call, times: int) -> float:
     start = time.perf_counter()
     for _ in range(times):
         result = call()
     jax.block_until_ready(result)
     return (time.perf_counter() - start) / times
-
-
-def _summary(seconds: np.ndarray, batch: int) -> Latency:
-    low, median, high = (float(q) for q in np.quantile(seconds, (0.25, 0.5, 0.75)))
-    return Latency(median, (low, high), len(seconds), batch, device_name(), versions())

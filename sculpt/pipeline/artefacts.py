@@ -101,7 +101,11 @@ class Artefacts:
     @functools.cached_property
     def example(self) -> jax.Array:
         """Noise `[batch, height, width, channels]` like normalised images, to measure latency and export on."""
-        return jax.random.normal(self.key("example"), (_EXAMPLE_BATCH, *self.image.shape[1:]))
+        return self.noise(_EXAMPLE_BATCH)
+
+    def noise(self, batch: int) -> jax.Array:
+        """So many of such images."""
+        return jax.random.normal(self.key("example"), (batch, *self.image.shape[1:]))
 
     @functools.cached_property
     def outline(self) -> Model:

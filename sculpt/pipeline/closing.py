@@ -15,12 +15,15 @@ from sculpt.report import (
     Number,
     Report,
     Row,
+    RunDirectory,
     graph_plot,
     kept_plot,
+    latency_plot,
     pareto_plot,
     reward_plot,
     write_html,
 )
+from sculpt.report.run_directory import read_json
 from sculpt.scoring import evaluate, recalibrate
 from sculpt.scoring.recalibrate import images_used
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from sculpt.tracing.axes import Atom
 
 _CALIBRATION = 512
+LATENCY = "latency.json"
+"""What `sculpt bench latency` measured last in a run."""
 
 
 def theoretical_macs(space: Space, policy: Any) -> int:
@@ -183,6 +188,8 @@ def write_report(p: Pipeline) -> list[str]:
         "kept": ("Theoretical MACs kept in each layer", kept_plot(p.space, p.policy)),
         "graph": ("The network and the pattern chosen at each site", graph_plot(p.space, p.policy)),
     }
+    if measured := latency_rows(p.run):
+        plots["latency"] = (_latency_caption(measured), latency_plot(measured))
     folder = p.run.path / "plots"
     folder.mkdir(exist_ok=True)
     for name, (_, svg) in plots.items():
@@ -205,6 +212,25 @@ def write_report(p: Pipeline) -> list[str]:
     )
     write_html(report, p.run.path / "report.html")
     return sorted(plots)
+
+
+def latency_rows(run: RunDirectory) -> list[dict[str, Any]]:
+    """What `sculpt bench latency` measured last; none where it has not.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    file = run.path / LATENCY
+    return read_json(file)["rows"] if file.is_file() else []
+
+
+def _latency_caption(rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    engines = ", ".join(dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows))
+    return (
+        f"Latency by engine: median and quartiles of {first['n']} samples, interleaved; {first['threads']} threads, "
+        f"{first['precision']}, {first['device']}; {engines}"
+    )
 
 
 def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list[Number]:
@@ -245,4 +271,9 @@ def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list
     )
     numbers.append(Number("policies per second", f"{found['policies_per_second']:.2f}", "measured", policies))
     numbers.append(Number("search", f"{found['seconds']:.1f} s", "measured", policies))
+    for row in latency_rows(p.run):
+        what = f"latency, {row['network']}, {row['engine']}, {row['threads']} threads, batch {row['batch']}"
+        low, high = row["quartiles_ms"]
+        value = f"{row['median_ms']:.3f} ms [{low:.3f}, {high:.3f}]"
+        numbers.append(Number(what, value, "measured", f"{row['n']} samples"))
     return numbers

@@ -94,6 +94,35 @@ def kept_plot(space: Space, policy: Any) -> str:
     return _svg(figure)
 
 
+def latency_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Milliseconds per call of the dense and the compact network by batch size, side by side; a panel for each engine.
+
+    Args:
+      rows: with "engine", "batch", "network" ("dense" or "compact"), "median_ms" and "quartiles_ms".
+
+    Raises:
+      ValueError: if there is no row.
+    """
+    from matplotlib.figure import Figure
+
+    if not rows:
+        raise ValueError("expected at least one row of latencies, got none")
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    figure = Figure(figsize=(max(4.0, 3.2 * len(engines)), 3.2), layout="constrained")
+    for axes, engine in zip(figure.subplots(1, len(engines), squeeze=False)[0], engines):
+        batches = list(dict.fromkeys(row["batch"] for row in rows if row["engine"] == engine))
+        for shift, network in ((-0.2, "dense"), (0.2, "compact")):
+            found = [row for row in rows if (row["engine"], row["network"]) == (engine, network)]
+            medians = np.asarray([row["median_ms"] for row in found])
+            quartiles = np.asarray([row["quartiles_ms"] for row in found]).T
+            places = np.arange(len(found)) + shift
+            axes.bar(places, medians, 0.4, yerr=np.abs(quartiles - medians), label=network, capsize=2)
+        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+        axes.set(title=engine, xlabel="images per call", ylabel="milliseconds", yscale="log")
+        axes.legend(fontsize=7)
+    return _svg(figure)
+
+
 def graph_plot(space: Space, policy: Any) -> str:
     """The network's graph: layers and merges in a row by depth, coupled axes below, coloured by what they keep.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 COLUMNS = ("network", "test accuracy", "MACs theoretical", "MACs realised", "weights", "latency measured")
 """Theoretical: zeros are not counted. Realised: counted in the program that really runs. Measured: on this device."""
@@ -84,3 +85,41 @@ def closing_table(rows: Sequence[Row], caption: str) -> Table:
     for row in cells(rows):
         table.add_row(*map(Text, row))  # brackets are no markup here
     return table
+
+
+def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of `sculpt bench latency` for a terminal: dense beside compact, and how many times as fast that is.
+
+    Args:
+      rows: of `latency.json`, the dense network's before the compact one's.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=Text(_about(rows)))
+    for column in ("engine", "batch", "dense", "compact", "dense / compact"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for dense, compact in zip(rows[::2], rows[1::2]):
+        ratio = dense["median_ms"] / compact["median_ms"]
+        slower = " (slower)" if ratio < 1 else ""
+        table.add_row(
+            dense["engine"], str(dense["batch"]), _timed(dense), _timed(compact), Text(f"{ratio:.2f}{slower}")
+        )
+    return table
+
+
+def _timed(row: Mapping[str, Any]) -> Text:
+    from rich.text import Text
+
+    low, high = row["quartiles_ms"]
+    return Text(f"{row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]")
+
+
+def _about(rows: Sequence[Mapping[str, Any]]) -> str:
+    first = rows[0]
+    engines = ", ".join(dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows))
+    return (
+        f"Milliseconds per call: median [quartiles] of n = {first['n']} samples, dense and compact in turn. {first['threads']} threads, "
+        f"{first['precision']}, {first['device']}; {engines}."
+    )

@@ -21,6 +21,7 @@ def test_a_measurement_says_what_where_and_how_often() -> None:
     latency = sculpt.measure_latency(square(16), jnp.ones((3, 16)), repeats=7)
     assert 0 < latency.spread[0] <= latency.median <= latency.spread[1] < 1
     assert (latency.n, latency.batch) == (7, 3)
+    assert (latency.engine, latency.precision) == ("xla", "float32")
     assert latency.device.startswith(jax.devices()[0].platform)
     assert latency.versions["jax"] == jax.__version__
 

@@ -1,0 +1,255 @@
+"""Engines that latency is measured in: each compiles a model for one batch of images and computes it on a number of cores.
+
+All compute in float32. What an engine gives is compared with the model's own logits before it is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from sculpt.deploy.environment import cores, required
+from sculpt.deploy.fold import fold
+from sculpt.deploy.onnx_export import IMAGES, LOGITS, export_onnx
+from sculpt.model import Model
+
+TOLERANCE = 1e-4
+"""Largest difference between an engine's logits and the model's, relative to the largest logit."""
+Call = Callable[[], Any]
+"""Computes the batch and returns its logits, which `jax.block_until_ready` waits for where they are a `jax.Array`."""
+
+
+class Engine(Protocol):
+    """Something that runs networks."""
+
+    @property
+    def package(self) -> str:
+        """Distribution whose version says which engine it was."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Modules that are not there by themselves."""
+        ...
+
+    @property
+    def extra(self) -> str:
+        """What of this package's extras brings them."""
+        ...
+
+    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+        """Compiles a model.
+
+        Args:
+          model: the model.
+          x: float32 images `[batch, ...]`.
+          threads: how many the engine may use.
+
+        Raises:
+          ValueError: if the engine does not take the model.
+        """
+        ...
+
+
+class Xla:
+    """JAX's own compiler, on JAX's default device."""
+
+    package = "jaxlib"
+    needs = ()
+    extra = ""
+
+    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+        # Its pool of threads is as large as the cores that it once saw; `confined` is what holds it.
+        images, params, state = jax.device_put((x, model.params, model.state))
+        program = jax.jit(model.apply).lower(params, state, images).compile()
+        return lambda: program(params, state, images)
+
+
+class OnnxRuntime:
+    """onnxruntime on the CPU, from the file of `export_onnx`, with all of its optimisations."""
+
+    package = "onnxruntime"
+    needs = ("onnx", "onnxruntime")
+    extra = "onnx"
+
+    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        with _onnx_file(model, x) as file:
+            session = onnxruntime.InferenceSession(
+                file.read_bytes(), options, providers=["CPUExecutionProvider"]
+            )
+        return lambda: session.run([LOGITS], {IMAGES: x})[0]
+
+
+class OpenVino:
+    """OpenVINO on the CPU, from the file of `export_onnx`. Held to float32: by itself it computes in bfloat16 where it can."""
+
+    package = "openvino"
+    needs = ("onnx", "onnxruntime", "openvino")
+    extra = "openvino"
+
+    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+        openvino: Any = importlib.import_module("openvino")
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
+        with _onnx_file(model, x) as file:
+            graph = openvino.Core().read_model(file)
+            graph.reshape(list(x.shape))
+            request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
+        return lambda: request.infer([x], share_inputs=True, share_outputs=True)[0]
+
+
+class LiteRt:
+    """LiteRT (TensorFlow Lite) on the CPU, converted from the StableHLO of the folded model."""
+
+    package = "ai-edge-litert"
+    needs = ("litert_converter", "ai_edge_litert")
+    extra = "litert"
+
+    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+        litert: Any = importlib.import_module("ai_edge_litert.interpreter")
+        interpreter = litert.Interpreter(model_content=_litert_file(model, x), num_threads=threads)
+        interpreter.allocate_tensors()
+        images, logits = (
+            d[0]["index"] for d in (interpreter.get_input_details(), interpreter.get_output_details())
+        )
+
+        def call() -> np.ndarray:
+            interpreter.set_tensor(images, x)
+            interpreter.invoke()
+            return interpreter.get_tensor(logits)
+
+        return call
+
+
+def _litert_file(model: Model, x: np.ndarray) -> bytes:
+    """A model as a file of LiteRT for this batch size.
+
+    Raises:
+      ValueError: if the converter does not take the model.
+    """
+    names = ("converter_api_ext", "mlir.ir", "mlir.passmanager")
+    converter, ir, passes = (importlib.import_module(f"litert_converter.{name}") for name in names)
+    folded = fold(model, x)
+    program = jax.jit(lambda images: folded.apply(folded.params, folded.state, images))
+    text = program.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).as_text()
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    with context, ir.Location.unknown():
+        try:
+            module = ir.Module.parse(text)
+            main = next(f for f in module.body.operations if f.name.value == "main")
+            converter.set_signature(main.operation, "serving_default", [IMAGES], [LOGITS])
+            converter.run_convert_to_tfl_passes(module, passes.PassManager(), converter.ConvertToTFLConfig())
+            return converter.export_flatbuffer_to_bytes(module.operation)
+        # Errors of MLIR have no common base but Exception.
+        except Exception as error:
+            raise ValueError(f"litert-converter does not take this model: {error}") from error
+
+
+ENGINES: dict[str, Engine] = {
+    "xla": Xla(),
+    "onnxruntime": OnnxRuntime(),
+    "openvino": OpenVino(),
+    "litert": LiteRt(),
+}
+"""Name -> engine."""
+
+
+def engine_of(name: str) -> Engine:
+    """The engine of that name.
+
+    Raises:
+      ValueError: if there is none, or it is not installed; the message names the extra that brings it.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    engine = ENGINES[name]
+    for module in engine.needs:
+        required(module, engine.extra)
+    return engine
+
+
+def prepared(name: str, model: Model, x: np.ndarray, threads: int) -> Call:
+    """A model compiled by the engine of that name, its logits compared with those of the model.
+
+    Raises:
+      ValueError: if there is no such engine, it is not installed, does not take the model, or computes other logits.
+    """
+    call = engine_of(name).prepare(model, x, threads)
+    if name != "xla":
+        expected = np.asarray(_logits(model, x))
+        largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+        difference = float(np.abs(np.asarray(call()) - expected).max()) / largest
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"the logits of {name} differ from the model's by {difference:.2e} of the largest (at most {TOLERANCE} expected)"
+            )
+    return call
+
+
+@jax.jit
+def _logits(model: Model, images: Any) -> jax.Array:
+    return model(images)
+
+
+@contextlib.contextmanager
+def _onnx_file(model: Model, x: np.ndarray) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(model, file, x)
+        yield file
+
+
+@contextlib.contextmanager
+def confined(threads: int) -> Iterator[None]:
+    """Keeps this process, threads of engines included, to so many of its cores.
+
+    Raises:
+      ValueError: if it has fewer, or the system does not let a process choose.
+    """
+    there = cores()
+    if not 1 <= threads <= there:
+        raise ValueError(
+            f"threads must be from 1 to {there}, the cores that this process may use, got {threads}"
+        )
+    if threads == there:
+        yield
+        return
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir():
+        raise ValueError(
+            f"this system does not let a process keep to {threads} of its {there} cores: leave out threads"
+        )
+    before = os.sched_getaffinity(0)
+    try:
+        _keep_to(sorted(before)[:threads], tasks)
+        yield
+    finally:
+        _keep_to(before, tasks)
+
+
+def _keep_to(chosen: Iterable[int], tasks: Path) -> None:
+    for task in tasks.iterdir():
+        # Threads come and go.
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task.name), chosen)

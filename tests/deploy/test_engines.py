@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sculpt
+from sculpt.deploy import engines
+from sculpt.deploy.engines import ENGINES, confined, prepared
+from sculpt.deploy.environment import cores
+from sculpt.model import Model
+from tests.architectures.equality import distance, drawn_policy, outputs, prune
+from tests.nets.test_prunable import NARROW, images, narrow
+from tests.nets.test_prunable import space_of as narrow_space
+from tests.networks import network
+
+MODULES = {"xla": "jax", "onnxruntime": "onnxruntime", "openvino": "openvino", "litert": "litert_converter"}
+IMAGES = np.asarray(jax.random.normal(jax.random.key(11), (8, 8, 8, 3)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_in_an_engine_gives_its_logits(engine: str) -> None:
+    pytest.importorskip(MODULES[engine])
+    model = network("separable")
+    expected = outputs(model, jnp.asarray(IMAGES))
+    for batch in (1, 8):
+        call = prepared(engine, model, IMAGES[:batch], threads=1)
+        assert distance(expected[:batch], np.asarray(call())) <= 1e-4
+        # A second call gives the same.
+        assert distance(expected[:batch], np.asarray(call())) <= 1e-4
+
+
+@pytest.mark.parametrize("engine", ["openvino", "litert"])
+@pytest.mark.parametrize("name", NARROW)
+def test_named_networks_dense_and_compact(engine: str, name: str) -> None:
+    pytest.importorskip(MODULES[engine])
+    x = np.asarray(images(name))
+    small = prune(narrow(name), narrow_space(name), drawn_policy(narrow_space(name), 1)).small
+    for model in (narrow(name), small):
+        expected = outputs(model, jnp.asarray(x))
+        for batch in (1, len(x)):
+            call = prepared(engine, model, x[:batch], threads=1)
+            assert distance(expected[:batch], np.asarray(call())) <= 1e-4
+
+
+@pytest.mark.parametrize("engine", ["xla", "onnxruntime"])
+def test_latencies_say_what_measured_them(engine: str) -> None:
+    models = {"one": network("plain"), "two": network("plain")}
+    found = sculpt.compare_latency(models, IMAGES[:2], repeats=3, engine=engine, threads=1)
+    assert list(found) == ["one", "two"]
+    for latency in found.values():
+        assert 0 < latency.spread[0] <= latency.median <= latency.spread[1]
+        assert (latency.engine, latency.threads, latency.batch, latency.precision, latency.n) == (
+            engine, 1, 2, "float32", 3,
+        )  # fmt: skip
+        assert latency.versions[ENGINES[engine].package] != "absent"
+
+
+def test_confined_to_some_cores_and_back() -> None:
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir():
+        pytest.skip("no list of threads on this system")
+    before = os.sched_getaffinity(0)
+    jax.block_until_ready(jnp.ones(3) + 1.0)  # threads are there
+    with confined(1):
+        assert {len(os.sched_getaffinity(int(t.name))) for t in tasks.iterdir()} == {1}
+    assert os.sched_getaffinity(0) == before
+    assert cores() == len(before)
+
+
+def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("plain")
+    with pytest.raises(
+        ValueError, match="engine must be one of xla, onnxruntime, openvino, litert, got 'tensorrt'"
+    ):
+        sculpt.measure_latency(model, IMAGES, engine="tensorrt")
+    for threads in (0, cores() + 1):
+        with pytest.raises(ValueError, match=f"threads must be from 1 to {cores()}"):
+            sculpt.measure_latency(model, IMAGES, threads=threads)
+    unwritten = sculpt.from_function(lambda p, x: jnp.sort(x @ p, axis=-1), jnp.ones((3, 3)))
+    with pytest.raises(ValueError, match="cannot write sort"):
+        sculpt.measure_latency(unwritten, IMAGES, engine="onnxruntime")
+    for engine, module in (
+        ("openvino", "openvino"),
+        ("litert", "litert_converter"),
+        ("onnxruntime", "onnxruntime"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=rf"{module}.*: pip install 'autosculpt\[\w+\]'"):
+            sculpt.measure_latency(model, IMAGES, engine=engine)
+
+
+def test_an_engine_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        package, needs, extra = "numpy", (), ""
+
+        def prepare(self, model: Model, x: np.ndarray, threads: int) -> engines.Call:
+            return lambda: np.zeros((len(x), 5))
+
+    monkeypatch.setitem(ENGINES, "wrong", Wrong())
+    with pytest.raises(ValueError, match=r"the logits of wrong differ from the model's by .* of the largest"):
+        sculpt.measure_latency(network("plain"), IMAGES, engine="wrong")
