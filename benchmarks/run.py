@@ -22,6 +22,7 @@ def commands(data: Path | None) -> list[list[str]]:
     return [
         *alone,
         ["benchmarks.prune_cifar_jpeg", "--weights", weights, "--data-dir", str(data / "cifar10")],
+        ["benchmarks.bench_engines", "--weights", weights],
     ]
 
 

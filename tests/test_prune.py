@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import shutil
@@ -19,9 +20,12 @@ from safetensors.numpy import load_file
 import sculpt
 from sculpt.cli import main
 from sculpt.pipeline import STAGES, Pipeline, artefacts, policies, stages
+from sculpt.pipeline.closing import latency_rows
 from sculpt.pipeline.progress import Bars
 from sculpt.report import RunDirectory, check_result
 from sculpt.report.run_directory import STAGE_FILES, fingerprint, write_json
+from tests.architectures.equality import distance, outputs
+from tests.deploy.onnx_files import run as run_onnx
 
 OPTIONS = [
     *("--model", "resnet8", "--dataset", "digits", "--budget", "0.5", "--seed", "1"),
@@ -478,3 +482,44 @@ def test_weights_for_other_classes_are_given_a_new_head_and_trained(tmp_path: Pa
     assert record["config"]["learning_rate"] == pytest.approx(0.3 * 0.1 * 16 / 128)
     dense = load_file(tmp_path / "run" / "dense.safetensors")
     assert dense["params/head/kernel"].shape == (64, 3)
+
+
+def test_latency_in_engines_is_measured_printed_kept_and_reported(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(finished, run.path)
+    config = (run.path / "config.json").read_bytes()
+    assert latency_rows(run) == []
+    options = ["--engines", "xla,onnxruntime", "--threads", "1", "--batch", "1,3", "--repeats", "2"]
+    assert main(["bench", "latency", "--run", str(run.path), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("onnxruntime ") >= 2 and "dense / compact" in printed
+    rows = json.loads((run.path / "latency.json").read_text())["rows"]
+    assert [(r["engine"], r["batch"], r["network"]) for r in rows] == [
+        (engine, batch, network)
+        for engine in ("xla", "onnxruntime")
+        for batch in (1, 3)
+        for network in ("dense", "compact")
+    ]
+    for row in rows:
+        assert 0 < row["quartiles_ms"][0] <= row["median_ms"] <= row["quartiles_ms"][1]
+        assert (row["n"], row["threads"], row["precision"]) == (2, 1, "float32")
+    report = (run.path / "report.html").read_text()
+    assert "latency, compact, onnxruntime, 1 threads, batch 3" in report
+    svg = (run.path / "plots" / "latency.svg").read_bytes()
+    assert base64.b64encode(svg).decode() in report
+    assert run.done("report")
+    assert (run.path / "config.json").read_bytes() == config
+
+
+def test_files_for_engines(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(finished, run.path)
+    assert main(["export", "--run", str(run.path), "--format", "stablehlo,onnx"]) == 0
+    assert capsys.readouterr().out.endswith(f"compact.stablehlo\n{run.path / 'compact.onnx'}\n")
+    pipeline = Pipeline(run, {})
+    x = pipeline.noise(5)
+    expected = outputs(pipeline.small, x)
+    assert distance(expected, run_onnx(run.path / "compact.onnx", x)) <= 1e-4
+    assert distance(expected, sculpt.load_stablehlo(run.path / "compact.stablehlo")(x)) <= 1e-4

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,14 +36,8 @@ class Engine(Protocol):
         """Distribution whose version says which engine it was."""
         ...
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Modules that are not there by themselves."""
-        ...
-
-    @property
-    def extra(self) -> str:
-        """What of this package's extras brings them."""
+    def require(self) -> None:
+        """Raises ValueError, which names the extra, if the engine is not installed."""
         ...
 
     def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
@@ -63,8 +58,9 @@ class Xla:
     """JAX's own compiler, on JAX's default device."""
 
     package = "jaxlib"
-    needs = ()
-    extra = ""
+
+    def require(self) -> None:
+        pass
 
     def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
         # Its pool of threads is as large as the cores that it once saw; `confined` is what holds it.
@@ -77,8 +73,10 @@ class OnnxRuntime:
     """onnxruntime on the CPU, from the file of `export_onnx`, with all of its optimisations."""
 
     package = "onnxruntime"
-    needs = ("onnx", "onnxruntime")
-    extra = "onnx"
+
+    def require(self) -> None:
+        required("onnx", "onnx")
+        required("onnxruntime", "onnx")
 
     def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
         import onnxruntime
@@ -99,8 +97,12 @@ class OpenVino:
     """OpenVINO on the CPU, from the file of `export_onnx`. Held to float32: by itself it computes in bfloat16 where it can."""
 
     package = "openvino"
-    needs = ("onnx", "onnxruntime", "openvino")
-    extra = "openvino"
+
+    def require(self) -> None:
+        # Its telemetry forks a process that sends word of every import; without the module there is none.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        for module in ("openvino", "onnx", "onnxruntime"):
+            required(module, "openvino")
 
     def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
         openvino: Any = importlib.import_module("openvino")
@@ -122,8 +124,10 @@ class LiteRt:
     """LiteRT (TensorFlow Lite) on the CPU, converted from the StableHLO of the folded model."""
 
     package = "ai-edge-litert"
-    needs = ("litert_converter", "ai_edge_litert")
-    extra = "litert"
+
+    def require(self) -> None:
+        required("litert_converter", "litert")
+        required("ai_edge_litert", "litert")
 
     def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
         litert: Any = importlib.import_module("ai_edge_litert.interpreter")
@@ -183,10 +187,8 @@ def engine_of(name: str) -> Engine:
     """
     if name not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
-    engine = ENGINES[name]
-    for module in engine.needs:
-        required(module, engine.extra)
-    return engine
+    ENGINES[name].require()
+    return ENGINES[name]
 
 
 def prepared(name: str, model: Model, x: np.ndarray, threads: int) -> Call:

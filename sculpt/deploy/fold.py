@@ -95,14 +95,10 @@ def _bind(eqn: Equation, operands: list[Any], params: dict[str, Any]) -> Any:
     return eqn.primitive.bind(*operands, **params)
 
 
-@dataclasses.dataclass(frozen=True)
-class _FoldedTrain:
-    apply: FoldedFunction
-
-    def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
-        raise ValueError(
-            "a folded model has no training mode: its BatchNorm is gone; train the model that it was folded from"
-        )
+def _no_training(params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
+    raise ValueError(
+        "a folded model has no training mode: its BatchNorm is gone; train the model that it was folded from"
+    )
 
 
 def fold(model: Model, example_input: Any) -> Model:
@@ -124,11 +120,10 @@ def fold(model: Model, example_input: Any) -> Model:
       ValueError: if the model does not take the input, or returns other than one array.
     """
     folded = fold_program(model, example_input)
-    apply = FoldedFunction(folded.program, folded.names)
     arrays = dict(zip(folded.names, folded.arrays))
     trained = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
     rest = {name: a for name, a in arrays.items() if name not in trained}
-    return Model(apply, _FoldedTrain(apply), trained, rest)
+    return Model(FoldedFunction(folded.program, folded.names), _no_training, trained, rest)
 
 
 def fold_program(model: Model, example_input: Any) -> FoldedProgram:
@@ -147,7 +142,7 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
     known = _evaluated(program, constants, leaves, (*read, *factors))
     origins = _origins(program, constants, leaves)
     # Numbers that are no weights stay in the program.
-    literals = {v: Literal(np.asarray(known[v])) for v in read if origins[v] is None and known[v].ndim == 0}
+    literals = {v: Literal(np.asarray(known[v])) for v in read if origins[v] is None and _is_number(known[v])}
     arrays: dict[int, Any] = {value: known[value] for value in read if value not in literals}
     called = {value: _origin_name(origins[value], names) for value in arrays}
     for chain in chains:
@@ -161,6 +156,10 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
     unique = _unique([called[value] for value in arrays])
     rewritten = _rewritten(program, constants, chains, tuple(arrays), literals)
     return FoldedProgram(rewritten, tuple(map(jnp.asarray, arrays.values())), unique)
+
+
+def _is_number(array: jax.Array) -> bool:
+    return array.ndim == 0 and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def _open_program(model: Model, example_input: Any) -> Program:

@@ -11,7 +11,7 @@ import pytest
 
 import sculpt
 from sculpt.deploy import engines
-from sculpt.deploy.engines import ENGINES, confined, prepared
+from sculpt.deploy.engines import ENGINES, confined, engine_of, prepared
 from sculpt.deploy.environment import cores
 from sculpt.model import Model
 from tests.architectures.equality import distance, drawn_policy, outputs, prune
@@ -19,13 +19,19 @@ from tests.nets.test_prunable import NARROW, images, narrow
 from tests.nets.test_prunable import space_of as narrow_space
 from tests.networks import network
 
-MODULES = {"xla": "jax", "onnxruntime": "onnxruntime", "openvino": "openvino", "litert": "litert_converter"}
 IMAGES = np.asarray(jax.random.normal(jax.random.key(11), (8, 8, 8, 3)))
+
+
+def skip_unless_installed(engine: str) -> None:
+    try:
+        engine_of(engine)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_model_in_an_engine_gives_its_logits(engine: str) -> None:
-    pytest.importorskip(MODULES[engine])
+    skip_unless_installed(engine)
     model = network("separable")
     expected = outputs(model, jnp.asarray(IMAGES))
     for batch in (1, 8):
@@ -38,7 +44,7 @@ def test_a_model_in_an_engine_gives_its_logits(engine: str) -> None:
 @pytest.mark.parametrize("engine", ["openvino", "litert"])
 @pytest.mark.parametrize("name", NARROW)
 def test_named_networks_dense_and_compact(engine: str, name: str) -> None:
-    pytest.importorskip(MODULES[engine])
+    skip_unless_installed(engine)
     x = np.asarray(images(name))
     small = prune(narrow(name), narrow_space(name), drawn_policy(narrow_space(name), 1)).small
     for model in (narrow(name), small):
@@ -97,7 +103,10 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
-        package, needs, extra = "numpy", (), ""
+        package = "numpy"
+
+        def require(self) -> None:
+            pass
 
         def prepare(self, model: Model, x: np.ndarray, threads: int) -> engines.Call:
             return lambda: np.zeros((len(x), 5))

@@ -161,6 +161,14 @@ def test_the_folded_program_is_exported_with_an_open_batch(tmp_path: object) -> 
     assert exported.batch is None
 
 
+def test_keys_of_the_network_itself() -> None:
+    def noisy(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return x @ params["w"] + jax.random.normal(jax.random.key(3), (x.shape[0], 4))
+
+    model, x = sculpt.from_function(noisy, {"w": jnp.ones((5, 4))}), jnp.ones((2, 5))
+    assert distance(outputs(model, x), outputs(sculpt.fold(model, x), x)) <= 1e-6
+
+
 def test_errors() -> None:
     model = folded("plain")
     with pytest.raises(ValueError, match="no training mode"):

@@ -1,0 +1,128 @@
+"""Latency of dense networks and of what compaction leaves of them, in XLA, onnxruntime, OpenVINO and LiteRT.
+
+    taskset -c 1 python -m benchmarks.bench_engines --weights cifar10_resnet20.safetensors
+
+ResNet-20 (CIFAR-10 weights) loses the same share of every group of channels, which leaves about half of its multiply-accumulates; ViT-Ti
+(weights drawn at random) loses half of every MLP and one head of three. Neither is fine-tuned: only time is measured here. Dense and
+compact networks alternate; what an engine computes is compared with the model before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sculpt
+from benchmarks.timing import provenance, write_results
+from sculpt.deploy.engines import ENGINES, engine_of
+from sculpt.model import Model
+from sculpt.pruning import Space
+
+BATCHES = (1, 32)
+
+
+def resnet20(weights: Path) -> tuple[Model, Model, jax.ShapeDtypeStruct]:
+    """Dense and compact: every group keeps the same share of its channels, half of the multiply-accumulates altogether."""
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    model = sculpt.from_linen(*sculpt.nets.load("resnet20", weights, 10))
+    space = sculpt.make_space(sculpt.trace(model, image), ("channels",))
+    return model, _compacted(model, space, np.asarray(sculpt.uniform_policy(space, 0.5))), image
+
+
+def vit_tiny() -> tuple[Model, Model, jax.ShapeDtypeStruct]:
+    """Dense and compact: every MLP keeps half of its units, every attention two of three heads; the rest stays."""
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    module = sculpt.nets.create("vit_tiny_patch16", 1000)
+    model = sculpt.from_linen(module, jax.jit(module.init)(jax.random.key(0), jnp.zeros(image.shape)))
+    space = sculpt.make_space(sculpt.trace(model, image), ("channels",))
+    kept = {3: 2, 768: 384}
+    policy = np.zeros(space.num_sites, np.int32)
+    for site in space.sites:
+        wanted = kept.get(site.options[0].counts[0])
+        if wanted is not None:
+            policy[site.index] = next(
+                i for i, option in enumerate(site.options) if option.counts[0] == wanted
+            )
+    return model, _compacted(model, space, policy), image
+
+
+def _compacted(model: Model, space: Space, policy: np.ndarray) -> Model:
+    masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
+    return sculpt.compact(masked, space, policy)
+
+
+def rows_of(models: Mapping[str, Model], image: jax.ShapeDtypeStruct, engine: str, repeats: int) -> list[str]:
+    """A row for each batch size."""
+    rows = []
+    for batch in BATCHES:
+        x = np.asarray(jax.random.normal(jax.random.key(1), (batch, *image.shape[1:])))
+        found = sculpt.compare_latency(models, x, repeats, engine=engine, threads=1)
+        dense, compact = found["dense"], found["compact"]
+        ratio = dense.median / compact.median
+        texts = [
+            f"{1e3 * latency.median:.2f} ({1e3 * latency.spread[0]:.2f} to {1e3 * latency.spread[1]:.2f})"
+            for latency in (dense, compact)
+        ]
+        version = dense.versions[engine_of(engine).package]
+        slower = ", slower" if ratio < 1 else ""
+        rows.append(f"| {engine} {version} | {batch} | {texts[0]} | {texts[1]} | {ratio:.2f}{slower} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="ResNet-20 for CIFAR-10, safetensors")
+    parser.add_argument(
+        "--engines", default=",".join(ENGINES), help="with commas; those not installed are left out"
+    )
+    parser.add_argument("--repeats", type=int, default=51, help="samples of each network")
+    parser.add_argument("--note", default="", help="a line about the machine, such as what else ran on it")
+    options = parser.parse_args()
+    absent = []
+    lines = [
+        "# Latency in engines",
+        "",
+        *provenance(),
+        *([options.note] if options.note else []),
+        f"Milliseconds per call, one thread, float32: median of {options.repeats} samples (first to third quartile), dense and compact in turn.",
+        "Policies are set by hand, not searched, and nothing is fine-tuned: these tables are about time alone.",
+    ]
+    networks = {
+        "ResNet-20, 32x32, every group of channels at the same share (uniform policy, budget 0.5)": resnet20(
+            options.weights
+        ),
+        "ViT-Ti/16, 224x224, half of every MLP and one head of three removed": vit_tiny(),
+    }
+    for title, (model, small, image) in networks.items():
+        macs = [sculpt.count_cost(m, image)[0] for m in (model, small)]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"Multiply-accumulates per image, realised: {macs[0]:,} dense, {macs[1]:,} compact ({macs[1] / macs[0]:.3f}).",
+            "",
+            "| engine | batch | dense | compact | dense / compact |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for engine in options.engines.split(","):
+            try:
+                engine_of(engine)
+            except ValueError as error:
+                absent.append(f"{engine}: {error}")
+                continue
+            lines += rows_of({"dense": model, "compact": small}, image, engine, options.repeats)
+    if absent:
+        lines += ["", *(f"Not measured: {reason}." for reason in dict.fromkeys(absent))]
+    write_results("bench_engines", lines)
+
+
+if __name__ == "__main__":
+    main()
