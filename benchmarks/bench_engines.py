@@ -94,7 +94,7 @@ def main() -> None:
         *provenance(),
         *([options.note] if options.note else []),
         f"Milliseconds per call, one thread, float32: median of {options.repeats} samples (first to third quartile), dense and compact in turn.",
-        "Policies are set by hand, not searched, and nothing is fine-tuned: these tables are about time alone.",
+        "Policies are not searched and nothing is fine-tuned: these tables are about time alone.",
     ]
     networks = {
         "ResNet-20, 32x32, every group of channels at the same share (uniform policy, budget 0.5)": resnet20(

@@ -17,13 +17,12 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
 from sculpt.deploy.environment import cores, required
 from sculpt.deploy.fold import fold
 from sculpt.deploy.onnx_export import IMAGES, LOGITS, export_onnx
 from sculpt.model import Model
 
-TOLERANCE = 1e-4
-"""Largest difference between an engine's logits and the model's, relative to the largest logit."""
 Call = Callable[[], Any]
 """Computes the batch and returns its logits, which `jax.block_until_ready` waits for where they are a `jax.Array`."""
 
@@ -199,19 +198,12 @@ def prepared(name: str, model: Model, x: np.ndarray, threads: int) -> Call:
     """
     call = engine_of(name).prepare(model, x, threads)
     if name != "xla":
-        expected = np.asarray(_logits(model, x))
-        largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-        difference = float(np.abs(np.asarray(call()) - expected).max()) / largest
-        if not difference <= TOLERANCE:
+        found = difference(np.asarray(call()), model_logits(model, x))
+        if not found <= TOLERANCE:
             raise ValueError(
-                f"the logits of {name} differ from the model's by {difference:.2e} of the largest (at most {TOLERANCE} expected)"
+                f"the logits of {name} differ from the model's by {found:.2e} of the largest (at most {TOLERANCE} expected)"
             )
     return call
-
-
-@jax.jit
-def _logits(model: Model, images: Any) -> jax.Array:
-    return model(images)
 
 
 @contextlib.contextmanager

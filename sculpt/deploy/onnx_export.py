@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
@@ -22,14 +21,13 @@ import sculpt.deploy.onnx_elementwise
 import sculpt.deploy.onnx_idioms
 import sculpt.deploy.onnx_shapes
 import sculpt.deploy.onnx_windows  # noqa: F401
+from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
 from sculpt.deploy.environment import required, versions
 from sculpt.deploy.fold import FoldedProgram, fold_program
 from sculpt.deploy.onnx_writer import Unsupported, Writer, write_equation
 from sculpt.model import Model
 from sculpt.tracing.program import Literal
 
-TOLERANCE = 1e-4
-"""Largest difference between the logits of the model and of the file, relative to the largest logit."""
 LAYOUTS = ("NHWC", "NCHW")
 IMAGES, LOGITS = "images", "logits"
 """Names of the graph's input and output."""
@@ -174,38 +172,25 @@ def _compare(model: Model, file: Path, x: np.ndarray, order: Sequence[int], any_
     """Raises ValueError unless onnxruntime gives the model's logits, for another batch size too where that is open."""
     run = _session(file)
 
-    def logits(images: np.ndarray) -> np.ndarray:
-        return np.asarray(_logits(model, images))
+    def differs(images: np.ndarray, expected: np.ndarray) -> float:
+        return difference(run(np.ascontiguousarray(images.transpose(order))), expected)
 
-    def difference(images: np.ndarray, expected: np.ndarray) -> float:
-        found = run(np.ascontiguousarray(images.transpose(order)))
-        if found.shape != expected.shape:
-            raise ValueError(
-                f"the ONNX file gives logits {found.shape}, the model {expected.shape}; nothing was written"
-            )
-        largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-        return float(np.abs(found - expected).max()) / largest
-
-    expected = logits(x)
-    differences = {len(x): difference(x, expected)}
+    expected = model_logits(model, x)
+    found = {len(x): differs(x, expected)}
     if any_batch:
         # Images rarely know of each other: the logits of other batches are known without compiling for them. Where they are not, the
         # model is asked.
         chosen = [*range(1, len(x))] or [0, 0]
-        images = x[chosen]
-        found = difference(images, expected[chosen])
-        differences[len(images)] = found if found <= TOLERANCE else difference(images, logits(images))
-    for batch, found in differences.items():
-        if not found <= TOLERANCE:
+        by_parts = differs(x[chosen], expected[chosen])
+        found[len(chosen)] = (
+            by_parts if by_parts <= TOLERANCE else differs(x[chosen], model_logits(model, x[chosen]))
+        )
+    for batch, value in found.items():
+        if not value <= TOLERANCE:
             raise ValueError(
-                f"the logits of the ONNX file differ from the model's by {found:.2e} of the largest for a batch of {batch} (at most "
+                f"the logits of the ONNX file differ from the model's by {value:.2e} of the largest for a batch of {batch} (at most "
                 f"{TOLERANCE} expected); nothing was written"
             )
-
-
-@jax.jit
-def _logits(model: Model, images: Any) -> jax.Array:
-    return model(images)
 
 
 def _session(file: Path) -> Callable[[np.ndarray], np.ndarray]:

@@ -69,6 +69,7 @@ def bench_latency(
       ValueError: if the run is not compacted yet, an engine does not take a network or computes other logits, or another process
         writes the run.
     """
+    run.record("compact")  # or an error that says what to run first
     artefacts = Artefacts(run, {})
     networks = {"dense": artefacts.dense, "compact": artefacts.small}
     cases = [(engine, batch) for engine in options.engines for batch in options.batches]
@@ -115,6 +116,7 @@ def export_formats(run: RunDirectory, formats: Sequence[str]) -> list[str]:
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise ValueError(f"format must be of {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}")
+    run.record("compact")  # or an error that says what to run first
     if "stablehlo" in formats:
         Pipeline(run, {}).execute(("export",))
     if "onnx" in formats:

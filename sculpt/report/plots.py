@@ -95,7 +95,7 @@ def kept_plot(space: Space, policy: Any) -> str:
 
 
 def latency_plot(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Milliseconds per call of the dense and the compact network by batch size, side by side; a panel for each engine.
+    """Milliseconds per image of the dense and the compact network by batch size, side by side; a panel for each engine.
 
     Args:
       rows: with "engine", "batch", "network" ("dense" or "compact"), "median_ms" and "quartiles_ms".
@@ -113,12 +113,12 @@ def latency_plot(rows: Sequence[Mapping[str, Any]]) -> str:
         batches = list(dict.fromkeys(row["batch"] for row in rows if row["engine"] == engine))
         for shift, network in ((-0.2, "dense"), (0.2, "compact")):
             found = [row for row in rows if (row["engine"], row["network"]) == (engine, network)]
-            medians = np.asarray([row["median_ms"] for row in found])
-            quartiles = np.asarray([row["quartiles_ms"] for row in found]).T
+            medians = np.asarray([row["median_ms"] / row["batch"] for row in found])
+            quartiles = np.asarray([np.asarray(row["quartiles_ms"]) / row["batch"] for row in found]).T
             places = np.arange(len(found)) + shift
             axes.bar(places, medians, 0.4, yerr=np.abs(quartiles - medians), label=network, capsize=2)
         axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-        axes.set(title=engine, xlabel="images per call", ylabel="milliseconds", yscale="log")
+        axes.set(title=engine, xlabel="images per call", ylabel="milliseconds per image")
         axes.legend(fontsize=7)
     return _svg(figure)
 

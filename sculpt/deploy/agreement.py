@@ -1,0 +1,31 @@
+"""Whether what an engine computes is what the model computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from sculpt.model import Model
+
+TOLERANCE = 1e-4
+"""Largest difference between the logits of the model and of an engine, relative to the largest logit."""
+
+
+def model_logits(model: Model, images: Any) -> np.ndarray:
+    """Logits of the model, computed by JAX."""
+    return np.asarray(_logits(model, images))
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference relative to the largest logit expected; infinite where shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+    return float(np.abs(found - expected).max()) / largest
+
+
+@jax.jit
+def _logits(model: Model, images: Any) -> jax.Array:
+    return model(images)
