@@ -112,7 +112,7 @@ warnings.simplefilter("error")
 start = time.perf_counter()
 import sculpt
 seconds = time.perf_counter() - start
-heavy = {"flax", "optax", "rlax", "jraph", "matplotlib", "orbax", "tensorflow_datasets", "pyarrow"} & set(sys.modules)
+heavy = {"flax", "optax", "rlax", "jraph", "matplotlib", "orbax", "tensorflow_datasets", "pyarrow", "onnx", "onnxruntime"} & set(sys.modules)
 assert not heavy, heavy
 print(seconds)
 """

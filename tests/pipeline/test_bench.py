@@ -43,9 +43,8 @@ def test_mistakes(tmp_path: Path, options: str, message: str, capsys: pytest.Cap
 
 
 def test_runs_that_are_not_compacted_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = {"model": "resnet8", "dataset": "digits"}
     run = RunDirectory.open(tmp_path)
-    run.settle("train", dataclasses.asdict(TrainSettings(**given)))
+    run.settle("train", dataclasses.asdict(TrainSettings("resnet8", "digits")))
     for command in (["bench", "latency"], ["export", "--format", "onnx"]):
         assert main([*command, "--run", str(tmp_path)]) == 2
         message = (
