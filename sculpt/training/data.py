@@ -129,7 +129,7 @@ def from_sources(
       train: random access to examples, such as a `tfds.data_source` or a grain source; see `Source`. Threads share it.
       test: the same.
       name: what to call the data set.
-      train_labels: integers `[n]`; by default they are read from `train`, which reads every row of it once.
+      train_labels: integers `[n]`, what is trained on; by default those in `train`, every row of which is read once for them.
       validation, seed, num_classes, mean, std: as in `from_arrays`.
       workers: threads that read and decode; by default one for each core.
       ahead: batches that they read ahead.

@@ -91,8 +91,8 @@ class Run:
     """Whether the compiled step has run; the first call, which compiles, is not timed."""
     stream: StreamedImages | None = None
     """Train images that are read while they are used, in place of `images`."""
-    batches: Iterator[tuple[jax.Array, jax.Array]] | None = None
-    """Raw images and labels of the steps that are left, of a stream."""
+    batches: Iterator[jax.Array] | None = None
+    """Raw images of the steps that are left, of a stream."""
     before: jax.Array | None = None
     """`diverged` after the last step on a batch of a stream."""
 
@@ -213,7 +213,7 @@ class Run:
     def _call(self, order: jax.Array, stop: int) -> jax.Array:
         """One call of the compiled step or loop, up to step `stop` at the most."""
         if self.batches is not None:
-            return self._call_on(*next(self.batches))
+            return self._call_on(next(self.batches), order)
         at_once = self.config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
         data = (self.images, self.labels, order, self.keys[1])
         arguments = (self.program, self.train, self.masks, self.teacher, *data)
@@ -226,11 +226,10 @@ class Run:
             self.step += count
         return diverged
 
-    def _call_on(self, images: jax.Array, labels: jax.Array) -> jax.Array:
+    def _call_on(self, images: jax.Array, order: jax.Array) -> jax.Array:
         """A step on a batch of a stream."""
-        self.train, diverged = run_batch(
-            self.program, self.train, self.masks, self.teacher, images, labels, self.keys[1]
-        )
+        data = (images, self.labels, order, self.keys[1])
+        self.train, diverged = run_batch(self.program, self.train, self.masks, self.teacher, *data)
         self.step += 1
         # Batches that wait on the device take its memory: one step is queued behind the one that runs, no more.
         jax.block_until_ready(self.before)

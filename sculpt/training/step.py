@@ -223,17 +223,15 @@ def one_step(
     key: jax.Array,
 ) -> TrainState:
     """`learn` on the step's rows, in the order of the epoch, of images and labels that are on the device."""
-    return learn(program, train, masks, teacher, *_rows(program, train.step, images, labels, order), key)
+    rows = _rows(program, train.step, order)
+    return learn(program, train, masks, teacher, images[rows], labels[rows], key)
 
 
-def _rows(
-    program: Program, step: jax.Array, images: jax.Array, labels: jax.Array, order: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The images and labels of one step, raw."""
+def _rows(program: Program, step: jax.Array, order: jax.Array) -> jax.Array:
+    """int32 `[batch]`: the examples of one step."""
     size = program.config.batch_size
     place = step % program.steps_per_epoch
-    rows = shared(jax.lax.dynamic_slice_in_dim(order, place * size, size), program.devices)
-    return images[rows], labels[rows]
+    return shared(jax.lax.dynamic_slice_in_dim(order, place * size, size), program.devices)
 
 
 def learn(
@@ -356,11 +354,13 @@ def run_batch(
     teacher: Any,
     images: jax.Array,
     labels: jax.Array,
+    order: jax.Array,
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
-    """`learn`, compiled: a step on a batch that the host brings. Returns what `run_step` does."""
-    images, labels = shared((images, labels), program.devices)
-    train = _step(learn, program, train, masks, teacher, images, labels, key)
+    """`learn`, compiled: a step on images `[batch, ...]` that the host brings; of the labels, which are all here, those in the order
+    of the epoch. Returns what `run_step` does."""
+    labels = labels[_rows(program, train.step, order)]
+    train = _step(learn, program, train, masks, teacher, shared(images, program.devices), labels, key)
     return train, train.diverged
 
 

@@ -16,16 +16,20 @@ import jax
 import numpy as np
 
 _SOME = 1024
-"""Rows that a thread reads labels of before the next asks for some."""
+"""Rows, at the most, that a thread reads labels of before the next asks for some."""
 _SAMPLE = 16
 """Images that stand for all of a stream where one is told from another."""
+_TAKEN_AS: dict[str, Callable[[Any], Any]] = {
+    "image": np.asarray,
+    "label": lambda label: np.int32(operator.index(label)),
+}
 
 
 class Source(Protocol):
     """Random access to labelled images, as `tfds.data_source`, array_record and grain give it. Many threads read it at once.
 
     A row is a mapping: "image", uint8 or floating `[height, width, channels]`, of one shape and dtype for all rows, and
-    "label", a whole number. A method `place(row)`, where there is one, names a row in messages.
+    "label", a whole number, where labels are not given besides. A method `place(row)`, where there is one, names a row in messages.
     """
 
     def __len__(self) -> int: ...
@@ -58,15 +62,16 @@ class StreamedImages:
         """All images of a source; the first one is read, for the shape. By default there is a worker for each core.
 
         Raises:
-          ValueError: for numbers below 1, a source without rows, or a first row without an image.
+          ValueError: for numbers that are not whole or below 1, a source without rows, or a first row without an image.
         """
         workers = _cores() if workers is None else workers
-        if min(workers, ahead) < 1:
-            raise ValueError(f"workers and ahead must be at least 1, got {workers} and {ahead}")
+        for what, value in (("workers", workers), ("ahead", ahead)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
         if len(source) == 0:
             raise ValueError(f"{name} has no rows")
         images = StreamedImages(source, name, np.arange(len(source)), (), np.dtype(np.uint8), workers, ahead)
-        first = images.read(0)[0]
+        first = images.read(0)
         return dataclasses.replace(images, image_shape=first.shape, dtype=first.dtype)
 
     @property
@@ -84,9 +89,9 @@ class StreamedImages:
 
     def __getitem__(self, which: Any) -> np.ndarray:
         if np.ndim(self.rows[which]) == 0:
-            return self.read(int(self.rows[which]))[0]
-        images, _ = self.read_all(which)
-        return images
+            return self.read(int(self.rows[which]))
+        with contextlib.closing(self.batches(iter([np.arange(len(self))[which]]))) as batches:
+            return next(batches)
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(
@@ -103,27 +108,55 @@ class StreamedImages:
         return dataclasses.replace(self, rows=self.rows[which])
 
     def read_labels(self) -> np.ndarray:
-        """int32 `[n]`. Every row is read for them, and its image let go."""
-        return gather_labels(lambda row: self.read(row)[1], self.rows, self.workers)
+        """The source's, int32 `[n]`. Every row is read for them, and its image let go.
+
+        Raises:
+          ValueError: see `read`.
+        """
+        return gather_labels(lambda row: self._take(row, "label")[0], self.rows, self.workers)
+
+    def read_all(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images `[n, height, width, channels]` and the source's labels, int32 `[n]`; every row is read once.
+
+        Raises:
+          ValueError: see `read`.
+        """
+        images = np.empty(self.shape, self.dtype)
+
+        def read(place: int) -> int:
+            row = int(self.rows[place])
+            image, label = self._take(row, "image", "label")
+            images[place] = self._checked(row, image)
+            return label
+
+        labels = gather_labels(read, np.arange(len(self)), self.workers)
+        return images, labels
 
     def content(self) -> np.ndarray:
         """Some images, spread evenly, to tell a stream from another; the same ones each time."""
         return self[np.unique(np.linspace(0, len(self) - 1, _SAMPLE).astype(np.int64))]
 
-    def read(self, row: int) -> tuple[np.ndarray, int]:
-        """Image and label of one row of the source.
+    def read(self, row: int) -> np.ndarray:
+        """The image of one row of the source.
 
         Raises:
           ValueError: that names the row, for whatever the source raises on it, or an image of another shape or dtype.
         """
+        return self._checked(row, *self._take(row, "image"))
+
+    def _take(self, row: int, *names: str) -> list[Any]:
+        """The image of a row, an array, or its label, a number, or both."""
         try:
             example = self.source[row]
-            image, label = np.asarray(example["image"]), np.int32(operator.index(example["label"]))
+            return [_TAKEN_AS[name](example[name]) for name in names]
         except Exception as error:  # each kind of source has its own
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             if isinstance(error, KeyError):
-                reason = f"expected image and label, there is no {reason}"
+                reason = f"expected {' and '.join(names)}, there is no {reason}"
             raise ValueError(f"{self._place(row)}: {reason}") from error
+
+    def _checked(self, row: int, image: np.ndarray) -> np.ndarray:
+        """An image as uint8 or float32, if it is like the others."""
         floating = np.issubdtype(image.dtype, np.floating)
         if image.ndim != 3 or image.size == 0 or not (floating or image.dtype == np.uint8):
             raise ValueError(
@@ -138,15 +171,10 @@ class StreamedImages:
                 f"{self._place(row)}: the image is {image.dtype}{list(image.shape)}, others are "
                 f"{self.dtype}{list(self.image_shape)}: bring all to one (size= or --image-size, where data are read by name)"
             )
-        return image, int(label)
+        return image
 
-    def read_all(self, which: Any = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Images `[m, height, width, channels]` and labels int32 `[m]`; all of them unless `which` says which."""
-        with contextlib.closing(self.batches(iter([np.arange(len(self))[which]]))) as batches:
-            return next(batches)
-
-    def batches(self, chosen: Iterator[np.ndarray]) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-        """Images and labels (int32) of one batch after another, with the next `ahead` ones being read meanwhile.
+    def batches(self, chosen: Iterator[np.ndarray]) -> Generator[np.ndarray, None, None]:
+        """Images of one batch after another, with the next `ahead` ones being read meanwhile.
 
         At most `ahead + 1` batches are in memory: those being read, and the one in use. Close it when done (`contextlib.closing`):
         then, as after an error, no thread of it is left.
@@ -166,7 +194,7 @@ class StreamedImages:
                 for part in batch.parts:
                     part.result()
                 begun.extend(self._begin(pool, stop, chosen))
-                yield batch.images, batch.labels
+                yield batch.images
                 del batch  # not in use any more
 
     def _begin(
@@ -177,17 +205,16 @@ class StreamedImages:
             return []
         rows = self.rows[which]
         images = np.empty((len(rows), *self.image_shape), self.dtype)
-        labels = np.empty(len(rows), np.int32)
 
         def fill(places: np.ndarray) -> None:
             for place in places:
                 if stop.is_set():
                     return
-                images[place], labels[place] = self.read(int(rows[place]))
+                images[place] = self.read(int(rows[place]))
 
         # Small parts, so that a slow image holds up few others.
         parts = np.array_split(np.arange(len(rows)), max(1, min(len(rows), 4 * self.workers)))
-        return [_Batch(images, labels, [pool.submit(fill, part) for part in parts])]
+        return [_Batch(images, [pool.submit(fill, part) for part in parts])]
 
     def _place(self, row: int) -> str:
         place: Callable[[int], str] | None = getattr(self.source, "place", None)
@@ -196,12 +223,14 @@ class StreamedImages:
 
 def gather_labels(read: Callable[[int], int], rows: np.ndarray, workers: int | None = None) -> np.ndarray:
     """int32 `[n]`: what `read` gives for each row. Threads read, by default one for each core."""
-    with _readers(_cores() if workers is None else workers) as (pool, stop):
+    workers = _cores() if workers is None else workers
+    count = max(1, -(-len(rows) // _SOME), min(len(rows), 4 * workers))
+    with _readers(workers) as (pool, stop):
 
         def some(part: np.ndarray) -> list[int]:
             return [read(int(row)) for row in part if not stop.is_set()]
 
-        futures = [pool.submit(some, part) for part in np.array_split(rows, -(-len(rows) // _SOME))]
+        futures = [pool.submit(some, part) for part in np.array_split(rows, count)]
         return np.concatenate([future.result() for future in futures]).astype(np.int32)
 
 
@@ -226,14 +255,12 @@ class _Batch:
     """A batch that is being read."""
 
     images: np.ndarray
-    labels: np.ndarray
     parts: list[Future[None]]
 
 
 def sent_ahead(
-    batches: Generator[tuple[np.ndarray, np.ndarray], None, None],
-    send: Callable[[tuple[np.ndarray, np.ndarray]], tuple[jax.Array, jax.Array]],
-) -> Generator[tuple[jax.Array, jax.Array], None, None]:
+    batches: Generator[np.ndarray, None, None], send: Callable[[np.ndarray], jax.Array]
+) -> Generator[jax.Array, None, None]:
     """Batches on the device, each sent there while the one before is in use. Closes `batches` when closed."""
     with contextlib.closing(batches):
         sent = None

@@ -192,6 +192,29 @@ def test_training_on_a_stream_gives_the_same_weights(changes: dict[str, Any]) ->
     assert largest_masked(other.params, masks) == 0.0
 
 
+class Unlabelled(Rows):
+    """One whose labels are not in its rows."""
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"image": super().__getitem__(row)["image"]}
+
+
+@pytest.mark.parametrize("source", [Rows(TRAIN[0], np.full(240, 99)), Unlabelled(*TRAIN)], ids=["99", "none"])
+def test_training_on_a_stream_is_by_the_labels_of_the_split(source: Rows) -> None:
+    labels = (TRAIN[1] + 1) % 10
+    arrays = from_arrays(TRAIN[0], labels, *TEST, name="rows", validation=40)
+    stream = streamed(source, train_labels=labels)
+    expected = train(tiny_model(), arrays, BASE, KEY)
+    assert same_bits(train(tiny_model(), stream, BASE, KEY), expected)
+    replaced = dataclasses.replace(stream.train, labels=9 - stream.train.labels)
+    arrays = dataclasses.replace(
+        arrays, train=dataclasses.replace(arrays.train, labels=9 - arrays.train.labels)
+    )
+    other = train(tiny_model(), arrays, BASE, KEY)
+    assert not same_bits(other, expected)
+    assert same_bits(train(tiny_model(), dataclasses.replace(stream, train=replaced), BASE, KEY), other)
+
+
 def test_devices_share_the_batches_of_a_stream() -> None:
     model = tiny_model()
     one, other = (finetune(model, None, splits, BASE, KEY, devices=2) for splits in (in_memory(), streamed()))
@@ -247,9 +270,8 @@ def test_so_many_images_are_in_memory_and_no_more(workers: int, ahead: int) -> N
     source.reads.clear()
     chosen = [np.arange(10 * i, 10 * i + 10) for i in range(20)]
     with contextlib.closing(images.batches(iter(chosen))) as batches:
-        for number, (pixels, labels) in enumerate(batches):
+        for number, pixels in enumerate(batches):
             np.testing.assert_array_equal(pixels, TRAIN[0][chosen[number]])
-            np.testing.assert_array_equal(labels, TRAIN[1][chosen[number]])
             expected = min(200, 10 * (number + 1 + ahead))
             deadline = time.monotonic() + 20
             while len(source.reads) < expected:  # they are read while this batch is in use
@@ -289,11 +311,7 @@ def undecodable(row: int) -> Any:
     ("how", "message"),
     [
         (undecodable, r"the train split of rows, row \d+: truncated"),
-        (lambda row: {"image": TRAIN[0][row]}, r"row \d+: expected image and label, there is no 'label'"),
-        (
-            lambda row: {"image": TRAIN[0][row], "label": 0.5},
-            r"row \d+: 'float' object cannot be interpreted",
-        ),
+        (lambda row: {"label": 0}, r"row \d+: expected image, there is no 'image'"),
         (
             lambda row: {"image": TRAIN[0][row, :4], "label": 0},
             r"row \d+: the image is uint8\[4, 8, 1\], others are uint8\[8, 8, 1\]: bring all to one",
@@ -320,6 +338,24 @@ def test_a_row_that_cannot_be_read_is_one_error_that_names_it(
     assert threads() == []
     with pytest.raises(ValueError, match=message):
         splits.train.images[:3]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda row: {"image": TRAIN[0][row]}, r"row 0: expected (image and )?label, there is no 'label'"),
+        (lambda row: {"image": TRAIN[0][row], "label": 0.5}, "row 0: 'float' object cannot be interpreted"),
+    ],
+)
+def test_rows_without_a_label_are_refused_where_one_is_needed(
+    how: Callable[[int], Any], message: str
+) -> None:
+    source = Failing(*TRAIN)
+    source.how = how
+    with pytest.raises(ValueError, match=f"the train split of rows, {message}"):
+        streamed(source)
+    with pytest.raises(ValueError, match=f"the test split of sources, {message}"):
+        from_sources(Rows(*TRAIN), source, train_labels=TRAIN[1])
 
 
 def test_the_first_bad_row_of_a_batch_is_the_one_that_is_named() -> None:
@@ -393,8 +429,11 @@ def test_an_interrupt_while_batches_are_awaited_ends_at_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": 0}, "workers and ahead must be at least 1, got 0 and 2"),
-        ({"ahead": 0}, "workers and ahead must be at least 1, got 3 and 0"),
+        ({"workers": 0}, "workers must be a whole number of at least 1, got 0"),
+        ({"workers": "two"}, "workers must be a whole number of at least 1, got 'two'"),
+        ({"ahead": 0}, "ahead must be a whole number of at least 1, got 0"),
+        ({"ahead": 1.5}, "ahead must be a whole number of at least 1, got 1.5"),
+        ({"ahead": True}, "ahead must be a whole number of at least 1, got True"),
         ({"train_labels": TRAIN[1][:9]}, r"train labels must be integers \[240\], .*got int32\[9\]"),
         ({"train_labels": TRAIN[1] - 10}, "train labels must be 0 or more"),
         ({"num_classes": 4}, "labels go up to 9, which does not fit num_classes=4"),
