@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +31,23 @@ class FolderSource:
     def open(folder: Path, size: int | None = None) -> FolderSource:
         """The images of a folder, none of them read yet; classes are its folders, numbered in the order of their names.
 
+        Names that begin with a dot are passed over.
+
         Raises:
-          ValueError: if there are no classes or images.
+          ValueError: if there are no classes, or some without images.
         """
         check_size(size)
-        classes = (
-            tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
-            if folder.is_dir()
-            else ()
-        )
-        found = [
-            (file, label)
-            for label, name in enumerate(classes)
-            for file in sorted((folder / name).iterdir())
-            if file.suffix.lower() in _SUFFIXES
-        ]
-        if not found:
+        classes = [entry for entry in _visible(folder) if entry.is_dir()] if folder.is_dir() else []
+        if not classes:
             raise ValueError(f"expected folders of images, one for each class, in {folder}: there are none")
-        labels = np.asarray([label for _, label in found], np.int32)
-        return FolderSource(tuple(file for file, _ in found), labels, classes, size)
+        images = [[file for file in _visible(entry) if file.suffix.lower() in _SUFFIXES] for entry in classes]
+        if empty := [entry.name for entry, found in zip(classes, images) if not found]:
+            raise ValueError(
+                f"{folder} holds no images of the classes {empty[:5]}: delete these folders, or put {'/'.join(_SUFFIXES)} there"
+            )
+        labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found) for found in images])
+        names = tuple(entry.name for entry in classes)
+        return FolderSource(tuple(itertools.chain.from_iterable(images)), labels, names, size)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -59,6 +58,10 @@ class FolderSource:
     def place(self, row: int) -> str:
         """The file."""
         return str(self.files[row])
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def find_parts(folder: Path) -> tuple[Path, Path]:

@@ -71,6 +71,28 @@ def test_what_is_missing_or_broken_is_named(folder: Path, tmp_path: Path) -> Non
         sculpt.load_data("folder", folder)
 
 
+def test_hidden_names_are_passed_over(folder: Path) -> None:
+    expected = sculpt.load_data("folder", folder)
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    picture(folder / "val" / ".cache" / "0.png", 9)
+    (folder / "train" / "ant" / "._0.png").write_bytes(b"of another system")
+    splits = sculpt.load_data("folder", folder)
+    assert splits.num_classes == 2
+    np.testing.assert_array_equal(splits.train.images, expected.train.images)
+    np.testing.assert_array_equal(splits.train.labels, expected.train.labels)
+
+
+def test_classes_without_images_are_named(folder: Path) -> None:
+    (folder / "train" / "cat").mkdir()
+    (folder / "val" / "cat").mkdir()
+    (folder / "train" / "cat" / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"train holds no images of the classes \['cat'\]"):
+        sculpt.load_data("folder", folder)
+    picture(folder / "train" / "cat" / "0.png", 1)
+    with pytest.raises(ValueError, match=r"val holds no images of the classes \['cat'\]"):
+        sculpt.load_data("folder", folder)
+
+
 def test_a_stream_of_it_holds_the_same(folder: Path) -> None:
     picture(folder / "train" / "ant" / "wide.jpg", 50, (40, 9))
     one, other = (sculpt.load_data("folder", folder, size=6, stream=stream) for stream in (False, True))
