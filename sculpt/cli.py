@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sculpt.cache import cache_folder
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -260,13 +262,8 @@ def _use_compilation_cache() -> None:
     import jax
 
     if getattr(jax.config, _CACHE_OPTION) is None:
-        jax.config.update(_CACHE_OPTION, str(_cache_folder()))
+        jax.config.update(_CACHE_OPTION, str(cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("SCULPT_CACHE_DIR")
-    return Path(named) if named else Path.home() / ".cache" / "sculpt"
 
 
 def _make_a_device_of_every_core() -> None:
@@ -311,7 +308,7 @@ def _run(command: str, options: dict[str, Any]) -> None:
     run = RunDirectory.open(folder) if begins else RunDirectory.existing(folder)
     console = Console(markup=False)
     with watching(console) as watcher:
-        pipeline = Pipeline(run, options, watcher, devices, _cache_folder())
+        pipeline = Pipeline(run, options, watcher, devices, cache_folder())
         pipeline.execute(STAGES if command == "prune" else (command,))
     if command in ("prune", "evaluate", "report"):
         record = run.record("evaluate")
@@ -351,7 +348,7 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
             note = f"{report.hit_rate:.0%} remembered"
             watcher.progress(report.policies, total, "policies", note)
 
-        report = score_policies_of_run(run, asked, _cache_folder(), on_plan, on_progress)
+        report = score_policies_of_run(run, asked, cache_folder(), on_plan, on_progress)
         watcher.finish("evaluate", report.seconds)
     console.print(
         f"{report.policies} policies in {asked.out}, {report.resumed} of them from before; "

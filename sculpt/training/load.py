@@ -11,7 +11,7 @@ import numpy as np
 from sculpt.training import idx
 from sculpt.training.data import Splits, from_arrays, from_sources
 from sculpt.training.folder import FolderSource, find_parts
-from sculpt.training.parquet import ParquetSource, read_parquet
+from sculpt.training.parquet import ParquetSource, count_rows, read_parquet
 from sculpt.training.prepared import (
     data_directory,
     is_known,
@@ -102,17 +102,10 @@ def load_data(
         return load_parquet(name, *files, size=size, stream=stream, validation=validation, seed=seed)
     if name == "cifar10-jpeg":
         folder = _required(name, data_dir, "train_jpeg.parquet and test_jpeg.parquet")
+        files = folder / "train_jpeg.parquet", folder / "test_jpeg.parquet"
+        about = _about(name, count_rows(files[0]), validation, seed)
         return load_parquet(
-            name,
-            folder / "train_jpeg.parquet",
-            folder / "test_jpeg.parquet",
-            size=size,
-            stream=stream,
-            validation=_VALIDATION[name] if validation is None else validation,
-            seed=seed,
-            num_classes=10,
-            mean=_IMAGENET[0],
-            std=_IMAGENET[1],
+            train_file=files[0], test_file=files[1], size=size, stream=stream, num_classes=10, **about
         )
     if name not in _NAMES and not is_known(name, data_dir):
         close = difflib.get_close_matches(name, _NAMES, 1)
@@ -180,7 +173,7 @@ def load_parquet(
         its two columns are copied, once, to an Arrow file in `cache_dir`.
       validation, seed, num_classes, mean, std: as in `from_arrays`.
       cache_dir: folder for the decoded images, to be read back the next time, None keeps nothing; of a stream for the encoded ones,
-        None: beside `train_file`.
+        None: beside `train_file`, or where one may not write there in `$SCULPT_CACHE_DIR` or `~/.cache/sculpt`.
 
     Raises:
       ValueError: if a file is missing or unreadable, lacks a column, or holds images of several sizes.
@@ -196,7 +189,7 @@ def load_parquet(
         "std": std,
     }
     if stream:
-        source = ParquetSource.open(kept, size, kept.parent if cache is None else cache)
+        source = ParquetSource.open(kept, size, mapped=True, cache_dir=cache)
         return from_sources(source, ParquetSource.open(held, size), train_labels=source.labels, **about)
     return from_arrays(*read_parquet(kept, cache, size), *read_parquet(held, cache, size), **about)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sculpt.cache import cache_folder
 from sculpt.training.decode import check_size, decode_image
 from sculpt.training.stream import StreamedImages
 
@@ -32,35 +33,33 @@ class ParquetSource:
     """As in `decode_image`."""
 
     @staticmethod
-    def open(file: Path, size: int | None = None, mapped: Path | None = None) -> ParquetSource:
+    def open(
+        file: Path, size: int | None = None, mapped: bool = False, cache_dir: Path | None = None
+    ) -> ParquetSource:
         """The rows of a file, none of them decoded yet.
 
         Args:
           file: parquet with columns `image` (encoded bytes: JPEG, PNG, ...; or, as Hugging Face's, a struct with `bytes`) and `label`
             (integers).
           size: as in `decode_image`.
-          mapped: a folder that keeps the encoded images as an Arrow file, which is mapped into memory (parquet itself cannot be read
-            at random). None: they are read into memory.
+          mapped: whether the encoded images are copied to an Arrow file, which is mapped into memory (parquet itself cannot be read
+            at random), instead of being read into memory.
+          cache_dir: the folder of that copy; None: that of `file`, or where it cannot be written to that of `cache_folder`.
 
         Raises:
           ValueError: if the file is missing or unreadable, empty, or lacks a column or a label.
         """
         check_size(size)
-        if not file.is_file():
-            raise ValueError(f"no file {file}: expected parquet with the columns image and label")
-        import pyarrow
         import pyarrow.parquet
 
-        try:
+        with _readable(file):
             columns = pyarrow.parquet.read_schema(file).names
             if not {"image", "label"} <= set(columns):
                 raise ValueError(f"{file} has the columns {columns}, expected image and label")
-            if mapped is None:
-                table = pyarrow.parquet.read_table(file, columns=["image", "label"])
+            if mapped:
+                table = _map(_arrow_copy(file, cache_dir))
             else:
-                table = _map(_arrow_copy(file, mapped))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from error
+                table = pyarrow.parquet.read_table(file, columns=["image", "label"])
         images, labels = table.column("image"), table.column("label")
         if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
             # Not `flatten`, which copies where a struct is null.
@@ -85,6 +84,18 @@ class ParquetSource:
     def place(self, row: int) -> str:
         """File and row."""
         return f"{self.file}, row {row}"
+
+
+def count_rows(file: Path) -> int:
+    """Rows of a parquet file, none of which is read.
+
+    Raises:
+      ValueError: if the file is missing or unreadable.
+    """
+    import pyarrow.parquet
+
+    with _readable(file):
+        return pyarrow.parquet.read_metadata(file).num_rows
 
 
 def read_parquet(
@@ -122,6 +133,19 @@ def read_parquet(
         raise ValueError(f"{cached} is damaged ({error}): delete it and it is made again") from error
 
 
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Whatever pyarrow raises on a file that is no parquet, as one line that names it."""
+    if not file.is_file():
+        raise ValueError(f"no file {file}: expected parquet with the columns image and label")
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from error
+
+
 def _map(file: Path) -> Any:
     import pyarrow
 
@@ -131,14 +155,16 @@ def _map(file: Path) -> Any:
         raise ValueError(f"{file} is damaged ({error}): delete it and it is made again") from error
 
 
-def _arrow_copy(file: Path, folder: Path) -> Path:
+def _arrow_copy(file: Path, folder: Path | None) -> Path:
     """The two columns as an uncompressed Arrow file, written in constant memory where it is not there yet."""
     import pyarrow
     import pyarrow.parquet
 
-    copy = folder / f"{_version(file)}.arrow"
+    copy = (folder or file.parent) / f"{_version(file)}.arrow"
     if copy.exists():
         return copy
+    if folder is None and not os.access(file.parent, os.W_OK):
+        return _arrow_copy(file, cache_folder() / "parquet")
     with _written(copy) as temporary, pyarrow.parquet.ParquetFile(file) as source:
         columns = ["image", "label"]
         schema = pyarrow.schema([source.schema_arrow.field(name) for name in columns])
@@ -149,10 +175,8 @@ def _arrow_copy(file: Path, folder: Path) -> Path:
 
 
 def _batches(source: Any, file: Path, columns: list[str]) -> Iterator[Any]:
-    try:
+    with _readable(file):  # so that its errors are not taken for those of writing
         yield from source.iter_batches(_ROWS, columns=columns)
-    except OSError as error:  # so that it is not taken for one of writing
-        raise ValueError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from error
 
 
 def _version(file: Path) -> str:
@@ -170,7 +194,7 @@ def _written(file: Path) -> Iterator[Path]:
         os.replace(temporary, file)
     except OSError as error:
         raise ValueError(
-            f"cannot write {file} ({error.strerror or error}): name another folder as cache_dir"
+            f"cannot write {file} ({error.strerror or error}): make room there, or name another folder as cache_dir of load_parquet"
         ) from error
     finally:
         with contextlib.suppress(OSError):

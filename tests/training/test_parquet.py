@@ -92,6 +92,33 @@ def test_a_stream_of_it_holds_the_same_and_copies_once(folder: Path) -> None:
     assert len(splits.train.labels) + len(splits.validation.labels) == 23
 
 
+def test_the_copy_of_a_folder_that_cannot_be_written_is_the_users(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = sculpt.load_data("parquet", folder, size=8)
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SCULPT_CACHE_DIR", str(cache))
+    # Root may write anywhere, whatever the folder's mode.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
+    same(sculpt.load_data("parquet", folder, size=8, stream=True), expected)
+    assert not list(folder.glob("*.arrow"))
+    (copy,) = cache.rglob("train-*.arrow")
+    copy.rename(folder / copy.name)  # one that somebody else made is used where it is
+    same(sculpt.load_data("parquet", folder, size=8, stream=True), expected)
+    assert not list(cache.rglob("*.arrow"))
+
+
+@pytest.mark.parametrize(("rows", "validation"), [(30, 3), (12_000, 5_000)])
+def test_cifar10_jpeg_sets_the_usual_aside_of_many_only(tmp_path: Path, rows: int, validation: int) -> None:
+    for part in ("train", "test"):
+        images = [IMAGES[0]] * (rows if part == "train" else 10)
+        write(tmp_path / f"{part}_jpeg.parquet", images, [i % 10 for i in range(len(images))])
+    splits = sculpt.load_data("cifar10-jpeg", tmp_path, size=1, stream=True)
+    assert len(splits.validation.labels) == validation
+    assert (splits.name, splits.num_classes) == ("cifar10-jpeg", 10)
+    assert splits.mean == (0.485, 0.456, 0.406)
+
+
 def test_what_is_wrong_with_it_is_named(folder: Path) -> None:
     train, test = folder / "train.parquet", folder / "test.parquet"
     sculpt.load_parquet("mine", train, test, size=8, stream=True, cache_dir=folder / "cache")
@@ -100,7 +127,9 @@ def test_what_is_wrong_with_it_is_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"train-.*.arrow is damaged .*: delete it and it is made again"):
         sculpt.load_parquet("mine", train, test, size=8, stream=True, cache_dir=folder / "cache")
     (folder / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot write .*file/.*: name another folder as cache_dir"):
+    with pytest.raises(
+        ValueError, match=r"cannot write .*file/.*: make room there, or name another folder as cache_dir of"
+    ):
         sculpt.load_parquet("mine", train, test, size=8, stream=True, cache_dir=folder / "file")
     data = bytearray(train.read_bytes())
     data[50 : len(data) // 2] = bytes(len(data) // 2 - 50)
