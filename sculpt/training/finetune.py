@@ -79,7 +79,7 @@ def finetune(
     if masks is not None:
         masks = jax.tree.map(jnp.asarray, check_masks(model, masks))
     if config.gradual:
-        _check_fading(model, masks, config)
+        check_fading(model, masks, config)
     elif masks is not None:
         model = apply_masks(model, masks)
     run = Run.begin(model, masks, splits, config, key, teacher, devices)
@@ -136,7 +136,8 @@ def check_request(model: Model, splits: Splits, config: FinetuneConfig, teacher:
     _check_teacher(teacher, model, splits, config)
 
 
-def _check_fading(model: Model, masks: Any, config: FinetuneConfig) -> None:
+def check_fading(model: Model, masks: Any, config: FinetuneConfig) -> None:
+    """Raises ValueError unless there are weights that masks prune and that can fade (`config.gradual`)."""
     request = f"FinetuneConfig.gradual is {config.gradual}, and"
     if masks is None:
         raise ValueError(f"{request} there are no masks to set in: pass masks, or leave it at 0")

@@ -18,7 +18,7 @@ from sculpt.pruning.masks import apply_masks, check_policies, masks_from_choices
 from sculpt.pruning.space import Space, make_choices
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits
-from sculpt.training.finetune import check_request, open_checkpoints
+from sculpt.training.finetune import check_fading, check_request, open_checkpoints
 from sculpt.training.run import Run, TrainingDiverged
 
 
@@ -56,7 +56,8 @@ def finetune_policies(
 
     Every policy gets the same `key`, hence the same batches, and the result of
     `finetune(model, make_masks(space, model.params, policy), splits, config, key)`: its very bits with `policies_per_chunk=1`,
-    the same up to rounding with more, which train side by side (vmap) on images that are read and augmented once.
+    the same up to rounding with more, which train side by side (vmap) on images that are read and augmented once. AdamW divides
+    gradients by their size, so that rounding of small ones may move a weight by as much as the learning rate in each step.
     A policy whose training diverges does not stop the others.
 
     Args:
@@ -74,7 +75,8 @@ def finetune_policies(
       on_progress: called with (policies done, policies in all).
 
     Raises:
-      ValueError: if policies, splits, model and teacher do not fit together, or `directory` holds another run.
+      ValueError: if policies, splits, model and teacher do not fit together, there is nothing to fade for one of the policies
+        (`config.gradual`), or `directory` holds another run.
     """
     policies = check_policies(space, policies)
     if policies.ndim != 2 or not len(policies):
@@ -89,16 +91,22 @@ def finetune_policies(
         )
     check_request(model, splits, config, teacher)
     choices = make_choices(space, model.params)
+    structure = jax.tree.structure(model.params)
+
+    def masks_of(policy: np.ndarray) -> Any:
+        return structure.unflatten(masks_from_choices(space, choices, policy))
+
+    if config.gradual:
+        for policy in policies:
+            check_fading(model, masks_of(policy), config)
     size = min(policies_per_chunk, len(policies))
     tuned: list[TunedPolicies] = []
     for first in range(0, len(policies), size):
         chunk = policies[first : first + size]
         # The last chunk is filled up, so that all share one program.
         rows = chunk[np.minimum(np.arange(size), len(chunk) - 1)]
-        masks = [masks_from_choices(space, choices, row) for row in rows]
-        trees = [jax.tree.unflatten(jax.tree.structure(model.params), leaves) for leaves in masks]
         folder = None if directory is None else Path(directory) / f"{first:05d}"
-        part = _tune(model, trees, splits, config, key, teacher, folder)
+        part = _tune(model, [masks_of(row) for row in rows], splits, config, key, teacher, folder)
         tuned.append(jax.tree.map(operator.itemgetter(slice(len(chunk))), part))
         if on_progress is not None:
             on_progress(first + len(chunk), len(policies))

@@ -87,6 +87,43 @@ def test_side_by_side_each_keeps_its_own_best_epoch(task: tuple[Model, Space, ja
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_side_by_side_weights_fade_and_a_teacher_is_followed(task: tuple[Model, Space, jax.Array]) -> None:
+    model, space, policies = task
+    teacher = model.replace(params=jax.tree.map(lambda w: 2.0 * w, model.params))
+    config = dataclasses.replace(BASE, epochs=2, gradual=0.5, distillation=0.5)
+    tuned = finetune_policies(
+        model, space, policies, SPLITS, config, KEY, policies_per_chunk=3, teacher=teacher
+    )
+    untaught = dataclasses.replace(config, distillation=0.0)
+    for index, policy in enumerate(policies):
+        masks = sculpt.make_masks(space, model.params, policy)
+        found = tuned.model(index)
+        assert largest_masked(found.params, masks) == 0.0
+        single = finetune(model, masks, SPLITS, config, KEY, teacher=teacher)
+        for a, b in zip(*map(jax.tree.leaves, (found, single)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    assert index == 2
+    alone = finetune_policies(model, space, policies, SPLITS, untaught, KEY, policies_per_chunk=3)
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), tuned.models, alone.models)
+    assert max(jax.tree.leaves(difference)) > 1e-2
+
+
+@pytest.mark.parametrize("policies_per_chunk", [1, 2])
+def test_policies_that_have_nothing_to_fade_are_refused(
+    task: tuple[Model, Space, jax.Array], policies_per_chunk: int
+) -> None:
+    model, space, policies = task
+    pruned = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policies[1]))
+    config = dataclasses.replace(BASE, epochs=1, gradual=0.5)
+    done: list[tuple[int, int]] = []
+    with pytest.raises(ValueError, match="the weights that the masks prune are zero already: pass the dense"):
+        finetune_policies(
+            pruned, space, policies[:2], SPLITS, config, KEY,
+            policies_per_chunk=policies_per_chunk, on_progress=lambda *counts: done.append(counts),
+        )  # fmt: skip
+    assert done == []
+
+
 @pytest.mark.parametrize("policies_per_chunk", [1, 2])
 def test_a_kill_loses_no_policy(
     task: tuple[Model, Space, jax.Array],
