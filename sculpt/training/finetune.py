@@ -99,7 +99,16 @@ def train(
     on_metrics: Callable[[Metrics], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """Trains a dense, freshly initialised model: `finetune` without masks; arguments and errors are the same."""
+    """Trains a dense, freshly initialised model: `finetune` without masks and teacher; other arguments and errors are the same.
+
+    Raises:
+      ValueError: also for settings that need masks or a teacher: `gradual`, `distillation`, `feature_match`.
+    """
+    for name in ("gradual", "distillation", "feature_match"):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"FinetuneConfig.{name} is {value}, but train has no masks and no teacher: use finetune, or leave it at 0"
+            )
     return finetune(
         model,
         None,

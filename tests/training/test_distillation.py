@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import sculpt
-from sculpt.training import finetune
+from sculpt.training import finetune, train
 from sculpt.training.batch import divergence
 from tests.training.tiny import BASE, KEY, same_bits, tiny_model, tiny_splits
 
@@ -61,6 +61,11 @@ def test_what_would_have_no_effect_or_does_not_fit_is_refused() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=r"distillation is 0\.5, .* there is no teacher: pass teacher="):
         finetune(model, None, SPLITS, dataclasses.replace(BASE, distillation=0.5), KEY)
+    for name in ("distillation", "feature_match"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is 0\.5, but train has no masks and no teacher: use fine"
+        ):
+            train(model, SPLITS, dataclasses.replace(BASE, **{name: 0.5}), KEY)
     with pytest.raises(ValueError, match=r"distillation is 0\.0, feature_match 0\.0, and there is a teacher"):
         finetune(model, None, SPLITS, BASE, KEY, teacher=model)
     with pytest.raises(ValueError, match="temperature must be left alone where distillation is 0"):

@@ -164,6 +164,10 @@ def test_what_has_nothing_to_fade_is_refused() -> None:
     model = tiny_model()
     masks = tiny_masks(model)
     with pytest.raises(ValueError, match=r"gradual is 0\.5, and there are no masks to set in: pass masks"):
+        finetune(model, None, SPLITS, HALF, KEY)
+    with pytest.raises(
+        ValueError, match=r"gradual is 0\.5, but train has no masks and no teacher: use finetune"
+    ):
         train(model, SPLITS, HALF, KEY)
     pruned = sculpt.apply_masks(model, masks)
     with pytest.raises(ValueError, match="the weights that the masks prune are zero already: pass the dense"):
