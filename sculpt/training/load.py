@@ -125,7 +125,7 @@ def load_folder(
     validation: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Splits from two folders that hold a folder of images for each class.
+    """Splits from two folders that hold a folder of images for each class; names that begin with a dot are passed over.
 
     Args:
       train: the folder that train and validation come from.
@@ -135,7 +135,7 @@ def load_folder(
       validation, seed: as in `from_arrays`.
 
     Raises:
-      ValueError: for folders without images, other classes in `test`, images that cannot be decoded or differ in size.
+      ValueError: for classes without images, other classes in `test`, images that cannot be decoded or differ in size.
     """
     kept, held = FolderSource.open(Path(train), size), FolderSource.open(Path(test), size)
     if kept.classes != held.classes:
