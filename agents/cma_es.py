@@ -1,7 +1,7 @@
 """Covariance matrix adaptation on the logits of a policy, by evosax: a rival of the agent.
 
 Separable CMA-ES (Ros and Hansen 2008, A Simple Modification in CMA-ES Achieving Linear Time and Space Complexity): one variance for
-each of sites * options logits. An individual is a table of logits; the projection makes it a policy, without noise.
+each logit of an option that a site has. An individual is a table of logits; the projection makes it a policy, without noise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from sculpt.agents.distributions import INVALID
 
 SPREAD = 1.0
 """Standard deviation of the first population, in logits."""
@@ -27,7 +30,7 @@ def _lenient() -> Iterator[None]:
 
 
 @functools.cache
-def _load(population: int, *shape: int) -> tuple[Any, Any]:
+def _load(population: int, size: int) -> tuple[Any, Any]:
     """The strategy and its parameters.
 
     Raises:
@@ -36,7 +39,7 @@ def _load(population: int, *shape: int) -> tuple[Any, Any]:
     algorithms = load_evosax()
     # Kept for other programs too: no values of the one being traced.
     with _lenient(), jax.ensure_compile_time_eval():
-        strategy = algorithms.Sep_CMA_ES(population_size=population, solution=jnp.zeros(shape))
+        strategy = algorithms.Sep_CMA_ES(population_size=population, solution=jnp.zeros(size))
         return strategy, strategy.default_params.replace(std_init=SPREAD)
 
 
@@ -55,23 +58,25 @@ def load_evosax() -> types.ModuleType:
     return evosax.algorithms
 
 
-def start(population: int, prior: jax.Array, key: jax.Array) -> Any:
-    """The state before the first population, around a prior float32 `[sites, options]`."""
-    strategy, params = _load(population, *prior.shape)
+def start(population: int, prior: jax.Array, valid: np.ndarray, key: jax.Array) -> Any:
+    """The state before the first population, around a prior float32 `[sites, options]`; only `valid` options take part."""
+    strategy, params = _load(population, int(valid.sum()))
     with _lenient():
-        return strategy.init(key, prior, params)
+        return strategy.init(key, prior[valid], params)
 
 
-def ask(population: int, shape: tuple[int, ...], state: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-    """A population of logits float32 `[population, sites, options]`, and the state behind it."""
-    strategy, params = _load(population, *shape)
+def ask(population: int, valid: np.ndarray, state: Any, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    """A population float32 `[population, valid options]`, its logits `[population, sites, options]`, and the state behind it."""
+    strategy, params = _load(population, int(valid.sum()))
     with _lenient():
-        return strategy.ask(key, state, params)
+        drawn, state = strategy.ask(key, state, params)
+    logits = jnp.full((population, *valid.shape), INVALID).at[:, valid].set(drawn)
+    return drawn, logits, state
 
 
-def tell(logits: jax.Array, worth: jax.Array, state: Any, key: jax.Array) -> Any:
+def tell(drawn: jax.Array, worth: jax.Array, state: Any, key: jax.Array) -> Any:
     """The state after the worth float32 `[population]`, higher is better, of that population is known."""
-    strategy, params = _load(logits.shape[0], *logits.shape[1:])
+    strategy, params = _load(*drawn.shape)
     with _lenient():
-        after, _ = strategy.tell(key, logits, -worth, state, params)
+        after, _ = strategy.tell(key, drawn, -worth, state, params)
     return after

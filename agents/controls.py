@@ -58,12 +58,12 @@ class Proposals:
     """The control's state behind them."""
 
 
-def start(config: SearchConfig, prior: jax.Array, key: jax.Array) -> Any:
+def start(config: SearchConfig, space: Space, prior: jax.Array, key: jax.Array) -> Any:
     """The state of a control before its first proposal; `{}` where the archive is all that it goes by.
 
     `prior` is float32 `[sites, options]`: the logits to start from.
     """
-    return cma_es.start(config.batch, prior, key) if config.method == "cma_es" else {}
+    return cma_es.start(config.batch, prior, space.valid, key) if config.method == "cma_es" else {}
 
 
 def propose(
@@ -93,8 +93,8 @@ def propose(
         return Proposals(jnp.broadcast_to(rule, (number, space.num_sites)), None, state)
     draw_key, project_key = jax.random.split(key)
     if method == "cma_es":
-        drawn, state = cma_es.ask(number, prior.shape, state, draw_key)
-        policies = jax.vmap(lambda row: project(space, row, budget).policy)(drawn)
+        drawn, logits, state = cma_es.ask(number, space.valid, state, draw_key)
+        policies = jax.vmap(lambda row: project(space, row, budget).policy)(logits)
         return Proposals(policies, drawn, state)
     logits = jnp.broadcast_to(prior, (number, *prior.shape))
     if method == "evolution":

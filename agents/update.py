@@ -93,7 +93,7 @@ def init_state(program: Program, task: Task, key: jax.Array) -> SearchState:
         optimizer = ppo.make_optimizer(config).init(agent)
         credit = init_credit(space.num_sites, space.max_options)
     else:
-        control = controls.start(config, task.sites.prior, key)
+        control = controls.start(config, space, task.sites.prior, key)
     names = METRICS + (AGENT_METRICS if config.method in LEARNERS else ())
     metrics = {name: jnp.zeros(config.updates, jnp.float32) for name in names}
     return SearchState(jnp.int32(0), env_state, agent, optimizer, credit, control, metrics)
@@ -177,7 +177,7 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
 
 def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:
     config, env = program.config, program.env
-    propose_key, step_key = jax.random.split(key)
+    propose_key, step_key, learn_key = jax.random.split(key, 3)
     proposals = controls.propose(
         config,
         env.space,
@@ -190,7 +190,7 @@ def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Arr
     )
     _, env_state = env.reset(step_key, task.env, state.env)
     _, env_state, rewards, _, _, info = env.step(step_key, env_state, proposals.policies, task.env)
-    return env_state, {"control": controls.after(config, proposals, rewards, step_key)}, rewards, info, {}
+    return env_state, {"control": controls.after(config, proposals, rewards, learn_key)}, rewards, info, {}
 
 
 def best_quality(archive: Archive, budget: jax.Array, objective: Objective) -> jax.Array:

@@ -24,6 +24,7 @@ from benchmarks.prune_tasks import TASKS, Task, starting_model, tuned
 from benchmarks.stages import in_words, settle, stage
 from benchmarks.timing import provenance, write_results
 from sculpt.agents import Method
+from sculpt.agents.cma_es import load_evosax
 from sculpt.agents.config import RULES
 from sculpt.model import Model
 from sculpt.pruning import Space
@@ -104,12 +105,12 @@ def table(found: dict[str, list[dict[str, Any]]], evaluations: int) -> list[str]
     return lines
 
 
-def results_of(folder: Path, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+def results_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Method -> results of the seeds that are complete."""
     found = {}
     for method in METHODS:
-        files = [folder / method.replace(", ", "-") / f"seed{seed}.json" for seed in seeds]
-        if rows := [json.loads(file.read_text()) for file in files if file.exists()]:
+        files = sorted((folder / method.replace(", ", "-")).glob("seed*.json"))
+        if rows := [json.loads(file.read_text()) for file in files]:
             found[method] = rows
     return found
 
@@ -124,12 +125,12 @@ def report(options: argparse.Namespace) -> None:
         "families channels and rect, no re-rank; the policy found is fine-tuned with the dense network as its teacher and "
         "tested. Median [quartiles] over the seeds of the search; the fine-tuning has the same key throughout.",
     ]
-    for name in options.tasks:
-        for budget in options.budgets:
-            found = results_of(options.run / name / f"budget{budget}", options.seeds)
-            if found:
+    for name in TASKS:
+        for place in sorted((options.run / name).glob("budget*")):
+            if found := results_of(place):
+                budget = place.name.removeprefix("budget")
                 lines += ["", f"## {name}, budget {budget}", "", *table(found, options.evaluations)]
-        lines += ["", f"Fine-tuning of {name}: {in_words(TASKS[name].finetune)}."]
+                lines += ["", f"Fine-tuning: {in_words(TASKS[name].finetune)}."]
     write_results("bench_controls", lines)
 
 
@@ -147,6 +148,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--evaluations", type=int, default=512)
     options = parser.parse_args()
+    if "cma_es" in options.methods:
+        load_evosax()  # now rather than after hours
     jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
     for name in options.tasks:
         task, folder = TASKS[name], options.run / name

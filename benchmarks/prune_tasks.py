@@ -306,9 +306,8 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
     for name in options.tasks:
         task, folder = TASKS[name], options.run / name
-        settle(
-            folder, {"train": repr(task.train), "search": repr(task.search), "finetune": repr(task.finetune)}
-        )
+        about = {field.name: repr(getattr(task, field.name)) for field in dataclasses.fields(task)}
+        settle(folder, {**about, "load": name, "search": repr(task.search), "distillation": DISTILLATION})
         splits = task.load(options.data)
         sizes = {part: len(getattr(splits, part).labels) for part in ("train", "validation", "test")}
         (folder / "data.json").write_text(json.dumps(sizes))

@@ -109,6 +109,8 @@ def save(
     Raises:
       ValueError: for an unknown naming, or arrays that are not those of the network.
     """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"weights are written to .safetensors files, got {path}")
     known = namings(module)
     naming = known[0] if naming is None else naming
     if naming not in known:
@@ -137,6 +139,7 @@ def save(
     from safetensors.numpy import save as to_bytes
 
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(to_bytes(tensors))

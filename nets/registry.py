@@ -45,8 +45,8 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
       ValueError: for an unknown name or option, an impossible value, or fewer than two classes.
     """
     module, fields, _ = _entry(name)
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
+        raise ValueError(f"num_classes must be a whole number of at least 2, got {num_classes!r}")
     known = [f.name for f in dataclasses.fields(module) if f.name not in ("num_classes", "parent", "name")]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -77,7 +77,7 @@ def image_size(name: str) -> int:
 
 def _entry(name: str) -> tuple[type[nn.Module], dict[str, Any], int]:
     if name not in _MODELS:
-        close = difflib.get_close_matches(name, _MODELS, 1)
+        close = difflib.get_close_matches(str(name), _MODELS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_MODELS)}{hint}")
     return _MODELS[name]

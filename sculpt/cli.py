@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = vars(make_parser().parse_args(arguments))
     command, debug = options.pop("command"), options.pop("debug")
-    _use_compilation_cache()
     try:
+        _use_compilation_cache()
         if command == "info":
             _info(options)
         elif command == "evaluate" and set(options) != {"run"}:
@@ -69,8 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; the same command resumes")
+        _wait_for_devices()
         return 130
     return 0
+
+
+def _wait_for_devices() -> None:
+    """Python must not end under a program that is still running."""
+    jax = sys.modules.get("jax")
+    for array in jax.live_arrays() if jax is not None else ():
+        with contextlib.suppress(RuntimeError):
+            array.block_until_ready()
 
 
 def _fail(message: str) -> int:
@@ -247,6 +256,16 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from None
 
 
+def _console() -> Console:
+    """For the terminal, or a file, whose lines are long."""
+    from rich.console import Console
+
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_FILES
+    return console
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -295,7 +314,6 @@ def _require_device() -> None:
 
 
 def _run(command: str, options: dict[str, Any]) -> None:
-    from rich.console import Console
 
     from sculpt.pipeline import STAGES, Pipeline
     from sculpt.pipeline.closing import caption_of, rows_of
@@ -306,7 +324,7 @@ def _run(command: str, options: dict[str, Any]) -> None:
     folder, devices = options.pop("run"), options.pop("devices", None)
     begins = command in ("train", "prune")
     run = RunDirectory.open(folder) if begins else RunDirectory.existing(folder)
-    console = Console(markup=False)
+    console = _console()
     with watching(console) as watcher:
         pipeline = Pipeline(run, options, watcher, devices, cache_folder())
         pipeline.execute(STAGES if command == "prune" else (command,))
@@ -318,7 +336,6 @@ def _run(command: str, options: dict[str, Any]) -> None:
 
 
 def _evaluate_policies(options: dict[str, Any]) -> None:
-    from rich.console import Console
 
     from sculpt.pipeline.policies import PLAN_FIELDS, PolicyOptions, score_policies_of_run
     from sculpt.pipeline.progress import watching
@@ -332,7 +349,7 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
     run = RunDirectory.existing(options.pop("run"))
     plan = {name: options.pop(name) for name in PLAN_FIELDS if name in options}
     asked = PolicyOptions(plan=plan, **options)
-    console = Console(markup=False)
+    console = _console()
 
     def on_plan(chosen: EvaluationPlan, tuning: Tuning | None, gap: PrecisionGap | None) -> None:
         lines = [f"plan: {chosen.describe()}"] if tuning is None or not asked.explain else tuning.describe()
@@ -370,7 +387,6 @@ def _export_formats(options: dict[str, Any]) -> None:
 
 
 def _bench_latency(options: dict[str, Any]) -> None:
-    from rich.console import Console
 
     from sculpt.pipeline.bench import LatencyOptions, bench_latency
     from sculpt.pipeline.progress import watching
@@ -380,7 +396,7 @@ def _bench_latency(options: dict[str, Any]) -> None:
     run = RunDirectory.existing(options["run"])
     given = {"batches" if name == "batch" else name: options[name] for name in set(options) - {"run", "what"}}
     asked = LatencyOptions(**given)
-    console = Console(markup=False)
+    console = _console()
     with watching(console) as watcher:
         watcher.start("latency")
         rows = bench_latency(
@@ -390,9 +406,7 @@ def _bench_latency(options: dict[str, Any]) -> None:
 
 
 def _info(options: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(markup=False)
+    console = _console()
     if "network" in options:
         if "model" in options:
             raise ValueError(
@@ -408,6 +422,8 @@ def _info(options: dict[str, Any]) -> None:
     if options:
         if "model" not in options:
             raise ValueError("info about a network needs its name: sculpt info MODEL")
+        if "dataset" not in options and (others := sorted({"data_dir", "stream"} & set(options))):
+            raise ValueError(f"--{others[0].replace('_', '-')} goes with --dataset")
         _info_model(console, options)
     else:
         from rich.table import Table
@@ -445,8 +461,6 @@ def _info_model(console: Console, options: dict[str, Any]) -> None:
 
     space = describe(options)
     trace = space.trace
-    if not console.is_terminal:
-        console.width = _WIDTH_OF_FILES
     console.print(layers_table(space))
     console.print(sites_table(space))
     low, high = space.reachable

@@ -55,7 +55,7 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--budget", "half"), "invalid float value: 'half'"),
         ((*NEW, "--budget", "0.0001"), r"budget 0.0001 cannot be reached.*can keep 0\.\d+ to 1"),
         ((*NEW, "--budget", "0.1", "--families", "rect"), "budget 0.1 cannot be reached"),
-        ((*NEW, "--method", "luck"), "method must be one of agent, random"),
+        ((*NEW, "--method", "luck"), "method must be one of agent, table, random"),
         ((*NEW, "--evaluations", "0"), "evaluations must be at least 1"),
         ((*NEW, "--rerank", "-1"), "rerank must not be negative"),
         ((*NEW, "--objective", "speed"), "objective must be one of accuracy, loss"),

@@ -39,7 +39,7 @@ def save_params(tree: Any, path: str | Path, metadata: Mapping[str, str] | None 
     Raises:
       ValueError: if two leaves have the same path, there is no leaf, or a dtype is none of these.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     arrays: dict[str, np.ndarray] = {}
     keys: dict[str, str] = {}
@@ -57,7 +57,8 @@ def save_params(tree: Any, path: str | Path, metadata: Mapping[str, str] | None 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(arrays, temporary, {_OWN: json.dumps(about, sort_keys=True)})
+        # Not `save_file`, whose files only their owner may read.
+        temporary.write_bytes(save(arrays, {_OWN: json.dumps(about, sort_keys=True)}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -189,15 +189,17 @@ class Artefacts:
 def describe(given: Mapping[str, Any]) -> Space:
     """The search space of a network by name, without a run; a budget among the settings is checked.
 
-    Without a data set the network is as published: its image size in three colours, and the classes of ImageNet or CIFAR-10.
+    Without a data set the network is as published: its image size, or the one given, in three colours, and the classes of ImageNet or
+    CIFAR-10.
 
     Raises:
       ValueError: on bad settings, or a budget that cannot be reached.
     """
     artefacts = Artefacts(RunDirectory(Path("-")), {"dataset": "", **given})
     if "dataset" not in given:
-        side = nets.image_size(given["model"])
-        classes = 10 if side <= _SIDE_OF_CIFAR else 1000
+        published = nets.image_size(given["model"])
+        side = given.get("image_size", published)
+        classes = 10 if published <= _SIDE_OF_CIFAR else 1000
         artefacts.data = {"image": (side, side, 3), "num_classes": classes}
     if "budget" in given:
         check_budget(artefacts.space, given["budget"])
@@ -227,5 +229,6 @@ def _check_takes(model: Model, image: jax.ShapeDtypeStruct, settings: TrainSetti
     except (FlaxError, TypeError, ValueError) as error:
         raise ValueError(
             f"{settings.model} with {settings.weights or 'fresh weights'} does not take the images "
-            f"{list(image.shape[1:])} of {settings.dataset} ({type(error).__name__})"
+            f"{list(image.shape[1:])} of {settings.dataset}: it was published for "
+            f"{[nets.image_size(settings.model)] * 2 + [3]}, and trained weights keep to their number of colours"
         ) from error

@@ -24,7 +24,7 @@ from sculpt.report import RunDirectory
 from sculpt.scoring import EvaluationPlan, evaluate, tune_plan
 from sculpt.training import finetune, train
 from sculpt.training.devices import check_devices
-from sculpt.training.finetune import TrainingDiverged
+from sculpt.training.finetune import TrainingDiverged, check_request
 
 STAGES = ("train", "search", "finetune", "compact", "evaluate", "export", "report")
 """In the order in which they run; each is a command."""
@@ -100,7 +100,9 @@ class Pipeline(Artefacts):
         ):
             check_devices(self._devices, self.train_settings.config(self.splits))
         if "train" in stages:
-            _ = self.untrained  # reads the weights
+            model = self.untrained  # reads the weights
+            if self.train_settings.trains:
+                check_request(model, self.splits, self.train_settings.config(self.splits), None)
         if "search" in stages:
             check_budget(self.space, self.search_settings.budget)
             self.search_settings.check_images(self.splits)

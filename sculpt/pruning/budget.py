@@ -186,7 +186,8 @@ def lamp_policy(space: Space, params: Params, budget: float) -> jax.Array:
 
     The score of what an option removes beyond the option before it is its energy, divided by the energy of all that is not
     weaker: `1 - retained / retained before`. A site is pruned as long as its scores are below the threshold, which is the
-    lowest that meets the budget. Costs play no part in it.
+    lowest that meets the budget. Costs play no part in it. Windows are no nested options: theirs are taken in the order of the
+    site, and none goes before the one before it.
     """
     check_budget(space, budget)
     return _lamp(space, params, jnp.float32(budget))

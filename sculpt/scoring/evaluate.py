@@ -194,7 +194,7 @@ def evaluate(model: Model, images: Any, labels: Any, images_per_batch: int = 64)
 def _count_right(
     apply: ApplyFn, params: Any, state: Any, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    logits = apply(params, state, images).astype(jnp.float32)
+    logits = lowered(apply)(params, state, images).astype(jnp.float32)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
     right = _right(logits, labels)
     return right.astype(jnp.float32).sum(), losses.sum()

@@ -1,8 +1,8 @@
 """How convolutions and matrix products of a network are computed in scoring and training: algorithm and precision.
 
 Both act on the program of the network, operation by operation, so they need nothing of the user's classes. On CPUs depthwise
-convolutions are always sums of shifted products: XLA computes them there 8 to 50 times slower forwards, 2 to 25 times
-backwards (benchmarks/bench_depthwise.py).
+convolutions of small windows are sums of shifted products wherever a network is scored, trained or recalibrated: XLA's own
+are several times slower there (benchmarks/results/bench_depthwise.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.tracing.execute import Executable, execute
-from sculpt.tracing.program import Equation, Program, flatten
+from sculpt.tracing.program import Equation, Program, derivative, flatten
+
+_PRODUCTS = ("conv_general_dilated", "dot_general")
 
 Convolution = Literal["lax", "im2col"]
 """`lax`: the convolution of XLA. `im2col`: patches of the image, then one matrix product, where a convolution allows it."""
@@ -26,10 +28,14 @@ Precision = Literal["float32", "bfloat16"]
 """Of the operands of convolutions and matrix products; everything else, sums included, stays as the network has it."""
 
 
+_LARGEST_WINDOW = 25
+"""Entries: of larger windows the sum takes long to compile, and gains little."""
+
+
 def lowered(
-    function: Callable[..., Any], convolution: Convolution, precision: Precision
+    function: Callable[..., Any], convolution: Convolution = "lax", precision: Precision = "float32"
 ) -> Callable[..., Any]:
-    """`function` with its convolutions and matrix products computed another way; itself where nothing changes.
+    """`function` with its convolutions and matrix products computed another way, own derivatives kept; itself where nothing changes.
 
     The result is to be traced (jit, scan, vmap): each call flattens the function for the shapes that it is given.
     """
@@ -46,21 +52,41 @@ def lowered(
         if plain and not _has_depthwise(program):
             return function(*arguments)
         bind = functools.partial(_bind, convolution, precision)
-        results = execute(_with_bodies(program), jax.tree.leaves(arguments), bind)
+        results = execute(_with_bodies(program, True), jax.tree.leaves(arguments), bind)
         return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *abstract)), results)
 
     return changed
 
 
-def _with_bodies(program: Program) -> Executable:
-    """The program as written, whose bodies are run operation by operation too."""
-    bodies = {id(eqn): tuple(map(_with_bodies, eqn.bodies)) for eqn in program.equations if eqn.bodies}
-    return Executable(program, program.constants, {}, bodies, {})
+def _with_bodies(program: Program, own_derivatives: bool) -> Executable:
+    """The program as written, whose bodies with convolutions or products in them are run operation by operation too.
+
+    Functions with derivatives of their own keep them. Inside such a derivative they are run whole: a rule may well call the
+    function itself.
+    """
+    bodies: dict[int, tuple[Executable, ...]] = {}
+    derivatives: dict[int, Executable] = {}
+    for eqn in program.equations:
+        if not any(map(_has_product, eqn.bodies)):
+            continue
+        if eqn.name in ("custom_jvp_call", "custom_vjp_call"):
+            if not own_derivatives:
+                continue
+            derivatives[id(eqn)] = _with_bodies(derivative(program, eqn), False)
+        bodies[id(eqn)] = tuple(_with_bodies(body, own_derivatives) for body in eqn.bodies)
+    return Executable(program, program.constants, {}, bodies, derivatives)
+
+
+def _has_product(program: Program) -> bool:
+    return any(eqn.name in _PRODUCTS or any(map(_has_product, eqn.bodies)) for eqn in program.equations)
 
 
 def _has_depthwise(program: Program) -> bool:
     return any(
-        (eqn.name == "conv_general_dilated" and _is_depthwise(program.shape(eqn.inputs[0]), eqn.params))
+        (
+            eqn.name == "conv_general_dilated"
+            and _is_depthwise(program.shape(eqn.inputs[0]), program.shape(eqn.inputs[1]), eqn.params)
+        )
         or any(map(_has_depthwise, eqn.bodies))
         for eqn in program.equations
     )
@@ -73,7 +99,7 @@ def _bind(
     operands: Sequence[Any],
     params: dict[str, Any],
 ) -> Any:
-    if eqn.name not in ("conv_general_dilated", "dot_general"):
+    if eqn.name not in _PRODUCTS:
         return eqn.primitive.bind(*operands, **params)
     narrow = precision == "bfloat16" and all(x.dtype == jnp.float32 for x in operands)
     if narrow:
@@ -86,7 +112,7 @@ def _bind(
     elif (
         eqn.name == "conv_general_dilated"
         and jax.default_backend() == "cpu"
-        and _is_depthwise(operands[0].shape, params)
+        and _is_depthwise(operands[0].shape, operands[1].shape, params)
     ):
         result = _sum_of_shifts(operands[0], operands[1], params)
     else:
@@ -103,10 +129,12 @@ def _is_plain(image: Any, params: dict[str, Any]) -> bool:
     )
 
 
-def _is_depthwise(image: Sequence[int], params: dict[str, Any]) -> bool:
-    """Whether every channel of a convolution of an image of this shape is filtered by itself."""
+def _is_depthwise(image: Sequence[int], kernel: Sequence[int], params: dict[str, Any]) -> bool:
+    """Whether every channel of a convolution of arrays of these shapes is filtered by itself, through a small window."""
+    numbers = params["dimension_numbers"]
     return (
-        1 < params["feature_group_count"] == image[params["dimension_numbers"].lhs_spec[1]]
+        math.prod(kernel[axis] for axis in numbers.rhs_spec[2:]) <= _LARGEST_WINDOW
+        and 1 < params["feature_group_count"] == image[numbers.lhs_spec[1]]
         and params["batch_group_count"] == 1
         and math.prod(params["lhs_dilation"]) == 1
     )
@@ -114,16 +142,18 @@ def _is_depthwise(image: Sequence[int], params: dict[str, Any]) -> bool:
 
 def _sum_of_shifts(image: Any, kernel: Any, params: dict[str, Any]) -> Any:
     """A depthwise convolution: for each entry of the window, the pixels that it meets times its weights, added up."""
-    image, kernel = _channels_last(image, kernel, params)
+    wanted = params["preferred_element_type"] or image.dtype
+    # Sums of half precision are rounded once, at the end.
+    half = jnp.issubdtype(wanted, jnp.floating) and jnp.finfo(wanted).bits < 32
+    accumulate = jnp.float32 if half else wanted
+    image, kernel = _channels_last(image.astype(accumulate), kernel.astype(accumulate), params)
     *window, _, outputs = kernel.shape
-    kernel = kernel.reshape(*window, outputs)
     # Channels that are filtered several times stand side by side.
     image = jnp.repeat(image, outputs // image.shape[-1], axis=-1)
     corners = _corners(image, window, params)
     flat = kernel.reshape(-1, *[1] * (image.ndim - 1), outputs)
     result = functools.reduce(operator.add, (corner * weights for corner, weights in zip(corners, flat)))
-    wanted = params["preferred_element_type"]
-    return _as_written(result if wanted is None else result.astype(wanted), params)
+    return _as_written(result.astype(wanted), params)
 
 
 def _product_of_patches(image: Any, kernel: Any, params: dict[str, Any], accumulate: Any) -> Any:

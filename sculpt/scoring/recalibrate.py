@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.model import Model, State, TrainFn
+from sculpt.scoring.lowering import lowered
 from sculpt.tracing.program import flatten
 
 _IMAGES_PER_BATCH = 64
@@ -71,7 +72,7 @@ def _unchanged(apply_train: TrainFn, params: Any, state: State, x: jax.Array) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _recalibrated(apply_train: TrainFn, params: Any, state: State, images: jax.Array) -> State:
-    return batch_statistics(apply_train, params, state, images)
+    return batch_statistics(lowered(apply_train), params, state, images)
 
 
 def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_BATCH) -> Model:

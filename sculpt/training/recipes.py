@@ -26,7 +26,7 @@ class Recipe:
     source: str
     """Where the settings are from, and what differs."""
     config: FinetuneConfig
-    """Training from scratch as published: its epochs, batch size and peak learning rate."""
+    """Training from scratch as the source has it, or as it says that it differs."""
 
     def train(self, **changes: Any) -> FinetuneConfig:
         """Training from scratch: batches of 64 unless told otherwise, the peak learning rate scaled from the published batch.
@@ -56,7 +56,7 @@ class Recipe:
 _RECIPES = (
     Recipe(
         "residual",
-        "Wide Residual Networks, arXiv 1605.07146, section 3: SGD with Nesterov momentum, 200 epochs on CIFAR.",
+        "Wide Residual Networks, arXiv 1605.07146, section 3: SGD with Nesterov momentum, 200 epochs on CIFAR; warm-up is ours.",
         FinetuneConfig(
             epochs=200, batch_size=128, learning_rate=0.1, nesterov=True, weight_decay=5e-4, warmup=0.025
         ),
@@ -83,8 +83,8 @@ _RECIPES = (
     ),
     Recipe(
         "mobile",
-        "MobileNetV2, arXiv 1801.04381, section 6.1, for weight decay; label smoothing, warm-up and length of Bag of Tricks, arXiv "
-        "1812.01187; SGD with Nesterov momentum in place of RMSProp, hence a peak of our own.",
+        "MobileNetV2, arXiv 1801.04381, section 6.1, for weight decay; label smoothing, 5 epochs of warm-up and half a cosine of Bag "
+        "of Tricks, arXiv 1812.01187; SGD with Nesterov momentum in place of RMSProp, hence a peak and a length of our own.",
         FinetuneConfig(
             epochs=150,
             batch_size=256,
@@ -98,12 +98,12 @@ _RECIPES = (
     ),
     Recipe(
         "transformer",
-        "DeiT, arXiv 2012.12877, table 9: AdamW, 5 of 300 epochs of warm-up, RandAugment, mixup, cutmix; without random erasing, "
-        "repeated augmentation and stochastic depth.",
+        "DeiT, arXiv 2012.12877, table 9: AdamW, a peak of 5e-4 for every 512 images, 5 of 300 epochs of warm-up, RandAugment, mixup, "
+        "cutmix; without random erasing, repeated augmentation and stochastic depth.",
         FinetuneConfig(
             epochs=300,
-            batch_size=512,
-            learning_rate=5e-4,
+            batch_size=1024,
+            learning_rate=1e-3,
             optimizer="adamw",
             weight_decay=0.05,
             warmup=5 / 300,
@@ -154,5 +154,7 @@ def recipe_for(family: str, side: int) -> Recipe:
       ValueError: for an unknown family.
     """
     if family not in _OF_FAMILY:
-        raise ValueError(f"no recipe for {family!r}, expected one of {', '.join(_OF_FAMILY)}")
+        raise ValueError(
+            f"no recipe for {family!r}, expected one of {', '.join(_OF_FAMILY)}: sculpt.nets.family(name) tells that of a network"
+        )
     return RECIPES[_OF_FAMILY[family][side >= LARGE_IMAGES]]

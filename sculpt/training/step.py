@@ -72,8 +72,9 @@ class Program:
     def forward(self) -> Callable[..., tuple[tuple[jax.Array, State], Features]]:
         """The network in training mode, `-> ((logits, state), features)`, in the precision and with the memory that the
         configuration asks for; features only where they are matched."""
-        apply = lowered(self.apply_train, "lax", self.config.precision)
+        apply = self.apply_train
         apply = with_features(apply) if self.config.feature_match else functools.partial(_featureless, apply)
+        apply = lowered(apply, precision=self.config.precision)
         return jax.checkpoint(apply, policy=_keep_products) if self.config.remat else apply
 
     def learning_rate(self, step: Any) -> jax.Array:
@@ -249,7 +250,9 @@ def learn(
     """
     config = program.config
     augment_key, model_key = jax.random.split(jax.random.fold_in(key, train.step))
-    teach = functools.partial(program.teacher, *teacher) if program.teacher and config.distillation else None
+    teach = None
+    if program.teacher is not None and config.distillation:
+        teach = functools.partial(lowered(program.teacher), *teacher)
     normalisation = program.mean, program.std
     batch = draw_batch(augment_key, images, labels, config, normalisation, teach)
 
@@ -260,7 +263,7 @@ def learn(
         right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch.labels).astype(jnp.float32).sum()
         loss = batch.loss(logits, config)
         if config.feature_match and program.teacher is not None:
-            wanted = with_features(program.teacher)(*teacher, batch.images)[1]
+            wanted = lowered(with_features(program.teacher))(*teacher, batch.images)[1]
             loss = loss + config.feature_match * distance(features, wanted)
         return loss, (right, new_state)
 
@@ -398,7 +401,7 @@ def validate(
 
     def accuracy(params: Params, state: State) -> jax.Array:
         def one_batch(total: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            logits = apply(params, state, normalise(batch[0], *normalisation))
+            logits = lowered(apply)(params, state, normalise(batch[0], *normalisation))
             return total + (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch[1]).sum(
                 dtype=jnp.int32
             ), None

@@ -44,7 +44,7 @@ def proposed(method: str, archive: Archive, rule: jax.Array, key: jax.Array) -> 
 def begun(method: str) -> Any:
     if method == "cma_es":
         pytest.importorskip("evosax")
-    return start(config_of(method), prior(), jax.random.key(7))
+    return start(config_of(method), toy_space(), prior(), jax.random.key(7))
 
 
 def rule(method: str) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -114,6 +115,94 @@ def test_gradients_of_a_mobile_network_are_those_of_xla(monkeypatch: pytest.Monk
     xla = jax.jit(jax.grad(lambda params: loss(params) * 1.0))(model.params)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xla), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max() + 1e-6))
+
+
+@jax.custom_vjp
+def rounded(x: jax.Array) -> jax.Array:
+    """Rounds; its derivative is that of the identity."""
+    return jnp.round(x)
+
+
+rounded.defvjp(lambda x: (rounded(x), None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def filtered(x: jax.Array, w: jax.Array) -> jax.Array:
+    """A depthwise convolution that says its derivative is thrice what it is."""
+    return depthwise(x, w)
+
+
+def _thrice(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(3 * d for d in jax.vjp(depthwise, *kept)[1](g))
+
+
+filtered.defvjp(lambda x, w: (depthwise(x, w), (x, w)), _thrice)
+
+
+def depthwise(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("convolution", "precision", "tolerance"),
+    [("lax", "float32", 1e-4), ("im2col", "float32", 1e-4), ("lax", "bfloat16", 0.1)],
+)
+def test_derivatives_that_functions_bring_along_are_kept(
+    convolution: lowering.Convolution, precision: lowering.Precision, tolerance: float
+) -> None:
+    """Of relu at zero, of rounding with a straight-through gradient, of a convolution with a rule of its own."""
+    x = jnp.asarray(np.random.default_rng(0).integers(-1, 2, (1, 5, 5, 2)), jnp.float32)
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 1, 2)), jnp.float32)
+
+    def network(x: jax.Array, w: jax.Array) -> jax.Array:
+        return filtered(jax.nn.relu(depthwise(jax.nn.relu(x), rounded(w))), w)
+
+    def gradients(function: Callable[..., jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jax.grad(lambda *a: jnp.square(function(*a)).sum(), (0, 1))(x, w)
+
+    for ours, theirs in zip(
+        gradients(lowered(network, convolution, precision)), gradients(network), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"), [("int8", "int32"), ("bfloat16", "float32"), ("bfloat16", None), ("float32", None)]
+)
+def test_sums_of_shifts_are_as_exact_as_xla(dtype: str, wanted: str | None) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-99, 99, (2, 9, 3)), jnp.dtype(dtype))
+    w = jnp.asarray(rng.integers(-99, 99, (5, 1, 3)), jnp.dtype(dtype))
+
+    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
+        preferred = None if wanted is None else jnp.dtype(wanted)
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(
+            x,
+            w,
+            (2,),
+            "SAME",
+            dimension_numbers=numbers,
+            feature_group_count=3,
+            preferred_element_type=preferred,
+        )
+
+    exact = convolve(x.astype(jnp.float32), w.astype(jnp.float32)) if wanted != "int32" else None
+    found = lowered(convolve)(x, w)
+    expected = convolve(x, w)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    reference = np.asarray(expected if exact is None else exact, np.float64)
+    error, allowed = (np.abs(np.asarray(y, np.float64) - reference).max() for y in (found, expected))
+    assert error <= allowed + 1e-6 * np.abs(reference).max()
+
+
+def test_large_windows_are_left_to_xla() -> None:
+    x = jnp.ones((1, 9, 9, 4))
+    for side, replaced in ((5, True), (7, False)):
+        w = jnp.ones((side, side, 1, 4))
+        assert ("conv_general_dilated" not in names(lowered(depthwise), x, w)) == replaced
 
 
 def test_what_is_no_matrix_product_stays_a_convolution() -> None:

@@ -15,6 +15,7 @@ from sculpt.model import Model
 from sculpt.training import finetune
 from sculpt.training.features import distance, with_features
 from tests.conftest import untrained_digits
+from tests.networks import network
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_masks, tiny_model, tiny_splits
 
 SPLITS = tiny_splits()
@@ -118,3 +119,24 @@ def test_teachers_of_other_layers_are_refused() -> None:
         finetune(linear, None, SPLITS, MATCH, KEY, teacher=linear)
     with pytest.raises(ValueError, match=r"feature_match 1\.0, and there is no teacher"):
         finetune(model, None, SPLITS, MATCH, KEY)
+
+
+def test_depthwise_layers_are_followed_too() -> None:
+    """Whatever a CPU computes them as."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (128, 8, 8, 3)).astype(np.uint8), np.arange(128) % 5
+    splits = sculpt.from_arrays(images, labels, images[:5], labels[:5], validation=64)
+    student = network("separable")
+    teacher = student.replace(params=jax.tree.map(lambda w: 1.1 * w, student.params))
+    losses: list[float] = []
+    config = dataclasses.replace(MATCH, epochs=3, max_steps=None)
+    finetune(
+        student,
+        None,
+        splits,
+        config,
+        KEY,
+        teacher=teacher,
+        on_metrics=lambda row: losses.append(row["train_loss"]),
+    )
+    assert losses[-1] < losses[0]
