@@ -182,7 +182,9 @@ def _space_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("what can go")
     group.add_argument("--budget", type=float, help="MACs kept / dense, at the most (0.5)")
     group.add_argument(
-        "--families", type=_names, help="pattern families, separated by commas (channels,rect)"
+        "--families",
+        type=_names,
+        help="pattern families, separated by commas (channels,rect); sculpt info lists them",
     )
     group.add_argument("--round-to", type=int, help="kept channels are multiples of it (1)")
 
@@ -434,7 +436,9 @@ def _info(options: dict[str, Any]) -> None:
 
         rows = Table.grid(padding=(0, 3))
         rows.add_row("networks", ", ".join(nets.list_models()))
-        rows.add_row("families", ", ".join(FAMILIES))
+        for name, family in FAMILIES.items():
+            heading = "families" if name == next(iter(FAMILIES)) else ""
+            rows.add_row(heading, f"{name}: faster on {family.realised_by}")
         rows.add_row("device", device_name())
         rows.add_row("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
         console.print(rows, highlight=False)
@@ -457,6 +461,7 @@ def _info_run(console: Console, folder: Path) -> None:
 
 def _info_model(console: Console, options: dict[str, Any]) -> None:
     from sculpt.pipeline.artefacts import describe
+    from sculpt.pruning import FAMILIES
     from sculpt.report import frozen_lines, layers_table, sites_table
 
     space = describe(options)
@@ -470,6 +475,13 @@ def _info_model(console: Console, options: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for name in space.families:
+        if not FAMILIES[name].compacts:
+            console.print(
+                f"{name}: zeros stay in place; faster on {FAMILIES[name].realised_by}",
+                highlight=False,
+                soft_wrap=True,
+            )
     for line in frozen_lines(space):
         console.print(f"frozen: {line}", highlight=False, soft_wrap=True)
 

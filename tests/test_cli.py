@@ -249,12 +249,17 @@ def test_debug_shows_where_it_came_from(tmp_path: Path) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main("info") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"networks {', '.join(nets.list_models())} families channels, rect device" in printed
+    assert (
+        f"networks {', '.join(nets.list_models())} families channels: faster on any engine rect:" in printed
+    )
+    assert "unstructured: faster on no engine (theoretical MACs only)" in printed
     assert run_main("info", *NEW, "--families", "rect") == 0
     printed = capsys.readouterr().out
     assert "stage1_block01/conv1" in printed
     assert "747,136 MACs per image" in printed
     assert "channels" not in printed.split("frozen")[0]
+    assert run_main("info", *NEW, "--families", "channels,2:4") == 0
+    assert "2:4: zeros stay in place; faster on GPUs with sparse tensor cores" in capsys.readouterr().out
     fails(capsys, "cannot be reached", "info", *NEW, "--budget", "0.00001")
     assert run_main("info", "vit_tiny_patch16") == 0
     assert "MACs per image of 224 x 224 x 3, 5,717,416 weights" in capsys.readouterr().out

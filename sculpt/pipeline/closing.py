@@ -31,23 +31,37 @@ if TYPE_CHECKING:
     from sculpt.model import Model
     from sculpt.pipeline.stages import Pipeline
     from sculpt.tracing.axes import Atom
+    from sculpt.tracing.layers import Monomials
 
 _CALIBRATION = 512
 LATENCY = "latency.json"
 """What `sculpt bench latency` measured last in a run."""
 
 
-def theoretical_macs(space: Space, policy: Any) -> int:
-    """Exact multiply-accumulates per image that a policy leaves, in whole numbers (`cost` is float32)."""
+def theoretical_macs(space: Space, policy: Any, masks: Any) -> int:
+    """Exact multiply-accumulates per image that a policy leaves, in whole numbers (`cost` is float32).
+
+    Single entries are counted in the masks: `cost` takes their fraction for the same in whatever channels leave.
+    """
     kept: dict[Atom, int] = {}
     for site in space.sites:
         kept.update(zip(site.atoms, site.options[int(policy[site.index])].counts))
-    total = 0
-    for operation in (*space.trace.layers, *space.trace.products):
-        for coefficient, atoms in operation.monomials:
+
+    def value(monomials: Monomials) -> int:
+        total = 0
+        for coefficient, atoms in monomials:
             for atom in atoms:
                 coefficient *= kept.get(atom, space.trace.axes.atom_size(atom))
             total += coefficient
+        return total
+
+    trace, leaves = space.trace, jax.tree.leaves(masks)
+    total = sum(value(operation.monomials) for operation in (*trace.layers, *trace.products))
+    thinned = {site.kernel.leaf for site in space.sites if site.kernel is not None}
+    for layer in trace.layers:
+        if layer.leaf in thinned:
+            entries, macs = value(trace.leaf_monomials[layer.leaf]), value(layer.monomials)
+            total -= macs - macs * int(np.count_nonzero(leaves[layer.leaf])) // entries
     return total
 
 
@@ -66,8 +80,8 @@ def measure(p: Pipeline) -> dict[str, Any]:
     left = sum(int(np.asarray(m).sum()) for m in jax.tree.leaves(p.masks))
     costs = {
         "dense": (trace.macs, trace.macs, trace.num_params),
-        "masked": (theoretical_macs(p.space, p.policy), trace.macs, left),
-        "compact": (theoretical_macs(p.space, p.policy), compacted["macs"], compacted["params"]),
+        "masked": (theoretical_macs(p.space, p.policy, p.masks), trace.macs, left),
+        "compact": (theoretical_macs(p.space, p.policy, p.masks), compacted["macs"], compacted["params"]),
     }
     costs["fine-tuned"] = costs["masked"]
     rows = []

@@ -12,16 +12,19 @@ from sculpt.pruning.budget import (
 )
 from sculpt.pruning.compact import compact
 from sculpt.pruning.cost import Cost, cost, count_cost, layer_macs, macs_ratio
+from sculpt.pruning.family import Family, Option, Site
 from sculpt.pruning.features import SiteFeatures, site_features, to_graph
 from sculpt.pruning.importance import KINDS, Importance, importance
 from sculpt.pruning.masks import apply_masks, make_masks, mask_params
-from sculpt.pruning.patterns import FAMILIES, Option, Site
+from sculpt.pruning.patterns import FAMILIES
 from sculpt.pruning.space import Space, make_choices, make_space
+from sculpt.pruning.sparse import is_nm
 
 __all__ = [
     "FAMILIES",
     "KINDS",
     "Cost",
+    "Family",
     "Importance",
     "Option",
     "Projection",
@@ -35,6 +38,7 @@ __all__ = [
     "count_cost",
     "energy_logits",
     "importance",
+    "is_nm",
     "lamp_policy",
     "layer_macs",
     "macs_ratio",

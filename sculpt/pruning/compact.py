@@ -231,15 +231,23 @@ def _make_plan(model: Model, space: Space, masks: Any) -> _Plan:
 
 
 def _kept_atoms(traced: Trace, space: Space, masks: Any) -> dict[Atom, np.ndarray]:
-    """What is kept of each atom, read back from the masks."""
+    """What is kept of each atom, read back from the masks: the units that any of their arrays keeps.
+
+    Where single entries were chosen, one array alone may happen to lose all entries of a unit.
+    """
     pruned = set(space.atoms)
     kept: dict[Atom, np.ndarray] = {}
     for leaf, mask in zip(traced.leaves, jax.tree.leaves(masks)):
         for dim, axis in enumerate(traced.leaf_term(leaf.index)):
-            if pruned & set(traced.axes.atoms(axis)):
+            atoms = pruned & set(traced.axes.atoms(axis))
+            if atoms:
                 used = mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
-                traced.axes.infer(axis, used, kept)
-    return kept
+                found: dict[Atom, np.ndarray] = {}
+                traced.axes.infer(axis, used, found)
+                for atom in atoms:
+                    units = found.get(atom, np.ones(traced.axes.atom_size(atom), bool))
+                    kept[atom] = kept.get(atom, np.zeros_like(units)) | units
+    return {atom: units for atom, units in kept.items() if not units.all()}
 
 
 def _rewritten(

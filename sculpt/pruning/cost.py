@@ -18,7 +18,11 @@ from sculpt.tracing import trace
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one policy (scalars) or of several (`[n]`); float32."""
+    """Cost of one policy (scalars) or of several (`[n]`); float32.
+
+    A site's fraction holds for whatever the other sites leave. That is exact, but where single entries of a kernel are chosen in
+    one space with channels: how many of them lie in the channels that stay depends on the weights.
+    """
 
     macs: jax.Array
     """Theoretical multiply-accumulates per image: only weights that stay are counted."""

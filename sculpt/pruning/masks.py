@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sculpt.model import Model, Params
-from sculpt.pruning.patterns import Choice
+from sculpt.pruning.family import Choice
 from sculpt.pruning.space import Space, make_choices
 
 
@@ -48,12 +48,16 @@ def check_policies(space: Space, policies: Any) -> jax.Array:
 def masks_from_choices(space: Space, choices: Sequence[Choice], policy: jax.Array) -> list[jax.Array]:
     """Boolean masks, one per parameter leaf, of a policy `[sites]` on choices made before."""
     kept: dict[int, jax.Array] = {}
+    entries: dict[int, jax.Array] = {}
     for site, choice in zip(space.sites, choices):
+        if site.kernel is not None and choice.entries is not None:
+            option = policy[site.index].astype(jnp.uint8)
+            entries[site.kernel.leaf] = (choice.entries & (np.uint8(1) << option)) > 0
         for atom, table in zip(site.atoms, choice.keeps):
             kept[atom] = table[policy[site.index]]
     axes, masks = space.trace.axes, []
     for leaf in space.trace.leaves:
-        mask = jnp.ones((1,) * len(leaf.shape), bool)
+        mask = entries.get(leaf.index, jnp.ones((1,) * len(leaf.shape), bool))
         for dim, axis in enumerate(space.trace.leaf_term(leaf.index)):
             if any(atom in kept for atom in axes.atoms(axis)):
                 shape = [1] * len(leaf.shape)
@@ -66,7 +70,7 @@ def masks_from_choices(space: Space, choices: Sequence[Choice], policy: jax.Arra
 def make_masks(space: Space, params: Params, policy: Any) -> Any:
     """The masks of a policy: a pytree like `params`, boolean, True where a weight stays.
 
-    Which channels go is decided by `space.importance`, or without it, as for windows, by retained energy on `params`. On
+    Which channels go is decided by `space.importance`, or without it, as for all other patterns, by retained energy on `params`. On
     parameters that already carry the zeros of the policy the same units are chosen again, unless all weights of a unit that stays
     have become zero as well.
 

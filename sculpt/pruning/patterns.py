@@ -1,12 +1,7 @@
-"""Pattern families: what can be taken out of a network, as choices at sites.
-
-A site is a place of the network with a short list of options, the first of which keeps everything. Both families here
-are separable: an option keeps some units of one or two atoms, and a mask is the outer product of what its axes keep.
-"""
+"""The pattern families by name, and those two that compaction takes out of a network: channels and windows."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,68 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sculpt.pruning import sparse
+from sculpt.pruning.family import Choice, Family, Option, Site, entry_energy
 from sculpt.pruning.importance import Importance
 from sculpt.pruning.importance_weights import unit_energy, window_energy
 from sculpt.tracing import Trace
-from sculpt.tracing.axes import Atom
 
 LEVELS = 8
 """Keep fractions of the `channels` family are eighths."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One choice at a site."""
-
-    label: str
-    """"6/8" (six of eight channels kept), "2x2" (window of the kernel)."""
-    kept: float
-    """Fraction of the site's units that stay, in (0, 1]."""
-    counts: tuple[int, ...]
-    """Kept units of each of the site's atoms."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A place where one option is chosen."""
-
-    index: int
-    name: str
-    family: str
-    atoms: tuple[Atom, ...]
-    """Atoms of the trace that the options act on."""
-    sizes: tuple[int, ...]
-    """Their sizes."""
-    owner: int
-    """Index of the group (`channels`) or layer (`rect`) that the site belongs to."""
-    options: tuple[Option, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The options of one site worked out on given parameters."""
-
-    keeps: tuple[jax.Array, ...]
-    """Boolean `[options, atom size]` for each atom of the site: the units that stay."""
-    retained: jax.Array
-    """float32 `[options]`: share of the site's importance (weight energy, if the space has no other) that stays, in [0, 1]."""
-
-
-jax.tree_util.register_dataclass(Choice, data_fields=["keeps", "retained"], meta_fields=[])
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A kind of pattern."""
-
-    sites: Callable[[Trace, int, int], list[Site]]
-    """`(trace, round_to, min_keep) -> sites` (numbered later)."""
-    score: Callable[[Trace, Site, Sequence[Any], Importance | None], jax.Array]
-    """`(trace, site, parameter leaves, scores of the groups) -> float32 [*site.sizes]`; jit-able: what each unit is worth."""
-    choose: Callable[[tuple[Option, ...], jax.Array], Choice]
-    """`(options, scores [*sizes]) -> Choice`; jit- and vmap-able: which units each option keeps."""
-    compacts: bool
-    """Whether compaction turns its zeros into smaller arrays, that is, whether its savings are realised."""
 
 
 def _channel_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
@@ -186,7 +127,28 @@ def _choose_window(options: tuple[Option, ...], energy: jax.Array) -> Choice:
     return Choice(tuple(jnp.stack(k) for k in keeps), jnp.clip(jnp.stack(retained), 0.0, 1.0))
 
 
+def _in_place(
+    sites: Callable[[Trace, int, int], list[Site]],
+    choose: Callable[[tuple[Option, ...], jax.Array], Choice],
+    realised_by: str,
+) -> Family:
+    """A family of single entries, whose zeros compaction leaves where they are."""
+    return Family(sites, entry_energy, choose, compacts=False, realised_by=realised_by)
+
+
+_SPARSE_CORES = (
+    "GPUs with sparse tensor cores, by TensorRT or cuSPARSELt in half precision or int8; no CPU engine"
+)
+_NONE = "no engine (theoretical MACs only)"
+
 FAMILIES: dict[str, Family] = {
-    "channels": Family(_channel_sites, _channel_scores, _choose_channels, compacts=True),
-    "rect": Family(_rect_sites, _window_scores, _choose_window, compacts=True),
+    "channels": Family(_channel_sites, _channel_scores, _choose_channels, True, realised_by="any engine"),
+    "rect": Family(_rect_sites, _window_scores, _choose_window, True, realised_by="any engine"),
+    "2:4": _in_place(sparse.two_of_four_sites, sparse.choose_n_of_m, _SPARSE_CORES),
+    "nm": _in_place(
+        sparse.n_of_m_sites, sparse.choose_n_of_m, f"where 2:4 or 1:4 is chosen, {_SPARSE_CORES}"
+    ),
+    "block": _in_place(sparse.block_sites, sparse.choose_blocks, _NONE),
+    "entries4": _in_place(sparse.four_entry_sites, sparse.choose_four_entries, _NONE),
+    "unstructured": _in_place(sparse.unstructured_sites, sparse.choose_unstructured, _NONE),
 }

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.pruning.family import Choice, Site
 from sculpt.pruning.importance import Importance, check_importance
 from sculpt.pruning.importance_units import fitting_leaves
-from sculpt.pruning.patterns import FAMILIES, Choice, Site
+from sculpt.pruning.patterns import FAMILIES
 from sculpt.tracing import Trace
 from sculpt.tracing.axes import Atom
+from sculpt.tracing.layers import Monomials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Space:
     families: tuple[str, ...]
     sites: tuple[Site, ...]
     atoms: tuple[Atom, ...]
-    """The atoms that options act on; each belongs to one site."""
+    """The atoms that options act on, those that stand for the entries of a kernel included; each belongs to one site."""
     fractions: np.ndarray
     """float32 `[atoms + 1, max_options]`: fraction of the atom kept under each option of its site; last row 1."""
     compacts: np.ndarray
@@ -100,7 +102,8 @@ def make_space(
 
     Args:
       trace: what `sculpt.trace` returned.
-      families: names of pattern families, each one of `FAMILIES`; or one name.
+      families: names of pattern families, each one of `FAMILIES`; or one name. `channels` goes with any other; of the others, the
+        first that takes a kernel has it alone.
       round_to: kept channel counts are multiples of it where the level is not "all" (engines like 8 or 16).
       min_keep: least number of channels that stay in a group, rounded up to a multiple of `round_to`; groups of no more
         than that stay whole.
@@ -123,13 +126,20 @@ def make_space(
             raise ValueError(f"{name} must be at least 1, got {number}")
     if importance is not None:
         check_importance(trace, importance)
-    found = [site for name in families for site in FAMILIES[name].sites(trace, round_to, min_keep)]
+    found = _one_of_each_kernel(
+        trace, [site for name in families for site in FAMILIES[name].sites(trace, round_to, min_keep)]
+    )
     if not found:
         if "channels" in families and trace.groups:
             largest = max(group.size for group in trace.groups)
             raise ValueError(
                 f"nothing to prune with families {families}: round_to {round_to} and min_keep {min_keep} leave every group "
                 f"whole, the largest has {largest} channels; lower them"
+            )
+        if not {"channels", "rect"} & set(families):
+            raise ValueError(
+                f"nothing to prune with families {families}: no kernel of this network has a size that they take; see the table of "
+                "families in the README"
             )
         reasons = sorted({f.reason for f in trace.frozen})[:3]
         raise ValueError(
@@ -149,8 +159,12 @@ def make_space(
                 fractions[column[atom], i] = option.counts[position] / size
     atom_site = np.asarray([site.index for site in sites for _ in site.atoms], np.int32)
     compacts = np.asarray([FAMILIES[sites[s].family].compacts for s in atom_site] + [True])
-    macs = _polynomial(trace, [x.monomials for x in (*trace.layers, *trace.products)], column)
-    params = _polynomial(trace, trace.leaf_monomials, column)
+    entries = {site.kernel.leaf: site.kernel.atom for site in sites if site.kernel is not None}
+    layers = [_times(layer.monomials, entries.get(layer.leaf)) for layer in trace.layers]
+    macs = _polynomial(trace, [*layers, *(p.monomials for p in trace.products)], column)
+    params = _polynomial(
+        trace, [_times(m, entries.get(leaf)) for leaf, m in enumerate(trace.leaf_monomials)], column
+    )
     num_options = np.asarray([len(site.options) for site in sites], np.int32)
 
     def ratio(policies: np.ndarray) -> np.ndarray:
@@ -163,23 +177,39 @@ def make_space(
         single[site.index, : len(site.options), site.index] = np.arange(len(site.options))
     option_cost = ratio(single.reshape(-1, len(sites))).reshape(len(sites), options).astype(np.float32)
     lowest = float(ratio((num_options - 1)[None].astype(np.int32))[0])
-    node = {"channels": group_node, "rect": layer_node}
-    site_nodes = np.asarray([node[s.family](trace, s.owner) for s in sites], np.int32)
+    site_nodes = np.asarray(
+        [(group_node if s.family == "channels" else layer_node)(trace, s.owner) for s in sites], np.int32
+    )
     return Space(
         trace, families, sites, atoms, fractions, compacts, atom_site, num_options, macs, params, option_cost,
         (lowest, 1.0), site_nodes, importance,
     )  # fmt: skip
 
 
-def _polynomial(
-    trace: Trace, owners: Sequence[Sequence[tuple[int, tuple[Atom, ...]]]], column: dict[Atom, int]
-) -> Polynomial:
+def _one_of_each_kernel(trace: Trace, sites: Sequence[Site]) -> list[Site]:
+    """The sites without those of a kernel that an earlier family has; groups of channels are no kernels."""
+    taken: dict[int, str] = {}
+    return [
+        site
+        for site in sites
+        if site.family == "channels"
+        or taken.setdefault(trace.layers[site.owner].leaf, site.family) == site.family
+    ]
+
+
+def _times(monomials: Monomials, atom: Atom | None) -> Monomials:
+    """A polynomial times the fraction of a kernel's entries that stay, if they are chosen one by one."""
+    return monomials if atom is None else tuple((c, (*atoms, atom)) for c, atoms in monomials)
+
+
+def _polynomial(trace: Trace, owners: Sequence[Monomials], column: dict[Atom, int]) -> Polynomial:
     rows: dict[tuple[int, tuple[int, ...]], int] = {}
     for owner, monomials in enumerate(owners):
         for coefficient, atoms in monomials:
             value = coefficient
             for atom in atoms:
-                value *= trace.axes.atom_size(atom)
+                # A negative atom is a kernel's entries: a fraction alone, their number is counted by the others.
+                value *= trace.axes.atom_size(atom) if atom >= 0 else 1
             key = (owner, tuple(sorted(column[a] for a in atoms if a in column)))
             rows[key] = rows.get(key, 0) + value
     degree = max((len(columns) for _, columns in rows), default=0) or 1
@@ -200,21 +230,24 @@ def make_choices(space: Space, params: object) -> tuple[Choice, ...]:
     """Works out, for every site, which units each option keeps on these parameters (compiled once per space).
 
     Computed once per network, then policies are applied by indexing. Channels are ranked by `space.importance`, whatever the
-    parameters, or without it by the energy of these parameters; windows always by energy.
+    parameters, or without it by the energy of these parameters; windows and entries always by energy.
 
     Raises:
       ValueError: if the parameters are not of the traced network.
     """
     leaves = fitting_leaves(space.trace, params)
+    scores = [FAMILIES[s.family].score(space.trace, s, leaves, space.importance) for s in space.sites]
     alike: dict[Any, list[Site]] = {}
     for site in space.sites:
-        alike.setdefault((site.family, site.sizes, site.options), []).append(site)
+        alike.setdefault((site.family, scores[site.index].shape, site.options), []).append(site)
     choices: dict[int, Choice] = {}
     # Sites of the same options are worked out together: sorting is slow to compile.
     for (name, _, options), sites in alike.items():
-        family = FAMILIES[name]
-        scores = jnp.stack([family.score(space.trace, site, leaves, space.importance) for site in sites])
-        together = jax.vmap(functools.partial(family.choose, options))(scores)
+        choose = functools.partial(FAMILIES[name].choose, options)
+        together = jax.vmap(choose)(jnp.stack([scores[site.index] for site in sites]))
         for i, site in enumerate(sites):
-            choices[site.index] = jax.tree.map(operator.itemgetter(i), together)
+            choice = jax.tree.map(operator.itemgetter(i), together)
+            if site.kernel is not None:
+                choice = dataclasses.replace(choice, entries=site.kernel.restore(choice.entries))
+            choices[site.index] = choice
     return tuple(choices[site.index] for site in space.sites)

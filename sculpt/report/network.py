@@ -44,7 +44,7 @@ def sites_table(space: Space) -> Table:
     table = _table(("", "site", "family", "units", "arrays", "options"), right=("", "units", "arrays"))
     for site in space.sites:
         arrays = {leaf for atom in site.atoms for leaf, _ in slots.get(atom, ())}
-        units = _shape([trace.axes.atom_size(atom) for atom in site.atoms])
+        units = _shape(site.sizes)
         count = str(max(len(arrays), 1))
         table.add_row(str(site.index), site.name, site.family, units, count, _options(site))
     return table

@@ -58,6 +58,9 @@ class Layer:
     """The leaf's axes that `window` belongs to."""
     out_axes: tuple[int, ...]
     """The leaf's axes that are the layer's output; empty where the kernel is no plain view of the leaf."""
+    in_axes: tuple[int, ...]
+    """The leaf's axes that the layer sums over beside `window_axes`; empty where what it multiplies by are not the leaf's own
+    entries."""
     monomials: Monomials
     """`macs` as a polynomial."""
 
@@ -213,19 +216,22 @@ class _Finder:
             channels = (shape[numbers.rhs_spec[1]] * groups, shape[numbers.rhs_spec[0]])
             out_shape = flow.program.shape(eqn.outputs[0])
             out_spatial = tuple(out_shape[d] for d in numbers.out_spec[2:])
-            out_dims = [numbers.rhs_spec[0]]
+            in_dims, out_dims = [numbers.rhs_spec[1]], [numbers.rhs_spec[0]]
         else:
             (sums, batches) = eqn.params["dimension_numbers"]
             summed = sums[operand]
             inputs = math.prod(shape[d] for d in summed)
             kind, strides, kernel_size, out_spatial = "dense", (), (), ()
             channels = (inputs, math.prod(shape) // inputs)
+            in_dims = list(summed)
             out_dims = [d for d in range(len(shape)) if d not in summed and d not in batches[operand]]
+        own = view.axes if view.plain and (operand == 1 or kind == "dense") else None
+        in_axes = () if own is None else tuple(own[d] for d in in_dims)
         out_axes = () if view.axes is None else tuple(view.axes[d] for d in out_dims)
         path = self.leaves[view.leaf].path
         return Layer(
             len(self.layers), path.rsplit("/", 1)[0], kind, view.leaf, eqn, operand, repeats, macs, kernel_size,
-            strides, *channels, out_spatial, window, window_axes, out_axes, monomials,
+            strides, *channels, out_spatial, window, window_axes, out_axes, in_axes, monomials,
         )  # fmt: skip
 
 
