@@ -15,7 +15,8 @@ from pathlib import Path
 
 def commands(data: Path | None) -> list[list[str]]:
     """Arguments of `python -m` for each benchmark."""
-    alone = [["benchmarks.trace_networks"], ["benchmarks.bench_evaluate"], ["benchmarks.bench_search"]]
+    names = ("trace_networks", "bench_evaluate", "bench_search", "bench_filter_groups")
+    alone = [[f"benchmarks.{name}"] for name in names]
     if data is None:
         return alone
     weights = str(data / "weights" / "cifar10_resnet20.safetensors")

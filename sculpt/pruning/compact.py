@@ -8,7 +8,7 @@ size is one of those constants, so the program is traced anew for every input sh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sculpt.model import Model, Params, State
+from sculpt.pruning.filter_groups import FilterGroup, bind_in_groups, group_filters, split_convolutions
 from sculpt.pruning.masks import check_masks, make_masks
 from sculpt.pruning.rewrite import Sizes, bind, rewrite, take
 from sculpt.pruning.space import Space
@@ -31,6 +32,7 @@ TOLERANCE = 1e-4
 """Largest difference of masked and compact outputs that `compact` accepts, relative to the largest output."""
 _ROUNDINGS = 8
 """The same in machine epsilons of the coarsest dtype in the network, where that is more: in half precision."""
+_BIND = bind_in_groups(bind)
 _TINY = 1e-30
 """The largest output counts as at least this, so that outputs that are all zero can be compared."""
 
@@ -45,6 +47,8 @@ class _Plan:
     """Likewise, the dense state."""
     keeps: tuple[tuple[np.ndarray, ...], ...]
     """For every leaf of (params, state), per axis: boolean `[dense size]`."""
+    groups: dict[int, tuple[FilterGroup, ...]]
+    """For the leaf of a kernel whose filters keep windows of their own, those that are computed together."""
     rows: tuple[str, ...]
 
     def slice(self, tree: tuple[Params, State]) -> tuple[Params, State]:
@@ -84,7 +88,7 @@ class CompactFunction:
     def __call__(self, params: Params, state: State, x: jax.Array, *key: jax.Array) -> Any:
         rewritten = self.rewritten(x, *key)
         arguments = jax.tree.leaves((params, state, x, key))
-        return jax.tree.unflatten(rewritten.out_tree, execute(rewritten.executable, arguments, bind))
+        return jax.tree.unflatten(rewritten.out_tree, execute(rewritten.executable, arguments, _BIND))
 
     def rewritten(self, x: jax.Array, *key: jax.Array) -> _Rewritten:
         """The program for inputs of these shapes."""
@@ -104,6 +108,9 @@ class CompactFunction:
 
 def compact(model: Model, space: Space, policy: Any, check: bool = True, *, masks: Any = None) -> Model:
     """Takes the zeros of a policy out of a masked model: channels go, windows become smaller kernels.
+
+    Where filters keep windows of their own (`rect_grouped`), those that share one become a smaller convolution, if there are enough
+    of them; the kernel stays one array. All other zeros stay in place.
 
     Args:
       model: a model that carries the zeros of the policy (`apply_masks`, `finetune`), dense shapes.
@@ -193,7 +200,7 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array, t
     execute(
         rewritten.executable,
         jax.tree.leaves((small.params, small.state, x)),
-        bind,
+        _BIND,
         lambda _, results: compacted.append(results),
     )
     names = {id(layer.equation): layer.name for layer in traced.layers}
@@ -217,17 +224,36 @@ def _make_plan(model: Model, space: Space, masks: Any) -> _Plan:
     arrays = len(jax.tree.leaves((model.params, model.state)))
     terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
     keeps = tuple(tuple(np.asarray(axes.keep(axis, kept)) for axis in term) for term in terms)
+    groups = _filter_groups(space, masks, keeps)
     rows = []
     for layer in traced.layers:
         leaf = traced.leaves[layer.leaf]
         small = [int(k.sum()) for k in keeps[layer.leaf]]
-        frozen = [
+        notes = [
             f"axis {f.axis} stays: {f.reason}"
             for f in traced.frozen
             if f.leaf == layer.leaf and f.size > 1 and f.axis not in layer.window_axes
         ]
-        rows.append("; ".join([f"{leaf.path} {list(leaf.shape)} -> {small}", *frozen]))
-    return _Plan(shapes_of(model.params), shapes_of(model.state), keeps, tuple(rows))
+        if layer.leaf in groups:
+            notes.append(f"in groups: {', '.join(map(str, groups[layer.leaf]))}")
+        rows.append("; ".join([f"{leaf.path} {list(leaf.shape)} -> {small}", *notes]))
+    return _Plan(shapes_of(model.params), shapes_of(model.state), keeps, groups, tuple(rows))
+
+
+def _filter_groups(
+    space: Space, masks: Any, keeps: Sequence[tuple[np.ndarray, ...]]
+) -> dict[int, tuple[FilterGroup, ...]]:
+    """Groups of the filters that stay, for every kernel whose filters have windows of their own."""
+    leaves, groups = jax.tree.leaves(masks), {}
+    for site in space.sites:
+        if site.family == "rect_grouped" and site.kernel is not None:
+            leaf, layer = site.kernel.leaf, space.trace.layers[site.owner]
+            mask = leaves[leaf][np.ix_(*map(np.flatnonzero, keeps[leaf]))]
+            (outputs,) = layer.out_axes
+            others = tuple(d for d in range(mask.ndim) if d not in (outputs, *layer.window_axes))
+            used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *layer.window_axes, *others))
+            groups[leaf] = group_filters(used.reshape(used.shape[: 1 + len(layer.window_axes)]))
+    return {leaf: found for leaf, found in groups.items() if found}
 
 
 def _kept_atoms(traced: Trace, space: Space, masks: Any) -> dict[Atom, np.ndarray]:
@@ -284,4 +310,6 @@ def _rewritten(
     for reason in reasons:
         if reason is not None and not reason.startswith(WINDOW):
             raise ValueError(f"an axis that lost units cannot do so in training mode: {reason}")
-    return _Rewritten(rewrite(flow, program, kept), out_tree, Sizes(flow, program, kept))
+    groups = {program.inputs[leaf]: found for leaf, found in plan.groups.items()}
+    executable = split_convolutions(rewrite(flow, program, kept), groups)
+    return _Rewritten(executable, out_tree, Sizes(flow, program, kept))

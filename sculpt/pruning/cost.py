@@ -29,7 +29,8 @@ class Cost:
     macs_ratio: jax.Array
     """`macs` / dense."""
     macs_realised: jax.Array
-    """Multiply-accumulates per image after compaction: zeros that no smaller array can express are counted."""
+    """Multiply-accumulates per image after compaction: zeros that no smaller array can express are counted. For `rect_grouped` at
+    the most: which filters share a window depends on the weights."""
     macs_realised_ratio: jax.Array
     """`macs_realised` / dense."""
     params: jax.Array

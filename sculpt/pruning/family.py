@@ -111,7 +111,7 @@ class Family:
     choose: Callable[[tuple[Option, ...], jax.Array], Choice]
     """`(options, scores) -> Choice`; jit- and vmap-able: what each option keeps. Entries are still in the kernel's view."""
     compacts: bool
-    """Whether compaction turns its zeros into smaller arrays, that is, whether its savings are realised."""
+    """Whether compaction turns its zeros into smaller arrays, whatever the weights, that is, whether its savings are realised."""
     realised_by: str
     """What runs faster by it: "any engine", "no engine", or which ones; told by `sculpt info`."""
 
@@ -167,3 +167,11 @@ def entry_choice(keeps: Sequence[jax.Array], energy: jax.Array) -> Choice:
     worth = jnp.where(energy.sum() > 0, energy, 1.0)
     kept = jnp.stack([jnp.where(keep, worth, 0.0).sum() for keep in keeps])
     return Choice((), jnp.clip(kept / kept[0], 0.0, 1.0), bits)
+
+
+def rank_of(scores: jax.Array) -> jax.Array:
+    """int32 of the shape of `scores`: 0 for the highest, of equal ones the first."""
+    flat = scores.reshape(-1)
+    order = jnp.argsort(-flat, stable=True)
+    places = jnp.arange(flat.shape[0], dtype=jnp.int32)
+    return jnp.zeros(flat.shape, jnp.int32).at[order].set(places).reshape(scores.shape)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sculpt.pruning import sparse
 from sculpt.pruning.family import Choice, Family, Option, Site, entry_energy
+from sculpt.pruning.filter_windows import choose_filter_windows, filter_window_sites
 from sculpt.pruning.importance import Importance
 from sculpt.pruning.importance_weights import unit_energy, window_energy
 from sculpt.tracing import Trace
@@ -144,6 +145,9 @@ _NONE = "no engine (theoretical MACs only)"
 FAMILIES: dict[str, Family] = {
     "channels": Family(_channel_sites, _channel_scores, _choose_channels, True, realised_by="any engine"),
     "rect": Family(_rect_sites, _window_scores, _choose_window, True, realised_by="any engine"),
+    "rect_grouped": _in_place(
+        filter_window_sites, choose_filter_windows, "any engine, where enough filters share a window"
+    ),
     "2:4": _in_place(sparse.two_of_four_sites, sparse.choose_n_of_m, _SPARSE_CORES),
     "nm": _in_place(
         sparse.n_of_m_sites, sparse.choose_n_of_m, f"where 2:4 or 1:4 is chosen, {_SPARSE_CORES}"

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.pruning.family import Choice, Kernel, Option, Site, entry_choice, kernel_sites
+from sculpt.pruning.family import Choice, Kernel, Option, Site, entry_choice, kernel_sites, rank_of
 from sculpt.tracing import Trace
 from sculpt.tracing.layers import Layer
 
@@ -27,14 +27,6 @@ N_OF_M = ((4, 8), (2, 4), (1, 4))
 LIBRARY = 8
 """Patterns of `entries4` that a layer may use."""
 _EIGHTHS = tuple((level, 8) for level in range(7, 0, -1))
-
-
-def _rank(scores: jax.Array) -> jax.Array:
-    """int32 of the shape of `scores`: 0 for the highest, of equal ones the first."""
-    flat = scores.reshape(-1)
-    order = jnp.argsort(-flat, stable=True)
-    places = jnp.arange(flat.shape[0], dtype=jnp.int32)
-    return jnp.zeros(flat.shape, jnp.int32).at[order].set(places).reshape(scores.shape)
 
 
 def _eighths(units: int, entries: int) -> list[Option]:
@@ -52,7 +44,7 @@ def unstructured_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]
 
 def choose_unstructured(options: tuple[Option, ...], energy: jax.Array) -> Choice:
     """The entries of largest magnitude in the layer (Han et al. 2015, arXiv 1506.02626)."""
-    rank = _rank(energy)
+    rank = rank_of(energy)
     return entry_choice([rank < option.pattern[0] for option in options], energy)
 
 
@@ -139,7 +131,7 @@ def choose_blocks(options: tuple[Option, ...], energy: jax.Array) -> Choice:
     stack, window, inputs, outputs = energy.shape
     side = options[0].pattern[1]
     blocks = energy.reshape(stack, window, inputs // side, side, outputs // side, side).sum(axis=(3, 5))
-    rank = _rank(blocks)
+    rank = rank_of(blocks)
 
     def keep(count: int) -> jax.Array:
         return jnp.repeat(jnp.repeat(rank < count, side, axis=2), side, axis=3)
@@ -185,7 +177,7 @@ def choose_four_entries(options: tuple[Option, ...], energy: jax.Array) -> Choic
     votes = jax.ops.segment_sum(worth.max(axis=0), jnp.argmax(worth, axis=0), len(patterns))
     _, library = jax.lax.top_k(votes, LIBRARY)
     chosen = library[jnp.argmax(worth[library], axis=0)]
-    rank = _rank(worth[library].max(axis=0))
+    rank = rank_of(worth[library].max(axis=0))
     stack, _, inputs, outputs = energy.shape
 
     def keep(entries: int, count: int) -> jax.Array:

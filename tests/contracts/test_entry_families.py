@@ -47,8 +47,8 @@ def test_every_option_keeps_as_many_entries_as_it_says(family: str, name: str) -
         for option, mask, retained in zip(site.options, masks, choice.retained):
             assert (mask.sum(),) == option.counts and option.kept == pytest.approx(mask.mean())
             assert retained == pytest.approx(energy[mask].sum() / energy.sum(), rel=1e-5)
-        # 4:8 and 2:4 keep as many of other groups.
-        nested = [m for o, m in zip(site.options, masks) if o.label != "4:8"]
+        # 4:8 and 2:4 keep as many, of other groups; the best row need not lie in the two best columns.
+        nested = [m for o, m in zip(site.options, masks) if o.label != "4:8" and family != "rect_grouped"]
         assert all((more | less == more).all() for more, less in itertools.pairwise(nested))
 
 
