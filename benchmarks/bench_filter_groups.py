@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         *provenance(),
         f"Median of {options.repeats} runs (lowest to highest), {options.batch} images. Time is that of the dense convolution = 1.",
+        "One group is the dense convolution itself: what its time differs by is the noise of the machine.",
         "",
         "| channels, image | option | dense, ms | every group: groups, MACs | time | as compacted: groups, MACs | time |",
         "| --- | --- | --- | --- | --- | --- | --- |",
