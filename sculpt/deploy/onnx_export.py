@@ -139,7 +139,7 @@ def _message(writer: Writer, order: Sequence[int]) -> Any:
     shape = program.shape(program.inputs[-1])
     nodes = []
     for node in writer.nodes:
-        attributes = {
+        attributes: dict[str, Any] = {
             name: helper.np_dtype_to_tensor_dtype(value) if isinstance(value, np.dtype) else value
             for name, value in node.attributes.items()
         }
@@ -205,4 +205,4 @@ def _session(file: Path) -> Callable[[np.ndarray], np.ndarray]:
     # onnxruntime's exceptions have no common base but Exception.
     except Exception as error:
         raise ValueError(f"onnxruntime does not load the ONNX file: {error}") from error
-    return lambda images: session.run([LOGITS], {IMAGES: images})[0]
+    return lambda images: np.asarray(session.run([LOGITS], {IMAGES: images})[0])
