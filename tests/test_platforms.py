@@ -86,7 +86,7 @@ def test_fine_tuning_lowers() -> None:
     raw = jnp.asarray(SPLITS.validation.images[:32])[None]
     normalisation = (tuple(map(float, SPLITS.mean)), tuple(map(float, SPLITS.std)))
     lowers(
-        training.validate, MODEL.apply, normalisation, MODEL.params, MODEL.state, raw,
+        training.validate, MODEL.apply, normalisation, False, MODEL.params, MODEL.state, raw,
         jnp.asarray(SPLITS.validation.labels[:32], jnp.int32)[None],
     )  # fmt: skip
 

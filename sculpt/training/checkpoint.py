@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +69,11 @@ class Checkpoints:
                 f"checkpoints in {self._directory}: step {step} is not above the last one, {last}"
             )
         leaves = _to_host(tree)
-        with _quiet():
-            manager.save(step, args=ocp.args.PyTreeSave(_named(leaves)))
-            manager.wait_until_finished()
-        _write(self._record(step), {"leaves": _kinds(leaves), "files": _sums(self._folder(step))})
+        with _interrupted_afterwards():
+            with _quiet():
+                manager.save(step, args=ocp.args.PyTreeSave(_named(leaves)))
+                manager.wait_until_finished()
+            _write(self._record(step), {"leaves": _kinds(leaves), "files": _sums(self._folder(step))})
         for record in self._records() - set(manager.all_steps()):
             self._record(record).unlink()
 
@@ -230,6 +233,23 @@ def _write(file: Path, content: dict[str, Any]) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content))
     os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C waits for what is under way: Orbax's threads would complain for a page."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    caught: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        before(*caught[0])
 
 
 @contextlib.contextmanager

@@ -28,6 +28,12 @@ class Split:
     labels: np.ndarray
     """int32 `[n]`."""
 
+    def __repr__(self) -> str:
+        """Shapes instead of arrays."""
+        kind = "streamed " if isinstance(self.images, StreamedImages) else ""
+        shape = [len(self.labels), *self.images.shape[1:]]
+        return f"Split({kind}{np.dtype(self.images.dtype)}{shape})"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Splits:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 
 import sculpt
 from sculpt.deploy import engines
-from sculpt.deploy.engines import ENGINES, confined, engine_of, prepared
+from sculpt.deploy.engines import ENGINES, engine_of, prepared
 from sculpt.deploy.environment import cores
 from sculpt.model import Model
 from tests.architectures.equality import distance, drawn_policy, outputs, prune
@@ -67,16 +67,27 @@ def test_latencies_say_what_measured_them(engine: str) -> None:
         assert latency.versions[ENGINES[engine].package] != "absent"
 
 
+CONFINED = """
+import os
+from pathlib import Path
+os.sched_setaffinity(0, range(os.cpu_count()))
+import jax, jax.numpy as jnp
+from sculpt.deploy.engines import confined
+from sculpt.deploy.environment import cores
+tasks, before = Path("/proc/self/task"), os.sched_getaffinity(0)
+jax.block_until_ready(jnp.ones(3) + 1.0)  # threads are there
+with confined(1):
+    assert {len(os.sched_getaffinity(int(t.name))) for t in tasks.iterdir()} == {1}
+assert os.sched_getaffinity(0) == before
+assert cores() == len(before)
+"""
+
+
 def test_confined_to_some_cores_and_back() -> None:
-    tasks = Path("/proc/self/task")
-    if not tasks.is_dir():
+    """In a process of its own, which has all cores: workers of the tests have one."""
+    if not Path("/proc/self/task").is_dir():
         pytest.skip("no list of threads on this system")
-    before = os.sched_getaffinity(0)
-    jax.block_until_ready(jnp.ones(3) + 1.0)  # threads are there
-    with confined(1):
-        assert {len(os.sched_getaffinity(int(t.name))) for t in tasks.iterdir()} == {1}
-    assert os.sched_getaffinity(0) == before
-    assert cores() == len(before)
+    subprocess.run([sys.executable, "-c", CONFINED], check=True)
 
 
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:

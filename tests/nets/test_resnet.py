@@ -142,7 +142,7 @@ def test_options_are_checked_and_used() -> None:
     assert shapes(nets.create("resnet8", 10, widths=[4, 4, 12]))["params"]["head"]["kernel"].shape == (12, 10)
     with pytest.raises(ValueError, match=r"takes the options blocks, widths, dtype, got \['width'\]"):
         nets.create("resnet8", 10, width=3)
-    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="num_classes must be a whole number of at least 2, got 1"):
         nets.create("resnet8", 1)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sculpt.training import checkpoint
 from sculpt.training.checkpoint import Checkpoints
 
 
@@ -200,3 +201,23 @@ def test_a_kill_in_mid_save_leaves_the_last_complete_step(tmp_path: Path) -> Non
     assert int(tree["step"]) == step
     assert (tree["x"] == step).all()
     keeper.save(step + 1, tree)
+
+
+def test_an_interrupt_waits_for_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = Checkpoints(tmp_path / "run", "mine")
+    kinds = checkpoint._kinds
+
+    def interrupted(leaves: list[np.ndarray]) -> list[str]:
+        signal.raise_signal(signal.SIGINT)
+        return kinds(leaves)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_kinds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            keeper.save(1, {"a": jnp.arange(3)})
+    found = keeper.restore_latest({"a": jnp.zeros(3, jnp.int32)})
+    keeper.close()
+    assert found is not None and found[0] == 1
+    np.testing.assert_array_equal(found[1]["a"], jnp.arange(3))
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -360,3 +360,9 @@ def test_cifar10_jpeg_reads_the_real_images(shared_data: Path) -> None:
         np.testing.assert_array_equal(splits.test.labels[:1000], exact["labels"])
         difference = np.abs(splits.test.images[:1000].astype(int) - exact["images"].astype(int)).mean()
     assert difference < 8  # JPEG's loss; another order of the rows would give about 60
+
+
+def test_splits_are_shown_by_their_shapes() -> None:
+    shown = repr(load_data("digits"))
+    assert "train=Split(uint8[1097, 8, 8, 1])" in shown
+    assert len(shown) < 300
