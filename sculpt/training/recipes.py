@@ -116,7 +116,7 @@ _RECIPES = (
     ),
     Recipe(
         "small_transformer",
-        "DeiT, arXiv 2012.12877, table 9, without what mixes or distorts images; peak and length of our own, tried on digits.",
+        "DeiT, arXiv 2012.12877, table 9, without what mixes or distorts images; peak, batch and length are ours.",
         FinetuneConfig(
             epochs=100,
             batch_size=128,

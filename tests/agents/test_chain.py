@@ -1,4 +1,4 @@
-"""On a chain whose optimum is known exactly the agent comes near it."""
+"""On a chain whose optimum is known exactly the agent comes within two percent of it, or is known not to."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def test_the_optimum_is_that_of_trying_everything(pairs: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pairs", [0.0, 1.0])
-def test_the_agent_comes_within_four_percent_of_the_optimum(pairs: float) -> None:
+@pytest.mark.parametrize(
+    "pairs",
+    [pytest.param(0.0, marks=pytest.mark.xfail(strict=True, reason="97.2 % of the optimum, measured")), 1.0],
+)
+def test_the_agent_comes_within_two_percent_of_the_optimum(pairs: float) -> None:
     model, space = chain_space(20)
     config = sculpt.SearchConfig(budget=0.4, evaluations=4096, score_images=1, calibration_images=0, rerank=0)
     shares = []
@@ -39,4 +42,4 @@ def test_the_agent_comes_within_four_percent_of_the_optimum(pairs: float) -> Non
         found = sculpt.search(model, space, noise(), config, jax.random.key(seed), scorer=chain)
         shares.append(found.score / chain.optimum(space, 0.4))
     assert max(shares) <= 1 + 1e-5
-    assert np.median(shares) >= 0.96
+    assert np.median(shares) >= 0.98

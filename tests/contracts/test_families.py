@@ -26,9 +26,8 @@ def digits(side: int) -> Splits:
         chosen = split.labels < 5
         images = np.repeat(split.images[chosen], 3, axis=-1)
         factor = side // images.shape[1]
-        return images.repeat(factor, 1).repeat(factor, 2) if factor else images[:, ::2, ::2], split.labels[
-            chosen
-        ]
+        resized = images.repeat(factor, 1).repeat(factor, 2) if factor else images[:, ::2, ::2]
+        return resized, split.labels[chosen]
 
     return from_arrays(*scaled(splits.train), *scaled(splits.test), name="digits", validation=64)
 
