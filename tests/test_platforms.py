@@ -19,6 +19,7 @@ from sculpt.scoring.env import EnvParams, PruningEnv
 from sculpt.scoring.evaluate import _count_right, _scored
 from sculpt.scoring.recalibrate import _recalibrated
 from sculpt.scoring.stream import _costs
+from sculpt.training import program as training_program
 from sculpt.training import step as training
 from tests.conftest import untrained_digits
 
@@ -75,14 +76,14 @@ def test_fine_tuning_lowers() -> None:
     config = sculpt.FinetuneConfig(batch_size=16, augment="crop_flip", ema=0.9, distillation=0.5)
     masks = sculpt.make_masks(SPACE, MODEL.params, jnp.zeros(SPACE.num_sites, jnp.int32))
     for settings in (config, dataclasses.replace(config, optimizer="adamw")):
-        program = training.make_program(MODEL.apply_train, SPLITS, settings, MODEL.apply)
+        program = training_program.make_program(MODEL.apply_train, SPLITS, settings, MODEL.apply)
         state = training.start(program, MODEL.params, MODEL.state, masks)
         images, labels = jnp.asarray(SPLITS.train.images), jnp.asarray(SPLITS.train.labels, jnp.int32)
         order = training.epoch_order(KEY, len(labels), jnp.int32(0))
         teacher = (MODEL.params, MODEL.state)
-        arguments = (program, state, masks, teacher, images, labels, order, KEY)
-        lowers(training.run_step, *arguments)
-        lowers(training.run_steps, *arguments, jnp.int32(2))
+        arguments = (masks, teacher, images, labels, order, KEY)
+        lowers(training.run_step, program, state, *arguments)
+        lowers(training.run_steps, program, state, jnp.int32(2), *arguments)
     raw = jnp.asarray(SPLITS.validation.images[:32])[None]
     normalisation = (tuple(map(float, SPLITS.mean)), tuple(map(float, SPLITS.std)))
     lowers(

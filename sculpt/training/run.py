@@ -19,12 +19,10 @@ from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
 from sculpt.training.devices import from_each, place, place_batch, place_shared
+from sculpt.training.program import Program, make_program
 from sculpt.training.step import (
-    Program,
     TrainState,
     epoch_order,
-    make_program,
-    run_batch,
     run_step,
     run_steps,
     start,
@@ -212,28 +210,20 @@ class Run:
 
     def _call(self, order: jax.Array, stop: int) -> jax.Array:
         """One call of the compiled step or loop, up to step `stop` at the most."""
-        if self.batches is not None:
-            return self._call_on(next(self.batches), order)
+        images = self.images if self.batches is None else next(self.batches)
+        arguments = (self.masks, self.teacher, images, self.labels, order, self.keys[1])
         at_once = self.config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
-        data = (self.images, self.labels, order, self.keys[1])
-        arguments = (self.program, self.train, self.masks, self.teacher, *data)
-        if at_once == 1:
-            self.train, diverged = run_step(*arguments)
+        if at_once == 1 or self.program.streamed:
+            self.train, diverged = run_step(self.program, self.train, *arguments)
             self.step += 1
         else:
             count = min(at_once, stop - self.step)
-            self.train, diverged = run_steps(*arguments, jnp.int32(count))
+            self.train, diverged = run_steps(self.program, self.train, jnp.int32(count), *arguments)
             self.step += count
-        return diverged
-
-    def _call_on(self, images: jax.Array, order: jax.Array) -> jax.Array:
-        """A step on a batch of a stream."""
-        data = (images, self.labels, order, self.keys[1])
-        self.train, diverged = run_batch(self.program, self.train, self.masks, self.teacher, *data)
-        self.step += 1
-        # Batches that wait on the device take its memory: one step is queued behind the one that runs, no more.
-        jax.block_until_ready(self.before)
-        self.before = diverged
+        if self.program.streamed:
+            # Batches that wait on the device take its memory: one step is queued behind the one that runs, no more.
+            jax.block_until_ready(self.before)
+            self.before = diverged
         return diverged
 
     def _require_finite(self, diverged: jax.Array | None, keeper: Checkpoints | None) -> None:

@@ -23,7 +23,8 @@ from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
 from sculpt.training.finetune import TrainingDiverged, finetune, train
-from sculpt.training.step import Program, decayed, epoch_order, make_program, run_step, start
+from sculpt.training.program import Program, decayed, make_program
+from sculpt.training.step import epoch_order, run_step, start
 from tests.training.tiny import (
     BASE,
     KEY,

@@ -15,8 +15,8 @@ import pytest
 import sculpt
 from sculpt.training import finetune, train
 from sculpt.training.data import Split
+from sculpt.training.program import make_program
 from sculpt.training.run import Run
-from sculpt.training.step import make_program
 from tests.training.tiny import (
     BASE,
     KEY,

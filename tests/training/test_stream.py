@@ -25,7 +25,7 @@ from sculpt.training import run as run_module
 from sculpt.training.data import Splits, from_arrays, from_sources
 from sculpt.training.finetune import finetune, train
 from sculpt.training.policies import finetune_policies
-from sculpt.training.step import run_batch
+from sculpt.training.step import run_step
 from sculpt.training.stream import StreamedImages
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_masks, tiny_model, tiny_splits
 
@@ -250,9 +250,9 @@ def test_each_epoch_reads_its_own_images_once_in_the_order_of_the_key() -> None:
 
 def test_a_second_run_compiles_nothing() -> None:
     train(tiny_model(), streamed(), BASE, KEY)
-    before = run_batch._cache_size()  # type: ignore[attr-defined]
+    before = run_step._cache_size()  # type: ignore[attr-defined]
     train(tiny_model(), streamed(), dataclasses.replace(BASE, checkpoint_every=4), jax.random.key(9))
-    assert run_batch._cache_size() == before  # type: ignore[attr-defined]
+    assert run_step._cache_size() == before  # type: ignore[attr-defined]
 
 
 def test_many_steps_in_a_call_are_refused() -> None:
@@ -292,9 +292,9 @@ def test_training_holds_a_bounded_number_of_batches(monkeypatch: pytest.MonkeyPa
     def counted(*arguments: Any) -> Any:
         time.sleep(0.01)  # the readers could run far ahead
         unused.append(len(source.reads) / 32 - len(unused))
-        return run_batch(*arguments)
+        return run_step(*arguments)
 
-    monkeypatch.setattr(run_module, "run_batch", counted)
+    monkeypatch.setattr(run_module, "run_step", counted)
     train(tiny_model(), splits, BASE, KEY)
     assert len(unused) == 18
     assert max(unused) <= 2 + 1 + 1  # ahead, the one that was sent to the device, and the one in use
