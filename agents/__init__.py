@@ -2,17 +2,21 @@
 
 from sculpt.agents.actor_critic import ActorCritic, SiteInputs, site_inputs
 from sculpt.agents.config import AgentConfig, Method, SearchConfig
-from sculpt.agents.search import SearchResult, search
+from sculpt.agents.pretrain import Lesson, pretrain
+from sculpt.agents.search import FrontPoint, SearchResult, search
 from sculpt.scoring.reward import RewardConfig
 
 __all__ = [
     "ActorCritic",
     "AgentConfig",
+    "FrontPoint",
+    "Lesson",
     "Method",
     "RewardConfig",
     "SearchConfig",
     "SearchResult",
     "SiteInputs",
+    "pretrain",
     "search",
     "site_inputs",
 ]

@@ -1,8 +1,9 @@
 """The agent: a graph goes in, a distribution over patterns at every site and a value come out.
 
 Logits of a site = a scorer shared by all options of all sites, that reads the site's node embedding and what is known of
-the option (energy retained, cost, fraction kept), + a head per family of patterns, + 3 log(retained energy). The first
-two begin near zero: an untrained agent already prefers what magnitude pruning would.
+the option (energy retained, cost, fraction kept), + a head per family of patterns, + a table of the site's own, + 3 log(retained
+energy). All but the last begin at zero or near it: an untrained agent already prefers what magnitude pruning would. What the
+first two learn holds for every graph; the table learns what this network's features do not tell, and stays with it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from sculpt.agents.config import AgentConfig
 from sculpt.agents.distributions import mask_invalid
 from sculpt.agents.gatv2 import Graph, GraphEncoder, take_rows
 from sculpt.model import Params
-from sculpt.pruning import Space, energy_logits, site_features
+from sculpt.pruning import FAMILIES, Space, energy_logits, site_features
+from sculpt.pruning.features import OPTIONS
 from sculpt.scoring.env import state_axes
 
 PolicyNetwork = nn.Module
 """Something that takes a graph and `SiteInputs` and gives logits and a value, as `ActorCritic` does."""
 _NEAR_ZERO = nn.initializers.normal(0.01)
+TABLE_STEP = 16.0
+"""Logits per unit of a table's parameters: Adam moves each of them by about its learning rate, whatever the gradient."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +39,7 @@ class SiteInputs:
     nodes: jax.Array
     """int32 `[sites]`: the graph node of every site."""
     family: jax.Array
-    """float32 `[sites, families]`, one-hot: the family of patterns of every site."""
+    """float32 `[sites, families]`, one-hot over all of `FAMILIES`: the family of patterns of every site."""
     retained: jax.Array
     """float32 `[sites, options]`: share of the weights' energy that an option keeps."""
     cost: jax.Array
@@ -52,7 +56,7 @@ class SiteInputs:
 def site_inputs(space: Space, params: Params) -> SiteInputs:
     """The `SiteInputs` of `space` for a network with these `params`."""
     features = site_features(space, params)
-    families = sorted({site.family for site in space.sites})
+    families = list(FAMILIES)
     family = np.eye(len(families), dtype=np.float32)[[families.index(site.family) for site in space.sites]]
     return SiteInputs(
         nodes=jnp.asarray(space.site_nodes, jnp.int32),
@@ -80,6 +84,8 @@ class ActorCritic(nn.Module):
         # The critic reads the embedding but does not shape it: the scale of its loss follows the reward's.
         pooled = jax.lax.stop_gradient(jnp.mean(nodes, axis=0))
         value = Critic(self.config.hidden, name="critic")(jnp.concatenate([pooled, graph.globals[0]]))
+        if self.config.table:
+            logits = logits + TABLE_STEP * self.param("own", nn.initializers.zeros, sites.valid.shape)
         return mask_invalid(logits, sites.valid), value
 
 
@@ -98,10 +104,11 @@ class Actor(nn.Module):
         shared = nn.Dense(1, use_bias=False, kernel_init=_NEAR_ZERO, name="scorer_output")(
             nn.gelu(where[:, None, :] + what)
         )
-        shape = (sites.family.shape[1], embeddings.shape[1], sites.valid.shape[1])
-        heads = self.param("family_heads", _NEAR_ZERO, shape)
-        own = jnp.einsum("sf,fwo,sw->so", sites.family, heads, embeddings)
-        return shared[:, :, 0] + own + sites.prior
+        count = sites.valid.shape[1]
+        shape = (sites.family.shape[1], embeddings.shape[1], max(OPTIONS, count))
+        heads = self.param("family_heads", _NEAR_ZERO, shape)[:, :, :count]
+        headed = jnp.einsum("sf,fwo,sw->so", sites.family, heads, embeddings)
+        return shared[:, :, 0] + headed + sites.prior
 
 
 class Critic(nn.Module):

@@ -17,7 +17,7 @@ RULES = ("uniform", "magnitude", "lamp")
 _FROM_ENERGY = (*LEARNERS, "cma_es")
 
 _LARGE_BATCH_FROM = 2048
-_OF_LEARNERS = ("learning_rate", "epochs", "clip_ratio", "entropy")
+_OF_LEARNERS = ("front", "learning_rate", "epochs", "clip_ratio", "entropy")
 _BRIEF = FinetuneConfig(max_steps=100)
 
 
@@ -44,6 +44,9 @@ class AgentConfig:
     """GATv2 layers: how many edges away a site sees."""
     heads: int = 4
     """Attention heads; must divide `hidden`."""
+    table: bool = True
+    """Whether every site has logits of its own beside those that the graph gives: for what the features of a network do not tell. Not
+    while an agent is trained for other networks (`pretrain`)."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "heads"):
@@ -73,10 +76,14 @@ class SearchConfig:
     "evolution" then begin with all options alike. The other methods have no use for it."""
     budget: float = 0.5
     """MACs kept / dense MACs that the policy found must not exceed, in (0, 1]."""
+    front: tuple[float, ...] = ()
+    """Further budgets, for which the same agent learns beside: the policies of a batch take `budget` and these in turn, and
+    `SearchResult.front` has the best of each. For "agent" and "table"."""
     evaluations: int = 2000
     """Policies scored, repeats included; rounded down to whole batches (times `rounds`)."""
     batch_size: int | None = None
-    """Policies per update. None: 32, or 64 from 2,048 evaluations on, or all evaluations where those are fewer."""
+    """Policies per update. None: 32, or 64 from 2,048 evaluations on, or all evaluations where those are fewer; a multiple of the
+    number of budgets."""
     objective: Objective = "accuracy"
     """What a policy is scored by, after BatchNorm recalibration: "accuracy", or "loss" (minus the cross-entropy)."""
     reward: RewardConfig = RewardConfig()
@@ -114,6 +121,10 @@ class SearchConfig:
         _require_choice("method", self.method, get_args(Method))
         _require_choice("objective", self.objective, get_args(Objective))
         _require(0.0 < self.budget <= 1.0, f"SearchConfig.budget must be in (0, 1], got {self.budget}")
+        _require(
+            all(0.0 < budget <= 1.0 for budget in self.front) and len({*self.budgets}) == len(self.budgets),
+            f"SearchConfig.front must be distinct budgets in (0, 1] other than budget={self.budget}, got {self.front}",
+        )
         for name in ("evaluations", "score_images", "epochs", "rounds", "checkpoint_every"):
             value = getattr(self, name)
             _require(value >= 1, f"SearchConfig.{name} must be at least 1, got {value}")
@@ -139,6 +150,11 @@ class SearchConfig:
             _require(
                 self.batch_size >= 2, f"SearchConfig.batch_size must be at least 2, got {self.batch_size}"
             )
+        _require(
+            self.batch % len(self.budgets) == 0 and self.batch >= 2 * len(self.budgets),
+            f"SearchConfig.batch_size must give each of the {len(self.budgets)} budgets as many policies, two at least, got "
+            f"{self.batch}: set a multiple of {len(self.budgets)}",
+        )
         _require(
             self.updates >= 1,
             f"SearchConfig.evaluations={self.evaluations} is less than one update of batch_size * rounds = "
@@ -200,6 +216,11 @@ class SearchConfig:
         )
 
     @property
+    def budgets(self) -> tuple[float, ...]:
+        """All budgets, that of the policy to be chosen first."""
+        return (self.budget, *self.front)
+
+    @property
     def starts_from_energy(self) -> bool:
         """Whether the first proposals favour options that retain energy."""
         return self.method in _FROM_ENERGY if self.warm_start is None else self.warm_start
@@ -209,9 +230,9 @@ class SearchConfig:
         """Policies per round of an update."""
         if self.batch_size is not None:
             return self.batch_size
-        return max(
-            2, min(64 if self.evaluations >= _LARGE_BATCH_FROM else 32, self.evaluations // self.rounds)
-        )
+        usual = min(64 if self.evaluations >= _LARGE_BATCH_FROM else 32, self.evaluations // self.rounds)
+        each = max(2 if self.front else 1, usual // len(self.budgets))
+        return max(2, each * len(self.budgets))
 
     @property
     def policies_per_update(self) -> int:

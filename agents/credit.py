@@ -22,10 +22,10 @@ RIDGE = 3.0
 """Ridge penalty, in samples: an option seen that often has half of its effect believed."""
 
 
-def leave_one_out(scores: jax.Array) -> jax.Array:
-    """Each of the scores float32 `[n, ...]` less the mean of the other n - 1 along the first axis."""
-    number = scores.shape[0]
-    return (scores - jnp.mean(scores, axis=0, keepdims=True)) * (number / max(number - 1, 1))
+def leave_one_out(scores: jax.Array, axis: int = 0) -> jax.Array:
+    """Each of the scores float32 `[..., n, ...]` less the mean of the other n - 1 along the axis."""
+    number = scores.shape[axis]
+    return (scores - jnp.mean(scores, axis=axis, keepdims=True)) * (number / max(number - 1, 1))
 
 
 def standardise(values: jax.Array) -> jax.Array:
@@ -87,10 +87,12 @@ def contributions(state: CreditState, policies: jax.Array, options: int, ridge: 
     return jnp.sum((centred * effect[None]).reshape(number, sites, options), axis=-1)
 
 
-def site_advantages(advantage: jax.Array, contribution: jax.Array) -> jax.Array:
+def site_advantages(advantage: jax.Array, contribution: jax.Array, budgets: int = 1) -> jax.Array:
     """Standardised advantage float32 `[n, sites]` of every site: `advantage` `[n]` less what the other sites explain.
 
-    `contribution` is float32 `[n, sites]`, from `contributions`.
+    `contribution` is float32 `[n, sites]`, from `contributions`. Samples take the `budgets` in turn, and are compared with those of
+    the same one.
     """
     others = jnp.sum(contribution, axis=1, keepdims=True) - contribution
-    return standardise(leave_one_out(advantage[:, None] - others))
+    own = (advantage[:, None] - others).reshape(-1, budgets, others.shape[1])
+    return standardise(leave_one_out(own)).reshape(others.shape)

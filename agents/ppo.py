@@ -27,7 +27,7 @@ from sculpt.agents.credit import (
     site_advantages,
     update_credit,
 )
-from sculpt.agents.rollout import Rollout
+from sculpt.agents.rollout import Rollout, in_turn
 
 _MAX_GRADIENT_NORM = 1.0
 
@@ -42,17 +42,17 @@ def load_rlax() -> types.ModuleType:
 
 
 def make_optimizer(config: SearchConfig) -> optax.GradientTransformation:
-    """Adam behind a clipped gradient norm; the critic's gradient is clipped apart, so that it cannot crowd the actor out."""
+    """Adam behind a clipped gradient norm; those of the critic and of the table are clipped apart, so that they crowd nothing out."""
 
     def part(path: tuple, _: jax.Array) -> str:
-        return "critic" if path[0].key == "critic" else "actor"
+        return path[0].key if path[0].key in ("critic", "own") else "actor"
 
-    def adam() -> optax.GradientTransformation:
-        clipped = optax.chain(optax.clip_by_global_norm(_MAX_GRADIENT_NORM), optax.adam(config.learning_rate))
-        return optax.flatten(clipped)  # one vector instead of forty leaves compiles and runs faster
+    adam = optax.chain(optax.clip_by_global_norm(_MAX_GRADIENT_NORM), optax.adam(config.learning_rate))
+    joined = optax.flatten(adam)  # one vector instead of forty leaves compiles and runs faster
 
     return optax.multi_transform(
-        {"actor": adam(), "critic": adam()}, lambda params: jax.tree_util.tree_map_with_path(part, params)
+        {"actor": joined, "critic": joined, "own": adam},
+        lambda params: jax.tree_util.tree_map_with_path(part, params),
     )
 
 
@@ -89,9 +89,9 @@ class Batch:
 
 
 def prepare(
-    config: SearchConfig, rollout: Rollout, credit: CreditState, options: int
+    config: SearchConfig, rollout: Rollout, credit: CreditState, options: int, budgets: int = 1
 ) -> tuple[Batch, CreditState, jax.Array]:
-    """Turns a rollout into advantages and returns.
+    """Turns a rollout, whose environments take so many budgets in turn, into advantages and returns.
 
     Returns:
       The batch, the credit regression with this rollout in it, and the share of the reward's variance that the
@@ -107,9 +107,10 @@ def prepare(
             rollout.rewards, rollout.values, rollout.continues, config.discount, config.gae_lambda
         )
         returns = advantage + rollout.values[:-1]
-    else:  # each round stands for itself, measured against the other episodes in the same round
-        advantage, returns = leave_one_out(rollout.rewards.T).T, rollout.rewards
-    advantages = site_advantages(advantage.reshape(number), explained)
+    else:  # each round stands for itself, measured against the other episodes of that budget in the same round
+        rows = rollout.rewards.reshape(len(rollout.rewards), -1, budgets)
+        advantage, returns = leave_one_out(rows, axis=1).reshape(rollout.rewards.shape), rollout.rewards
+    advantages = site_advantages(advantage.reshape(number), explained, budgets)
     batch = Batch(rollout, advantages, jax.lax.stop_gradient(returns.reshape(number)))
     return batch, credit, explained_variance(rewards, jnp.sum(explained, axis=1))
 
@@ -141,8 +142,7 @@ def ppo_loss(
     """
     rollout = batch.rollout
     number = batch.returns.shape[0]
-    logits, values = forward(agent, params, rollout.graphs, sites)
-    logits = jnp.broadcast_to(logits, (number, *logits.shape[1:]))
+    logits, values = in_turn(forward(agent, params, rollout.graphs, sites), number)
     logits = distributions.at_price(logits, rollout.prices.reshape(number), sites.cost)
     log_probs = distributions.log_prob(logits, rollout.policies.reshape(number, -1))
     shift = (log_probs - rollout.log_probs.reshape(number, -1))[:, free]
@@ -151,7 +151,7 @@ def ppo_loss(
         ratios.reshape(-1), batch.advantages[:, free].reshape(-1), config.clip_ratio
     )
     mean_entropy = jnp.mean(distributions.entropy(logits)[:, free])
-    value_loss = 0.5 * jnp.mean((jnp.broadcast_to(values, batch.returns.shape) - batch.returns) ** 2)
+    value_loss = 0.5 * jnp.mean((values - batch.returns) ** 2)
     measured = {
         "entropy": mean_entropy,
         "kl": jnp.mean(ratios - 1.0 - shift),  # Schulman's estimator: never negative

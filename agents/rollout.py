@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from sculpt.agents.gatv2 import Graph
 from sculpt.pruning import Space, project
 from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
 
+_T = TypeVar("_T")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Rollout:
     """Episodes of `rounds` (R) steps in each of n environments."""
 
     graphs: Graph
-    """Observations: nodes `[R * n, N, F]`, globals `[R * n, 1, K]`; with one round they are all alike and only one is kept."""
+    """Observations: nodes `[R * n, N, F]`, globals `[R * n, 1, K]`; with one round only one of each budget is kept, for the others
+    are like it."""
     policies: jax.Array
     """int32 `[R, n, sites]`: the actions executed, that is, after projection."""
     prices: jax.Array
@@ -40,7 +45,7 @@ class Rollout:
 def act(
     space: Space, logits: jax.Array, budget: jax.Array, key: jax.Array, projection: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws one policy per row of `logits` float32 `[n, sites, options]`.
+    """Draws one policy per row of `logits` float32 `[n, sites, options]`, each within its own `budget` float32 `[n]`.
 
     Returns:
       Policies int32 `[n, sites]` and prices float32 `[n]`; without projection plain samples and prices 0.
@@ -48,7 +53,7 @@ def act(
     number = logits.shape[0]
     if not projection:
         return distributions.sample(logits, key), jnp.zeros(number, jnp.float32)
-    projected = jax.vmap(lambda row, k: project(space, row, budget, k))(logits, jax.random.split(key, number))
+    projected = jax.vmap(functools.partial(project, space))(logits, budget, jax.random.split(key, number))
     return projected.policy, projected.price
 
 
@@ -69,12 +74,10 @@ def play(
     def turn(carry: tuple, key: jax.Array) -> tuple[tuple, tuple]:
         graphs, state = carry
         act_key, step_key = jax.random.split(key)
-        # In a one-shot episode all environments are in the same state: one forward pass serves the batch.
-        seen = select_state(graphs, slice(0, 1)) if env.rounds == 1 else graphs
-        logits, values = forward(agent, agent_params, seen, sites)
-        logits = jnp.broadcast_to(logits, (env.num_envs, *logits.shape[1:]))
-        values = jnp.broadcast_to(values, (env.num_envs,))
-        policies, prices = act(env.space, logits, env_params.budget, act_key, projection)
+        # In a one-shot episode all environments of a budget are in the same state: one forward pass serves them.
+        seen = select_state(graphs, slice(0, len(env_params.budget))) if env.rounds == 1 else graphs
+        logits, values = in_turn(forward(agent, agent_params, seen, sites), env.num_envs)
+        policies, prices = act(env.space, logits, env.budgets(env_params), act_key, projection)
         log_probs = distributions.log_prob(distributions.at_price(logits, prices, sites.cost), policies)
         graphs, state, rewards, terminated, _, info = env.step(step_key, state, policies, env_params)
         continues = 1.0 - terminated.astype(jnp.float32)
@@ -98,6 +101,11 @@ def play(
         continues=continues,
         info=info,
     )
+
+
+def in_turn(states: _T, number: int) -> _T:
+    """What was worked out for `[k, ...]` states, for `[number, ...]` samples that take these states in turn."""
+    return jax.tree.map(lambda rows: jnp.tile(rows, (number // len(rows), *[1] * (rows.ndim - 1))), states)
 
 
 def select_state(graphs: Graph, index: slice) -> Graph:

@@ -17,6 +17,7 @@ from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.controls import fixed_policy, singles
 from sculpt.agents.rerank import Referee
+from sculpt.agents.transfer import check_agent, portable
 from sculpt.agents.update import (
     TOLERANCE,
     Program,
@@ -24,11 +25,12 @@ from sculpt.agents.update import (
     Task,
     init_state,
     make_program,
+    metrics_of,
     ranking,
     snapshot,
     update,
 )
-from sculpt.model import Model
+from sculpt.model import Model, Params
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.archive import Archive
 from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
@@ -40,6 +42,20 @@ from sculpt.training.data import Splits
 from sculpt.training.stream import content
 
 Metrics = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontPoint:
+    """The best policy within a budget."""
+
+    budget: float
+    """MACs kept / dense that it must not exceed."""
+    policy: np.ndarray
+    """int32 `[sites]`."""
+    score: float
+    """Its reward: accuracy (or minus the loss) on the score images."""
+    macs_ratio: float
+    """Its theoretical MACs kept / dense."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +74,8 @@ class SearchResult:
     """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward", "mean_accuracy", "budget_error",
     "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
     "explained_variance" (critic), "credit_explained" (per-site regression)."""
+    front: tuple[FrontPoint, ...]
+    """The best policy found for each of the search's budgets, before any fine-tuning; none for a budget that no policy met."""
     pareto: tuple[tuple[float, float, np.ndarray], ...]
     """(MACs ratio, accuracy on the score images, policy) of the archived policies that no other one beats in both."""
     evaluations: int
@@ -70,6 +88,8 @@ class SearchResult:
     """Evaluations per second, repeats included; the first block of updates, which compiles, is left out if it can be."""
     method: str
     """Which method proposed the policies."""
+    agent: Params | None
+    """What the agent learned that holds for other networks too: for `search(..., agent=)`. None for other methods."""
 
 
 def search(
@@ -83,6 +103,7 @@ def search(
     on_metrics: Callable[[Metrics], None] | None = None,
     plan: EvaluationPlan | None = None,
     scorer: Scorer = score_policies,
+    agent: Params | None = None,
 ) -> SearchResult:
     """Looks for the policy that keeps the most quality within a budget of MACs.
 
@@ -101,43 +122,34 @@ def search(
       plan: how evaluations are laid out, over several devices for instance; None: one device, as `EvaluationPlan()`.
         `sculpt.tune_plan` finds the fastest.
       scorer: what scores policies; another one than the network itself is for experiments.
+      agent: what an agent learned on other networks, `SearchResult.agent` or what `sculpt.agents.pretrain` returned: this one
+        begins with it.
 
     Raises:
-      ValueError: if the budget cannot be reached, the train split is too small, or `directory` holds another search or
-        is given on several hosts.
+      ValueError: if a budget cannot be reached, the train split is too small, `agent` is of another size than `config.agent`, or
+        `directory` holds another search or is given on several hosts.
     """
     if directory is not None and jax.process_count() > 1:
         raise ValueError(
             "a search over several hosts keeps no checkpoints: leave directory out, or search on one host"
         )
-    check_budget(space, config.budget)
+    for budget in config.budgets:
+        check_budget(space, budget)
+    if agent is not None:
+        check_agent(config, agent)
     if config.method == "greedy" and config.evaluations <= (alone := len(singles(space))):
         raise ValueError(
             f"method 'greedy' scores {alone} policies of one pruned site first: evaluations must be more, got {config.evaluations}"
         )
     plan = plan or EvaluationPlan()
-    sites = site_inputs(space, model.params)
-    if not config.starts_from_energy:
-        sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
     data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)
-    images, labels, calibration = _draw_images(splits, config, data_key)
-    task = plan.place(
-        Task(
-            env=EnvParams(
-                make_problem(model, space, images, labels, calibration, plan), jnp.float32(config.budget)
-            ),
-            sites=sites,
-            rule=fixed_policy(config.method, space, model.params, config.budget),
-        )
-    )
-    env = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)
-    program = make_program(env, config)
+    program, task, calibration = set_up(model, space, splits, config, data_key, plan, scorer)
     keeper = (
         None
         if directory is None
-        else Checkpoints(directory, _fingerprint(model, space, splits, config, key, task.env))
+        else Checkpoints(directory, _fingerprint(model, space, splits, config, key, task.env, agent))
     )
-    run = _Run.start(program, task, plan, init_key, config)
+    run = _Run.start(program, task, plan, init_key, config, agent)
     referee = Referee(model, space, splits, config, calibration, rerank_key)
     try:
         if keeper is not None and (found := keeper.restore_latest(run.tree(run.state))) is not None:
@@ -174,12 +186,14 @@ def search(
         macs_ratio=float(archive.macs_ratio[candidates[best]]),
         validation_accuracy=float(run.judged[best]),
         history=tuple(run.row(metrics, i) for i in range(config.updates)),
+        front=_front(run.state, config),
         pareto=_pareto(archive),
         evaluations=int(archive.total),
         unique_evaluations=int(archive.count),
         seconds=float(run.seconds.sum()),
         policies_per_second=run.speed(),
         method=config.method,
+        agent=portable(jax.device_get(run.state.agent)) if config.method == "agent" else None,
     )
 
 
@@ -213,10 +227,15 @@ class _Run:
 
     @staticmethod
     def start(
-        program: Program, task: Task, plan: EvaluationPlan, key: jax.Array, config: SearchConfig
+        program: Program,
+        task: Task,
+        plan: EvaluationPlan,
+        key: jax.Array,
+        config: SearchConfig,
+        agent: Params | None,
     ) -> _Run:
         # A copy: an update reuses the buffers of its state, and equal constants may share one.
-        state = plan.place(snapshot(init_state(program, task, key)))
+        state = plan.place(snapshot(init_state(program, task, key, agent)))
         judged = np.full(max(config.rerank, 1), np.nan, np.float32)
         seconds = np.zeros(config.updates, np.float32)
         return _Run(program, task, plan, config, state, 0, time.perf_counter(), seconds, judged)
@@ -254,16 +273,34 @@ class _Run:
 
     def row(self, metrics: dict[str, Any], index: int) -> Metrics:
         """The history's row of one update."""
-        measured = {name: float(rows[index]) for name, rows in metrics.items()}
-        if not np.isfinite(measured["best"]):
-            del measured["best"]
-        return {"update": float(index + 1), **measured, "seconds": float(self.seconds[index])}
+        return {**metrics_of(metrics, index), "seconds": float(self.seconds[index])}
 
     def speed(self) -> float:
         """Evaluations per second, without the first block if there is another."""
         skip = self.config.checkpoint_every if self.config.updates > self.config.checkpoint_every else 0
         timed = self.seconds[skip:]
         return self.config.policies_per_update * len(timed) / max(float(timed.sum()), 1e-9)
+
+
+def set_up(
+    model: Model,
+    space: Space,
+    splits: Splits,
+    config: SearchConfig,
+    key: jax.Array,
+    plan: EvaluationPlan,
+    scorer: Scorer = score_policies,
+) -> tuple[Program, Task, jax.Array | None]:
+    """The program of a search, its arrays (images are drawn by `key`), and the images to calibrate on."""
+    sites = site_inputs(space, model.params)
+    if not config.starts_from_energy:
+        sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
+    images, labels, calibration = _draw_images(splits, config, key)
+    problem = make_problem(model, space, images, labels, calibration, plan)
+    env = EnvParams(problem, jnp.asarray(config.budgets, jnp.float32))
+    task = plan.place(Task(env, sites, fixed_policy(config.method, space, model.params, config.budget)))
+    static = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)
+    return make_program(static, config), task, calibration
 
 
 def _draw_images(
@@ -286,6 +323,18 @@ def _draw_images(
     return images, labels, jnp.asarray(splits.normalise(train.images[calibrate]))
 
 
+def _front(state: SearchState, config: SearchConfig) -> tuple[FrontPoint, ...]:
+    """The best archived policy of each budget."""
+    points = []
+    for budget in config.budgets:
+        order, rewards = ranking(state.env, budget, config.objective)
+        ratio = float(state.env.archive.macs_ratio[order[0]])
+        if ratio <= budget + TOLERANCE:
+            policy = np.asarray(state.env.archive.policies[order[0]])
+            points.append(FrontPoint(budget, policy, float(rewards[0]), ratio))
+    return tuple(points)
+
+
 def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
     """Archived policies not dominated in (lower MACs ratio, higher accuracy), by rising MACs ratio."""
     count = int(archive.count)
@@ -299,16 +348,23 @@ def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
 
 
 def _fingerprint(
-    model: Model, space: Space, splits: Splits, config: SearchConfig, key: jax.Array, task: EnvParams
+    model: Model,
+    space: Space,
+    splits: Splits,
+    config: SearchConfig,
+    key: jax.Array,
+    task: EnvParams,
+    agent: Params | None,
 ) -> str:
-    """Tells one search from another: settings, key, sites, weights, data, precision; not how often it is saved, nor its layout."""
+    """Tells one search from another: settings, key, sites, weights, data, precision, what the agent begins with; not how often it
+    is saved, nor its layout."""
     settings = dataclasses.replace(config, checkpoint_every=1)
     precision = task.problem.plan.precision
     digest = hashlib.sha256(repr((settings, precision, splits.name, splits.mean, splits.std)).encode())
     digest.update(np.asarray(jax.random.key_data(key)).tobytes())
     for site in space.sites:
         digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())
-    arrays = model.params, model.state, task.problem.choices, task.budget
+    arrays = model.params, model.state, task.problem.choices, task.budget, agent
     for leaf in jax.tree.leaves(jax.device_get(arrays)):
         digest.update(np.asarray(leaf).tobytes())
     # Beyond the images to score on: the re-rank trains on the whole train split and judges on validation.

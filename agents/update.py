@@ -16,6 +16,8 @@ from sculpt.agents.config import LEARNERS, SearchConfig
 from sculpt.agents.credit import init_credit
 from sculpt.agents.rollout import play
 from sculpt.agents.table import TablePolicy
+from sculpt.agents.transfer import check_fits, transplant
+from sculpt.model import Params
 from sculpt.scoring.archive import Archive
 from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
 from sculpt.scoring.reward import Objective, quality, reward, violation
@@ -79,17 +81,30 @@ class Program:
 
 def make_program(env: PruningEnv, config: SearchConfig) -> Program:
     """The program of a search with this environment; budget and sizes of arrays are not part of it."""
-    outside = {"budget": 1.0, "rerank": 0, "rerank_finetune": FinetuneConfig(), "checkpoint_every": 1}
+    outside = {
+        "budget": 1.0,
+        "front": (),
+        "rerank": 0,
+        "rerank_finetune": FinetuneConfig(),
+        "checkpoint_every": 1,
+    }
     return Program(env, dataclasses.replace(config, score_images=1, calibration_images=0, **outside))
 
 
-def init_state(program: Program, task: Task, key: jax.Array) -> SearchState:
-    """The state before the first update; `key` initialises the agent."""
+def init_state(program: Program, task: Task, key: jax.Array, learnt: Params | None = None) -> SearchState:
+    """The state before the first update; `key` initialises the agent, but for what was `learnt` elsewhere.
+
+    Raises:
+      ValueError: if that is of an agent of another size.
+    """
     config, space = program.config, program.env.space
     env_state = program.env.init(config.updates * config.policies_per_update)
     agent, optimizer, credit, control = {}, {}, {}, {}
     if config.method in LEARNERS:
         agent = _init_agent(program, task, env_state, key)
+        if learnt is not None:
+            check_fits(learnt, agent)
+            agent = transplant(learnt, agent)
         optimizer = ppo.make_optimizer(config).init(agent)
         credit = init_credit(space.num_sites, space.max_options)
     else:
@@ -141,10 +156,12 @@ def _update(
     measured |= {
         "evaluations": env_state.archive.total.astype(jnp.float32),
         "unique": env_state.archive.count.astype(jnp.float32),
-        "best": best_quality(env_state.archive, task.env.budget, config.objective),
+        "best": best_quality(env_state.archive, task.env.budget[0], config.objective),
         "mean_reward": jnp.mean(rewards),
         "mean_accuracy": jnp.mean(info.accuracy),
-        "budget_error": jnp.max(jnp.abs(info.macs_ratio - task.env.budget)),
+        "budget_error": jnp.max(
+            jnp.abs(info.macs_ratio - jnp.broadcast_to(env.budgets(task.env), info.macs_ratio.shape))
+        ),
         "reward_weight": env_state.reward.weight,
     }
     env_state = env.adapt(env_state, info.macs_ratio, task.env, progress)
@@ -161,7 +178,9 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
     env_state, rollout = play(
         agent, state.agent, env, task.env, state.env, task.sites, key, config.projection
     )
-    batch, credit, credited = ppo.prepare(config, rollout, state.credit, env.space.max_options)
+    batch, credit, credited = ppo.prepare(
+        config, rollout, state.credit, env.space.max_options, len(task.env.budget)
+    )
     free = np.flatnonzero(env.space.num_options > 1)
     params, optimizer, measured = ppo.learn(
         state.agent, state.optimizer, agent, batch, task.sites, free, config
@@ -181,7 +200,7 @@ def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Arr
     proposals = controls.propose(
         config,
         env.space,
-        task.env.budget,
+        task.env.budget[0],
         task.rule,
         task.sites.prior,
         state.env.archive,
@@ -191,6 +210,14 @@ def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Arr
     _, env_state = env.reset(step_key, task.env, state.env)
     _, env_state, rewards, _, _, info = env.step(step_key, env_state, proposals.policies, task.env)
     return env_state, {"control": controls.after(config, proposals, rewards, learn_key)}, rewards, info, {}
+
+
+def metrics_of(metrics: dict[str, Any], index: int) -> dict[str, float]:
+    """The measurements of one update; without "best" as long as no policy has met the budget."""
+    row = {name: float(rows[index]) for name, rows in metrics.items()}
+    if not np.isfinite(row["best"]):
+        del row["best"]
+    return {"update": float(index + 1), **row}
 
 
 def best_quality(archive: Archive, budget: jax.Array, objective: Objective) -> jax.Array:

@@ -39,6 +39,9 @@ class Chain:
     seed: int = 0
     """Draws the table."""
 
+    told: bool = False
+    """Whether the scale of a layer's weights tells its importance; else nothing does."""
+
     def importance(self) -> np.ndarray:
         """float64 `[sites]`: worth of all channels of a layer; the mean is 1."""
         drawn = np.random.default_rng(self.seed).lognormal(sigma=1.0, size=self.sites)
@@ -92,13 +95,14 @@ class Chain:
         return float(np.max(head))
 
 
-def chain_space(sites: int) -> tuple[sculpt.Model, Space]:
+def chain_space(chain: Chain) -> tuple[sculpt.Model, Space]:
     """The network of a chain, untrained, for images `[n, 4, 4, 1]` and ten classes, and its search space."""
     rng = np.random.default_rng(1)
-    widths = [WIDTH] * (sites + 1) + [10]
+    widths = [WIDTH] * (chain.sites + 1) + [10]
+    scales = [*(chain.importance() if chain.told else np.ones(chain.sites)), 1.0]
     params = {
-        f"layer{i:02d}": jnp.asarray(rng.normal(size=pair), jnp.float32)
-        for i, pair in enumerate(itertools.pairwise(widths))
+        f"layer{i:02d}": jnp.asarray(scale * rng.normal(size=pair), jnp.float32)
+        for i, (pair, scale) in enumerate(zip(itertools.pairwise(widths), scales))
     }
 
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -128,7 +132,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
-    model, space = chain_space(options.sites)
+    model, space = chain_space(Chain(options.sites))
     counts = " | ".join(f"{pairs:g}, {n}" for pairs in options.pairs for n in options.evaluations)
     columns = len(options.pairs) * len(options.evaluations)
     lines = [

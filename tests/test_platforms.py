@@ -63,7 +63,7 @@ def test_a_search_lowers(method: Any) -> None:
     program = make_program(env, config)
     problem = make_problem(MODEL, SPACE, IMAGES, LABELS, IMAGES)
     task = Task(
-        env=EnvParams(problem, jnp.float32(0.5)),
+        env=EnvParams(problem, jnp.asarray([0.5])),
         sites=site_inputs(SPACE, MODEL.params),
         rule=jnp.zeros(SPACE.num_sites, jnp.int32),
     )

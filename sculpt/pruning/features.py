@@ -16,6 +16,10 @@ from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space, make_choices
 from sculpt.tracing.graph import EDGE_KINDS, NODE_KINDS, topology
 
+OPTIONS = 8
+"""Node features have room for so many options of a site, so that all networks have features of the same size; no family offers
+more for a kernel of two dimensions."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteFeatures:
@@ -140,8 +144,10 @@ def _policy_features(space: Space, params: Params, policy: jax.Array) -> jax.Arr
     table = site_features(space, params)
     count = len(topology(space.trace).nodes)
     sites = np.arange(space.num_sites, dtype=np.int32)
-    current = jax.nn.one_hot(policy, space.max_options, dtype=jnp.float32)
+    options = max(OPTIONS, space.max_options)
+    retained = jnp.pad(table.retained, ((0, 0), (0, options - space.max_options)))
+    current = jax.nn.one_hot(policy, options, dtype=jnp.float32)
     chosen = jnp.stack([t[sites, policy] for t in (table.retained, table.kept, table.cost)], axis=1)
     ones = jnp.ones((space.num_sites, 1), jnp.float32)
-    rows = jnp.concatenate([ones, table.retained, current, chosen], axis=1)
+    rows = jnp.concatenate([ones, retained, current, chosen], axis=1)
     return jax.ops.segment_sum(rows, jnp.asarray(space.site_nodes), count)

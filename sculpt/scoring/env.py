@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sculpt.pruning import Space, cost, to_graph
 from sculpt.scoring.archive import Archive, empty_archive, score_with_archive
@@ -39,7 +40,7 @@ class EnvParams:
     problem: Problem
     """Network, images and labels to score policies on, from `make_problem`."""
     budget: jax.Array
-    """float32 scalar: MACs ratio not to be exceeded."""
+    """float32 `[budgets]`: MACs ratios not to be exceeded; the episodes of a batch take them in turn."""
 
 
 @jax.tree_util.register_dataclass
@@ -150,7 +151,7 @@ class PruningEnv:
             state.archive, action, macs_ratio, functools.partial(self.scorer, params.problem)
         )
         worth = quality(scores.accuracy, scores.loss, self.objective)
-        rewards = reward(state.reward, worth, macs_ratio, params.budget)
+        rewards = reward(state.reward, worth, macs_ratio, self.budgets(params))
         after = EnvState(policy=action, round=state.round + 1, archive=archive, reward=state.reward)
         terminated = jnp.zeros(action.shape[0], bool)
         truncated = jnp.broadcast_to(after.round >= self.rounds, terminated.shape)
@@ -160,17 +161,22 @@ class PruningEnv:
     def adapt(
         self, state: EnvState, macs_ratio: jax.Array, params: EnvParams, progress: jax.Array
     ) -> EnvState:
-        """The state with its reward adapted to the costs `macs_ratio` of the policies scored since the last time."""
-        adapted = update_reward(self.reward, state.reward, macs_ratio, params.budget, progress)
+        """The state with its reward adapted to the costs `macs_ratio` `[..., num_envs]` of the policies scored since the last time."""
+        budgets = jnp.broadcast_to(self.budgets(params), macs_ratio.shape)
+        adapted = update_reward(self.reward, state.reward, macs_ratio, budgets, progress)
         return dataclasses.replace(state, reward=adapted)
 
     def observe(self, state: EnvState, params: EnvParams) -> Observation:
         """Graphs of the current assignments, batched as `state_axes` says."""
 
-        def one(policy: jax.Array) -> Observation:
-            return to_graph(self.space, params.problem.params, policy, params.budget)
+        def one(policy: jax.Array, budget: jax.Array) -> Observation:
+            return to_graph(self.space, params.problem.params, policy, budget)
 
-        return jax.vmap(one, out_axes=state_axes())(state.policy)
+        return jax.vmap(one, out_axes=state_axes())(state.policy, self.budgets(params))
+
+    def budgets(self, params: EnvParams) -> jax.Array:
+        """float32 `[num_envs]`: the budget of every episode."""
+        return params.budget[np.arange(self.num_envs) % len(params.budget)]
 
     def _dense(self) -> jax.Array:
         return jnp.zeros((self.num_envs, self.space.num_sites), jnp.int32)

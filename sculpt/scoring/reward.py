@@ -68,7 +68,7 @@ def violation(macs_ratio: jax.Array, budget: jax.Array) -> jax.Array:
 
 
 def reward(state: RewardState, quality: jax.Array, macs_ratio: jax.Array, budget: jax.Array) -> jax.Array:
-    """Rewards, of the shape of `quality` and `macs_ratio`; `budget` is a scalar MACs ratio."""
+    """Rewards, of the shape of `quality` and `macs_ratio`; `budget` is a MACs ratio, a scalar or one for each."""
     return quality - state.weight * violation(macs_ratio, budget)
 
 
@@ -81,7 +81,7 @@ def update_reward(
       config: which reward it is.
       state: the state that this update's policies were rewarded with.
       macs_ratio: float32, any shape: the costs of this update's policies.
-      budget: float32 scalar.
+      budget: float32, a scalar or one for each.
       progress: float32 scalar in [0, 1]: the share of the search that is done.
     """
     if config.kind == "lagrangian":

@@ -1,4 +1,4 @@
-"""On a chain whose optimum is known exactly the agent comes within two percent of it, or is known not to."""
+"""On a chain whose optimum is known exactly the agent comes within two percent of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.optimised
 
 @pytest.mark.parametrize("pairs", [0.0, 1.0])
 def test_the_optimum_is_that_of_trying_everything(pairs: float) -> None:
-    _, space = chain_space(3)
+    _, space = chain_space(Chain(3))
     chain = Chain(3, pairs)
     every = np.asarray(list(itertools.product(range(int(space.num_options[0])), repeat=3)), np.int32)
     kept = space.kept[0][every].astype(np.float64)
@@ -29,13 +29,10 @@ def test_the_optimum_is_that_of_trying_everything(pairs: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "pairs",
-    [pytest.param(0.0, marks=pytest.mark.xfail(strict=True, reason="97.2 % of the optimum, measured")), 1.0],
-)
+@pytest.mark.parametrize("pairs", [0.0, 1.0])
 def test_the_agent_comes_within_two_percent_of_the_optimum(pairs: float) -> None:
-    model, space = chain_space(20)
-    config = sculpt.SearchConfig(budget=0.4, evaluations=4096, score_images=1, calibration_images=0, rerank=0)
+    model, space = chain_space(Chain(20))
+    config = sculpt.SearchConfig(budget=0.4, evaluations=1024, score_images=1, calibration_images=0, rerank=0)
     shares = []
     for seed in range(3):
         chain = Chain(20, pairs, seed)

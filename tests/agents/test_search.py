@@ -344,6 +344,7 @@ def test_correctness_04_settings_of_every_method_change_the_search(
 
 COVERED_ELSEWHERE = {
     "agent": "test_actor_critic.test_every_size_changes_the_agent",
+    "front": "test_front.test_every_budget_gets_its_best_policy",
     "learning_rate": "test_ppo.test_epochs_and_learning_rate_change_the_step",
     "epochs": "test_ppo.test_epochs_and_learning_rate_change_the_step",
     "clip_ratio": "test_ppo.test_clip_ratio_and_entropy_change_the_loss",
@@ -371,7 +372,7 @@ COVERED_HERE = {
 
 def test_correctness_04_no_setting_is_without_a_test() -> None:
     assert {f.name for f in dataclasses.fields(SearchConfig)} == COVERED_HERE | set(COVERED_ELSEWHERE)
-    assert {f.name for f in dataclasses.fields(AgentConfig)} == {"hidden", "layers", "heads"}
+    assert {f.name for f in dataclasses.fields(AgentConfig)} == {"hidden", "layers", "heads", "table"}
 
 
 def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None:

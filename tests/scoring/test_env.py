@@ -27,7 +27,7 @@ def images() -> tuple[jax.Array, jax.Array]:
 
 @pytest.fixture(scope="module")
 def params(images: tuple[jax.Array, jax.Array]) -> EnvParams:
-    return EnvParams(make_problem(toy_model(), toy_space(), *images), jnp.float32(0.5))
+    return EnvParams(make_problem(toy_model(), toy_space(), *images), jnp.asarray([0.5]))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_objective_and_reward_weight_enter(params: EnvParams, actions: jax.Array
     plain = PruningEnv(toy_space(), NUMBER)
     by_loss = dataclasses.replace(plain, objective="loss")
     weighed = dataclasses.replace(plain, reward=RewardConfig(kind="lagrangian", weight=3.0))
-    tight = dataclasses.replace(params, budget=jnp.float32(0.05))
+    tight = dataclasses.replace(params, budget=jnp.asarray([0.05]))
     _, _, rewards, _, _, info = step(plain, plain.init(8), actions, tight)
     np.testing.assert_allclose(step(by_loss, by_loss.init(8), actions, tight)[2], -info.loss, rtol=1e-6)
     _, state, penalised, *_ = step(weighed, weighed.init(8), actions, tight)

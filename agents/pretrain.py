@@ -1,0 +1,93 @@
+"""One agent trained on several networks in turn, to be applied to others: `pretrain`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+
+from sculpt.agents.config import SearchConfig
+from sculpt.agents.search import Metrics, set_up
+from sculpt.agents.transfer import check_fits, portable, transplant
+from sculpt.agents.update import init_state, metrics_of, snapshot, update
+from sculpt.model import Model, Params
+from sculpt.pruning import Space, check_budget
+from sculpt.scoring.env import Scorer
+from sculpt.scoring.evaluate import score_policies
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.training.data import Splits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lesson:
+    """A network to learn pruning on."""
+
+    model: Model
+    """Trained and dense."""
+    space: Space
+    """Its sites and patterns."""
+    splits: Splits
+    """Its data; only `train` is read."""
+    scorer: Scorer = score_policies
+    """What scores policies."""
+
+
+def pretrain(
+    lessons: Sequence[Lesson],
+    config: SearchConfig,
+    key: jax.Array,
+    *,
+    on_metrics: Callable[[int, Metrics], None] | None = None,
+    plan: EvaluationPlan | None = None,
+) -> Params:
+    """Trains one agent on several networks, an update on each in turn, for searches on others to begin with.
+
+    Every network has an archive, a regression of credit and Adam's moments of its own; the agent's parameters are shared. There are
+    no tables of single sites, so that what is learned is learned from features.
+
+    Args:
+      lessons: the networks.
+      config: `evaluations` is that of each network. Budgets in `front` teach the agent to heed the budget.
+      key: `jax.random.key`.
+      on_metrics: called with the lesson's index and a row as in `SearchResult.history`, after every update.
+      plan: as for `search`.
+
+    Returns:
+      What `search(..., agent=)` takes; `sculpt.save_params` and `sculpt.load_params` keep it.
+
+    Raises:
+      ValueError: for another method than "agent", no lesson, or a budget that cannot be reached.
+    """
+    if config.method != "agent":
+        raise ValueError(
+            f"only method='agent' can be trained for other networks, got method={config.method!r}"
+        )
+    if not lessons:
+        raise ValueError("pretrain needs at least one Lesson(model, space, splits)")
+    for lesson in lessons:
+        for budget in config.budgets:
+            check_budget(lesson.space, budget)
+    plan = plan or EvaluationPlan()
+    config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, table=False))
+    data_key, init_key, update_key = jax.random.split(key, 3)
+    runs = []
+    for index, lesson in enumerate(lessons):
+        drawn = jax.random.fold_in(data_key, index)
+        program, task, _ = set_up(
+            lesson.model, lesson.space, lesson.splits, config, drawn, plan, lesson.scorer
+        )
+        # The same key for all: what they share begins alike. A copy: an update reuses the buffers of its state.
+        runs.append((program, task, plan.place(snapshot(init_state(program, task, init_key)))))
+    learnt = runs[0][2].agent
+    for _, _, state in runs:
+        check_fits(learnt, state.agent)
+    for turn in range(config.updates):
+        for index, (program, task, state) in enumerate(runs):
+            state = dataclasses.replace(state, agent=transplant(learnt, state.agent))
+            state = update(program, task, state, jax.random.fold_in(update_key, index))
+            learnt = jax.device_get(portable(state.agent))  # off the buffers that the next update reuses
+            runs[index] = (program, task, state)
+            if on_metrics is not None:
+                on_metrics(index, metrics_of(state.metrics, turn))
+    return learnt
