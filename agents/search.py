@@ -28,6 +28,7 @@ from sculpt.agents.update import (
     snapshot,
     update,
 )
+from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.archive import Archive
@@ -72,6 +73,7 @@ class SearchResult:
     """Which method proposed the policies."""
 
 
+@checked
 def search(
     model: Model,
     space: Space,

@@ -86,7 +86,7 @@ def image_size(name: str) -> int:
 
 def _entry(name: str) -> tuple[type[nn.Module], dict[str, Any], int]:
     if name not in _MODELS:
-        close = difflib.get_close_matches(str(name), _MODELS, 1)
+        close = difflib.get_close_matches(str(name).lower(), _MODELS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_MODELS)}{hint}")
     return _MODELS[name]

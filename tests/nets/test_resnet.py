@@ -138,6 +138,11 @@ def test_impossible_widths_are_refused(widths: tuple[int, ...]) -> None:
         nets.CifarResNet(blocks=1, num_classes=10, widths=widths)  # type: ignore[arg-type]
 
 
+def test_suggestions_pass_over_capitals() -> None:
+    with pytest.raises(ValueError, match="did you mean 'resnet20'"):
+        nets.create("ResNet-20", 10)
+
+
 def test_options_are_checked_and_used() -> None:
     assert shapes(nets.create("resnet8", 10, widths=[4, 4, 12]))["params"]["head"]["kernel"].shape == (12, 10)
     with pytest.raises(ValueError, match=r"takes the options blocks, widths, dtype, got \['width'\]"):
