@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A mistake of the user is one line on stderr; `--debug` shows where it came from.
     """
     options = vars(make_parser().parse_args(arguments))
-    command, debug = options.pop("command"), options.pop("debug")
+    command, parser, debug = (options.pop(name) for name in ("command", "parser", "debug"))
     try:
         use_compilation_cache()
         if command == "info":
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
-        print(error_line(str(error)), file=sys.stderr)
+        print(error_line(parser.in_options(str(error), options)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(error_line("interrupted; the same command resumes"), file=sys.stderr)

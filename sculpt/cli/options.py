@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from sculpt.arguments import did_you_mean
 from sculpt.cli.console import error_line
 
 _STAGES = {
@@ -28,18 +30,50 @@ _COMMANDS = {
 _RECIPES = ("residual", "plain", "photographs", "mobile", "transformer", "small_transformer")
 
 
-class _Parser(argparse.ArgumentParser):
+_FIELD = re.compile(r"\b[A-Z]\w*Config\.([a-z_]+)|^([a-z_]+)(?= must be )")
+"""A field of a configuration, as messages of the library name it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one command, or of the whole line."""
+
     def error(self, message: str) -> NoReturn:
         """One line, no usage text."""
         self.exit(2, error_line(f"{message} (see {self.prog} --help)") + "\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Nothing is unknown: that is an error, with a suggestion."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return options, unknown
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line. Options that are not given are absent from the result."""
-    parser = _Parser(prog="sculpt", description="Automatic pattern pruning for JAX.", allow_abbrev=False)
+    def in_options(self, message: str, given: Collection[str]) -> str:
+        """A message of the library with options in place of fields, such as --evaluations for SearchConfig.evaluations.
+
+        Where several options set fields of one name, such as the epochs of training and fine-tuning, those in `given`.
+        """
+        known = {action.dest for action in self._actions}
+
+        def option(match: re.Match[str]) -> str:
+            name = match[1] or match[2]
+            of_stages = [dest for dest in given if match[1] and dest.endswith(f"_{name}")]
+            options = [name] if name in known else of_stages
+            return " or ".join(f"--{dest.replace('_', '-')}" for dest in options) or match[0]
+
+        return _FIELD.sub(option, message)
+
+
+def make_parser() -> Parser:
+    """The parser of the whole command line.
+
+    Options that are not given are absent from the result; `parser` in it is that of the command.
+    """
+    parser = Parser(prog="sculpt", description="Automatic pattern pruning for JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="|".join(_COMMANDS), parser_class=_Parser
+        dest="command", required=True, metavar="|".join(_COMMANDS), parser_class=Parser
     )
     for name, text in _COMMANDS.items():
         command = commands.add_parser(
@@ -49,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
+        command.set_defaults(parser=command)
         command.add_argument("--run", type=Path, required=name != "info", help="the run directory")
         command.add_argument("--debug", action="store_true", default=False, help="show tracebacks of errors")
         if name == "info":
@@ -147,7 +182,11 @@ def _search_options(command: argparse.ArgumentParser) -> None:
         help="agent, or a control: table, random, evolution, cma_es, greedy, uniform, magnitude, lamp (agent)",
     )
     group.add_argument("--objective", help="what policies are scored by: accuracy or loss (accuracy)")
-    group.add_argument("--evaluations", type=int, help="policies scored (512)")
+    group.add_argument(
+        "--evaluations",
+        type=int,
+        help="policies scored (512); not for uniform, magnitude and lamp, which propose one",
+    )
     group.add_argument("--score-images", type=int, help="train images that each is scored on (256)")
     group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
     group.add_argument("--rerank", type=int, help="policies fine-tuned briefly for the last choice (4)")

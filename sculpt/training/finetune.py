@@ -164,7 +164,7 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
     images, labels = splits.train.images, splits.train.labels
     if config.batch_size > len(labels):
         raise ValueError(
-            f"batch_size {config.batch_size} is more than the {len(labels)} images of the train split of "
+            f"FinetuneConfig.batch_size is {config.batch_size}, more than the {len(labels)} images of the train split of "
             f"{splits.name}: lower it"
         )
     if isinstance(images, StreamedImages) and config.steps_per_call not in (None, 1):
