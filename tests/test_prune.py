@@ -136,7 +136,11 @@ def test_a_second_call_changes_nothing_and_takes_no_time(
     assert main(["prune", "--run", str(finished)]) == 0
     assert time.perf_counter() - begin < 2.0
     assert contents(finished) == before
-    assert capsys.readouterr().out.count("done before") == 2 * len(STAGES)
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 2 * len(STAGES)
+    for stage in ("train", "search", "finetune"):
+        line = rf"^{stage} +done before +validation accuracy \d+\.\d\d% \(n = 300\)$"
+        assert re.search(line, printed, re.MULTILINE)
     assert main(["info", "--run", str(finished)]) == 0
     assert "complete  train, search" in capsys.readouterr().out
 
