@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
+from sculpt.arguments import check_argument, is_real, is_whole
 from sculpt.scoring.reward import Objective, RewardConfig
 from sculpt.training.config import FinetuneConfig
 
@@ -24,6 +25,10 @@ _BRIEF = FinetuneConfig(max_steps=100)
 def _require(fine: bool, message: str) -> None:
     if not fine:
         raise ValueError(message)
+
+
+def _require_whole(name: str, value: object, least: int) -> None:
+    _require(is_whole(value, least), f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -50,13 +55,32 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "heads"):
-            _require(
-                getattr(self, name) >= 1, f"AgentConfig.{name} must be at least 1, got {getattr(self, name)}"
-            )
+            _require_whole(f"AgentConfig.{name}", getattr(self, name), 1)
         _require(
             self.hidden % self.heads == 0,
             f"AgentConfig.hidden must be a multiple of heads, got hidden={self.hidden}, heads={self.heads}",
         )
+
+
+_WHOLE = {
+    "evaluations": 1,
+    "score_images": 1,
+    "calibration_images": 0,
+    "rerank": 0,
+    "epochs": 1,
+    "rounds": 1,
+    "checkpoint_every": 1,
+}
+_SHARE: tuple[str, Callable[[float], bool]] = ("in [0, 1]", lambda value: 0 <= value <= 1)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "budget": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "learning_rate": ("a number above 0", lambda value: value > 0),
+    "clip_ratio": ("in (0, 1)", lambda value: 0 < value < 1),
+    "entropy": ("a number of at least 0", lambda value: value >= 0),
+    "discount": _SHARE,
+    "gae_lambda": _SHARE,
+}
+_PARTS = {"reward": RewardConfig, "rerank_finetune": FinetuneConfig, "agent": AgentConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,36 +144,26 @@ class SearchConfig:
     def __post_init__(self) -> None:
         _require_choice("method", self.method, get_args(Method))
         _require_choice("objective", self.objective, get_args(Objective))
-        _require(0.0 < self.budget <= 1.0, f"SearchConfig.budget must be in (0, 1], got {self.budget}")
-        _require(
-            all(0.0 < budget <= 1.0 for budget in self.front) and len({*self.budgets}) == len(self.budgets),
-            f"SearchConfig.front must be distinct budgets in (0, 1] other than budget={self.budget}, got {self.front}",
-        )
-        for name in ("evaluations", "score_images", "epochs", "rounds", "checkpoint_every"):
+        for name, least in _WHOLE.items():
+            _require_whole(f"SearchConfig.{name}", getattr(self, name), least)
+        for name, (expected, fits) in _RANGES.items():
             value = getattr(self, name)
-            _require(value >= 1, f"SearchConfig.{name} must be at least 1, got {value}")
-        for name in ("calibration_images", "rerank", "entropy"):
-            value = getattr(self, name)
-            _require(value >= 0, f"SearchConfig.{name} must not be negative, got {value}")
+            _require(is_real(value) and fits(value), f"SearchConfig.{name} must be {expected}, got {value!r}")
         _require(
-            0.0 < self.learning_rate < math.inf,
-            f"SearchConfig.learning_rate must be a number above 0, got {self.learning_rate}",
+            isinstance(self.front, tuple)
+            and all(is_real(budget) and 0.0 < budget <= 1.0 for budget in self.front)
+            and len(set(self.budgets)) == len(self.budgets),
+            f"SearchConfig.front must be a tuple of distinct budgets in (0, 1] other than budget={self.budget}, got {self.front!r}",
         )
-        _require(
-            0.0 < self.clip_ratio < 1.0, f"SearchConfig.clip_ratio must be in (0, 1), got {self.clip_ratio}"
-        )
-        for name in ("discount", "gae_lambda"):
-            value = getattr(self, name)
-            _require(0.0 <= value <= 1.0, f"SearchConfig.{name} must be in [0, 1], got {value}")
+        for name, kind in _PARTS.items():
+            check_argument(f"SearchConfig.{name}", getattr(self, name), kind)
         self._check_batch()
         self._check_combinations()
         self._check_method()
 
     def _check_batch(self) -> None:
         if self.batch_size is not None:
-            _require(
-                self.batch_size >= 2, f"SearchConfig.batch_size must be at least 2, got {self.batch_size}"
-            )
+            _require_whole("SearchConfig.batch_size", self.batch_size, 2)
         _require(
             self.batch % len(self.budgets) == 0 and self.batch >= 2 * len(self.budgets),
             f"SearchConfig.batch_size must give each of the {len(self.budgets)} budgets as many policies, two at least, got "
@@ -157,8 +171,8 @@ class SearchConfig:
         )
         _require(
             self.updates >= 1,
-            f"SearchConfig.evaluations={self.evaluations} is less than one update of batch_size * rounds = "
-            f"{self.policies_per_update}: raise evaluations or lower batch_size",
+            f"SearchConfig.evaluations={self.evaluations} is less than one update of {self.policies_per_update} policies "
+            "(batch_size * rounds): ask for more, or lower those",
         )
 
     def _check_combinations(self) -> None:

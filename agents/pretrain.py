@@ -11,6 +11,7 @@ from sculpt.agents.config import SearchConfig
 from sculpt.agents.search import Metrics, set_up
 from sculpt.agents.transfer import check_fits, portable, transplant
 from sculpt.agents.update import init_state, metrics_of, snapshot, update
+from sculpt.arguments import checked
 from sculpt.model import Model, Params
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.env import Scorer
@@ -33,6 +34,7 @@ class Lesson:
     """What scores policies."""
 
 
+@checked
 def pretrain(
     lessons: Sequence[Lesson],
     config: SearchConfig,

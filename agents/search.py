@@ -30,6 +30,7 @@ from sculpt.agents.update import (
     snapshot,
     update,
 )
+from sculpt.arguments import checked
 from sculpt.model import Model, Params
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.archive import Archive
@@ -92,6 +93,7 @@ class SearchResult:
     """What the agent learned that holds for other networks too: for `search(..., agent=)`. None for other methods."""
 
 
+@checked
 def search(
     model: Model,
     space: Space,

@@ -237,7 +237,8 @@ def difference(twin: Twin, module: Any, images: np.ndarray, classes: int) -> tup
         file, back = Path(folder, "twin.safetensors"), Path(folder, "back.safetensors")
         state = published(module, Path(folder))
         save_file(state, file)
-        ours, variables = nets.load(twin.name, file, classes, side=twin.side, **dict(twin.options))
+        side = twin.side if nets.family(twin.name) == "vit" else None
+        ours, variables = nets.load(twin.name, file, classes, side=side, **dict(twin.options))
         nets.save(ours, variables, back, twin.naming)
         written = load_file(back)
     if set(written) != set(state) or any(not np.array_equal(written[key], state[key]) for key in state):

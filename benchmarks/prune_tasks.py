@@ -157,7 +157,7 @@ def starting_model(task: Task, splits: Splits, seed: int, data: Path) -> Model:
         task.model,
         data / task.weights,
         splits.num_classes,
-        side=image.shape[1],
+        side=image.shape[1] if sculpt.nets.family(task.model) == "vit" else None,
         head_key=head_key,
         **task.options,
     )

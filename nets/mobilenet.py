@@ -42,11 +42,11 @@ class MobileNetV1(nn.Module):
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        x = conv(int(32 * self.width_multiplier), stride=2, name="stem")(x)
+        x = conv(max(1, int(32 * self.width_multiplier)), stride=2, name="stem")(x)
         for index, (width, stride) in enumerate(self.blocks):
             name = f"block{index + 1:02d}"
             x = conv(x.shape[-1], stride=stride, depthwise=True, name=f"{name}_depthwise")(x)
-            x = conv(int(width * self.width_multiplier), kernel=1, name=f"{name}_pointwise")(x)
+            x = conv(max(1, int(width * self.width_multiplier)), kernel=1, name=f"{name}_pointwise")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
         return single(nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x))
 

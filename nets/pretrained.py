@@ -16,7 +16,7 @@ from flax import linen as nn
 from sculpt.nets.keras import read_keras
 from sculpt.nets.layouts import Source, from_file, shape_in_file, to_file
 from sculpt.nets.naming import namings, sources
-from sculpt.nets.registry import create, image_size
+from sculpt.nets.registry import create, family, image_size
 
 _IGNORED = "num_batches_tracked"
 _SHOWN = 5
@@ -44,7 +44,7 @@ def load(
       path: the file.
       num_classes: width of the head in the file, or of the new one.
       side: side of the images, in pixels, where there are position embeddings: those of a file for another size are
-        interpolated (bicubic, as in arXiv 2012.12877). None: that of `image_size(name)`.
+        interpolated (bicubic, as in arXiv 2012.12877). None: that of `image_size(name)`. Other networks refuse it.
       head_key: `jax.random.key` to draw a new head with, to be trained for other classes than those of the file, whose head is
         passed over. None: the head is that of the file.
       **options: as in `create`.
@@ -53,9 +53,14 @@ def load(
       `(module, variables)` with float32 collections "params" and, where there is BatchNorm, "batch_stats".
 
     Raises:
-      ValueError: if the file is missing or damaged, holds a pickle, or its names, shapes or values do not fit.
+      ValueError: if the file is missing or damaged, holds a pickle, or its names, shapes or values do not fit; for a `side`
+        without position embeddings.
     """
     module = create(name, num_classes, **options)
+    if side is not None and family(name) != "vit":
+        raise ValueError(
+            f"{name} has no position embeddings, its weights do not depend on the size of the images: leave out side={side}"
+        )
     side = image_size(name) if side is None else side
     shapes, treedef = _shapes(module, side)
     drawn: set[ArrayPath] = set()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from flax import linen as nn
 
 from sculpt.nets import efficientnet, mlperf, mobilenet, mobilenet_v3, resnet, vgg, vit
+from sculpt.nets.options import check_option
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -39,7 +40,8 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
       name: one of `list_models()`.
       num_classes: width of the head.
       **options: fields of the network's module in place of the published ones, such as `widths=(16, 32, 64)` of a CIFAR ResNet,
-        `width_multiplier=0.5` of a MobileNet, `depth=6` of a vision transformer, `dtype=jnp.bfloat16` of any.
+        `width_multiplier=0.5` of a MobileNet, `depth=6` of a vision transformer, `dtype=jnp.bfloat16` of any (or float16, float32,
+        float64: types or names, of the activations).
 
     Raises:
       ValueError: for an unknown name or option, an impossible value, or fewer than two classes.
@@ -51,9 +53,16 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"{name} takes the options {', '.join(known)}, got {unknown}")
-    # Tuples, so that modules hash.
-    chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    chosen = {key: _hashable(value) for key, value in options.items()}
+    kinds = get_type_hints(module)
+    for key, value in chosen.items():
+        check_option(name, key, kinds[key], value)
     return module(**{**fields, **chosen, "num_classes": num_classes})
+
+
+def _hashable(value: Any) -> Any:
+    """Lists as tuples, so that modules hash."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def family(name: str) -> str:
@@ -77,7 +86,7 @@ def image_size(name: str) -> int:
 
 def _entry(name: str) -> tuple[type[nn.Module], dict[str, Any], int]:
     if name not in _MODELS:
-        close = difflib.get_close_matches(str(name), _MODELS, 1)
+        close = difflib.get_close_matches(str(name).lower(), _MODELS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_MODELS)}{hint}")
     return _MODELS[name]

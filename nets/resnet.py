@@ -91,10 +91,10 @@ class ProjectedBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 7x7 stem with max pooling, four stages of residual blocks, a global mean and a dense head."""
+    """A 7x7 stem with max pooling, stages of residual blocks, a global mean and a dense head."""
 
-    depths: tuple[int, int, int, int]
-    """Blocks in each stage."""
+    depths: tuple[int, ...]
+    """Blocks in each stage; those published have four."""
     num_classes: int
     bottleneck: bool = False
     width: int = 64

@@ -28,6 +28,11 @@ class VGG(nn.Module):
     dtype: Any = None
     """Of the activations; None for that of the parameters."""
 
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.depths):
+            raise ValueError(f"widths must be as many as depths {self.depths}, got {self.widths}")
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Images `[batch, height, width, channels]`, a side of 32 or more, to logits `[batch, num_classes]`."""

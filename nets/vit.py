@@ -41,6 +41,7 @@ class VisionTransformer(nn.Module):
     width: int = 192
     """Of the stream."""
     heads: int = 3
+    """Of attention; they divide the width."""
     patch: int = 16
     """Side of a patch in pixels; it divides that of the images."""
     depth: int = 12
@@ -52,6 +53,11 @@ class VisionTransformer(nn.Module):
     dropout: float = 0.0
     dtype: Any = None
     """Of the activations; None for that of the parameters."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide the width {self.width}, got {self.heads}")
+        super().__post_init__()
 
     @nn.compact
     def predictions(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:

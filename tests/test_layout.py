@@ -14,6 +14,7 @@ import sculpt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ORDER = (
+    "arguments",
     "cache",
     "model",
     "tracing",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from sculpt.arguments import checked
 from sculpt.model import Model, Params, State
 from sculpt.tracing.execute import Executable, as_written, execute
 from sculpt.tracing.program import Equation, Literal, Operand, Program, flatten, inlined, with_known_sizes
@@ -101,6 +102,7 @@ def _no_training(params: Params, state: State, x: jax.Array, key: jax.Array) -> 
     )
 
 
+@checked
 def fold(model: Model, example_input: Any) -> Model:
     """The same function with BatchNorm, and whatever else depends on weights alone, folded into the layers.
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sculpt.arguments import check_argument, checked
 from sculpt.deploy.engines import Call, confined, engine_of, prepared
 from sculpt.deploy.environment import cores, device_name, version, versions
 from sculpt.model import Model
@@ -42,6 +43,7 @@ class Latency:
     """What it was measured with, the engine included."""
 
 
+@checked
 def measure_latency(
     model: Model, example_input: Any, repeats: int = 30, *, engine: str = "xla", threads: int | None = None
 ) -> Latency:
@@ -90,6 +92,8 @@ def compare_latency(
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if not models:
         raise ValueError("expected at least one model to measure, got none")
+    for name, model in models.items():
+        check_argument(name, model, Model)
     if not np.shape(example_input):
         raise ValueError("expected an example input [batch, ...], got a scalar")
     x = np.asarray(example_input)

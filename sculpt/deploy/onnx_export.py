@@ -21,6 +21,7 @@ import sculpt.deploy.onnx_elementwise
 import sculpt.deploy.onnx_idioms
 import sculpt.deploy.onnx_shapes
 import sculpt.deploy.onnx_windows  # noqa: F401
+from sculpt.arguments import checked
 from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
 from sculpt.deploy.environment import required, versions
 from sculpt.deploy.fold import FoldedProgram, fold_program
@@ -36,6 +37,7 @@ _LARGEST = 2**31 - 2**20
 """Bytes: a protobuf message ends at 2 GiB."""
 
 
+@checked
 def export_onnx(
     model: Model, path: str | Path, example_input: Any, *, opset: int = _OLDEST, layout: str = "NHWC"
 ) -> None:

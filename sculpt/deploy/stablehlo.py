@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from sculpt.arguments import checked
 from sculpt.model import Model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -51,6 +52,7 @@ class ExportedModel:
         return self.program.call(x)
 
 
+@checked
 def export_stablehlo(model: Model, path: str | Path, example_input: Any) -> ExportedModel:
     """Writes a model as a serialised StableHLO program (`jax.export`) for CPU, CUDA and TPU.
 

@@ -123,8 +123,9 @@ class Artefacts:
             variables = jax.jit(module.init)(self.key("init"), jnp.zeros(self.image.shape))
         else:
             head_key = self.key("head") if settings.new_head else None
+            side = self.image.shape[1] if nets.family(settings.model) == "vit" else None
             module, variables = nets.load(
-                settings.model, settings.weights, classes, side=self.image.shape[1], head_key=head_key
+                settings.model, settings.weights, classes, side=side, head_key=head_key
             )
         model = from_linen(module, variables)
         _check_takes(model, self.image, settings)

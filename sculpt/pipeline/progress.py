@@ -20,8 +20,8 @@ class Watcher:
     def progress(self, done: int, total: int, unit: str, note: str) -> None:
         """The stage did `done` of `total` steps, which are called `unit`; `note` is its latest figure."""
 
-    def finish(self, stage: str, seconds: float | None) -> None:
-        """The stage is complete; `seconds` is None where it was so already."""
+    def finish(self, stage: str, seconds: float | None, note: str = "") -> None:
+        """The stage is complete; `seconds` is None where it was so already, `note` is what came out."""
 
 
 class Bars(Watcher):
@@ -38,12 +38,12 @@ class Bars(Watcher):
     def progress(self, done: int, total: int, unit: str, note: str) -> None:
         self._bars.update(self._task, completed=done, total=total, unit=unit, note=note)
 
-    def finish(self, stage: str, seconds: float | None) -> None:
+    def finish(self, stage: str, seconds: float | None, note: str = "") -> None:
         if self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
         text = "done before" if seconds is None else f"{seconds:.1f} s"
-        self._console.print(f"{stage:<9} {text}", highlight=False)
+        self._console.print(f"{stage:<9} {text:<11}  {note}".rstrip(), highlight=False)
 
 
 @contextmanager
@@ -74,5 +74,11 @@ def watching(console: Console) -> Iterator[Bars]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bars:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=120,
+    ) as bars:
         yield Bars(console, bars)

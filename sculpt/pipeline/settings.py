@@ -9,6 +9,7 @@ from typing import Any
 
 from sculpt import nets
 from sculpt.agents import SearchConfig
+from sculpt.agents.config import RULES
 from sculpt.pruning import KINDS
 from sculpt.report.run_directory import RunDirectory
 from sculpt.scoring.recalibrate import check_calibration_images
@@ -139,6 +140,8 @@ class SearchSettings:
         check_calibration_images(self.calibration_images)
         if self.importance not in KINDS:
             raise ValueError(f"importance must be one of {', '.join(KINDS)}, got {self.importance!r}")
+        if self.method in RULES:
+            _refuse(self, ("evaluations",), f"method {self.method} proposes one policy")
         if "channels" not in self.families:
             families = ", ".join(self.families)
             _refuse(self, ("importance", "round_to"), f"families {families} removes no channels")

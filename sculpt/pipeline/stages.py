@@ -78,7 +78,7 @@ class Pipeline(Artefacts):
         missing = [stage for stage in stages if not self.run.done(stage)]
         if not missing:
             for stage in stages:
-                self._watcher.finish(stage, None)
+                self._finish(stage, None)
             return
         self._check(missing)
         with self.run.locked():
@@ -109,7 +109,7 @@ class Pipeline(Artefacts):
 
     def _perform(self, stage: str) -> None:
         if self.run.done(stage):
-            self._watcher.finish(stage, None)
+            self._finish(stage, None)
             return
         self._watcher.start(stage)
         begin = time.perf_counter()
@@ -124,7 +124,12 @@ class Pipeline(Artefacts):
         # A record that was kept keeps its time too.
         self.run.complete(stage, {"stage_seconds": seconds, **record})
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
-        self._watcher.finish(stage, seconds)
+        self._finish(stage, seconds)
+
+    def _finish(self, stage: str, seconds: float | None) -> None:
+        record = self.run.record(stage)
+        note = "validation accuracy {validation_accuracy:.2%} (n = {n_validation})"
+        self._watcher.finish(stage, seconds, note.format(**record) if "n_validation" in record else "")
 
     def _train(self) -> dict[str, Any]:
         settings = self.train_settings

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.arguments import checked
 from sculpt.model import Params
 from sculpt.pruning.cost import macs_ratio
 from sculpt.pruning.space import Space, make_choices
@@ -31,6 +32,7 @@ class Projection:
 jax.tree_util.register_dataclass(Projection, ["policy", "price"], [])
 
 
+@checked
 def check_budget(space: Space, budget: float) -> None:
     """Raises ValueError unless some policy meets the budget (kept MACs / dense)."""
     low, high = space.reachable
@@ -124,6 +126,7 @@ def fill(space: Space, policy: jax.Array, liked: jax.Array, budget: Any) -> jax.
     return filled
 
 
+@checked
 def random_policies(space: Space, key: jax.Array, n: int, budget: float | None = None) -> jax.Array:
     """Draws policies int32 `[n, sites]`: every option alike, or with a budget its projection.
 
@@ -147,6 +150,7 @@ def _project_batch(space: Space, logits: jax.Array, budget: jax.Array, keys: jax
     return jax.vmap(lambda key: project(space, logits, budget, key).policy)(keys)
 
 
+@checked
 def uniform_policy(space: Space, budget: float) -> jax.Array:
     """int32 `[sites]`: the same keep fraction everywhere, the largest that meets the budget, slack filled.
 
@@ -172,6 +176,7 @@ def _uniform(space: Space, budget: jax.Array) -> jax.Array:
     return fill(space, best, liked, budget + 1e-6)
 
 
+@checked
 def magnitude_policy(space: Space, params: Params, budget: float) -> jax.Array:
     """int32 `[sites]`: the policy that keeps the most weight energy per MAC, one global threshold for all sites.
 
@@ -181,6 +186,7 @@ def magnitude_policy(space: Space, params: Params, budget: float) -> jax.Array:
     return project(space, energy_logits(space, params), budget).policy
 
 
+@checked
 def lamp_policy(space: Space, params: Params, budget: float) -> jax.Array:
     """int32 `[sites]`: one global threshold on LAMP scores (Lee et al., arXiv 2010.07611), slack filled.
 

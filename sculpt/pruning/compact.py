@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from sculpt.arguments import checked
 from sculpt.model import Model, Params, State
 from sculpt.pruning.filter_groups import FilterGroup, bind_in_groups, group_filters, split_convolutions
 from sculpt.pruning.masks import check_masks, make_masks
@@ -106,6 +107,7 @@ class CompactFunction:
         return self.plan.rows
 
 
+@checked
 def compact(model: Model, space: Space, policy: Any, check: bool = True, *, masks: Any = None) -> Model:
     """Takes the zeros of a policy out of a masked model: channels go, windows become smaller kernels.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Polynomial, Space
@@ -60,6 +61,7 @@ def macs_ratio(space: Space, policies: jax.Array) -> jax.Array:
     return _evaluate(space.macs, _kept(space, policies))
 
 
+@checked
 def cost(space: Space, policies: Any) -> Cost:
     """Costs of policies `[..., sites]`; every field is `[...]`. Closed form: no network is run. jit- and vmap-able.
 
@@ -85,6 +87,7 @@ def _cost(space: Space, policies: jax.Array) -> Cost:
     )
 
 
+@checked
 def layer_macs(space: Space, policy: Any) -> np.ndarray:
     """Theoretical multiply-accumulates of each layer under one policy, float64 `[layers]`."""
     policy = np.asarray(check_policies(space, policy))
@@ -95,6 +98,7 @@ def layer_macs(space: Space, policy: Any) -> np.ndarray:
     return np.bincount(space.macs.owner, values, minlength=layers)[:layers]
 
 
+@checked
 def count_cost(model: Model, example_input: Any) -> tuple[int, int]:
     """Exact multiply-accumulates per image and number of parameters of a model as it stands.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.arguments import checked
 from sculpt.model import Params
 from sculpt.pruning.cost import macs_ratio
 from sculpt.pruning.masks import check_policies
@@ -50,6 +51,7 @@ def site_features(space: Space, params: Params) -> SiteFeatures:
     )
 
 
+@checked
 def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0) -> Any:
     """The traced network as a graph, the current policy embedded in it.
 

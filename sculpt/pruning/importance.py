@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.arguments import checked, did_you_mean
 from sculpt.model import Model
 from sculpt.pruning.importance_activation import activation_scores
 from sculpt.pruning.importance_taylor import taylor_scores
@@ -62,6 +62,7 @@ class Importance:
         object.__setattr__(self, "scores", scores)
 
 
+@checked
 def importance(
     model: Model,
     trace: Trace,
@@ -106,8 +107,7 @@ def importance(
         not finite.
     """
     if kind not in _NEEDS:
-        close = difflib.get_close_matches(kind, KINDS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(kind, KINDS)
         raise ValueError(f"unknown kind of importance {kind!r}, expected one of {sorted(KINDS)}{hint}")
     given = {"images": images, "labels": labels, "key": key}
     missing = [name for name in _NEEDS[kind] if given[name] is None]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sculpt.arguments import checked
 from sculpt.model import Model, Params
 from sculpt.pruning.family import Choice
 from sculpt.pruning.space import Space, make_choices
@@ -67,6 +68,7 @@ def masks_from_choices(space: Space, choices: Sequence[Choice], policy: jax.Arra
     return masks
 
 
+@checked
 def make_masks(space: Space, params: Params, policy: Any) -> Any:
     """The masks of a policy: a pytree like `params`, boolean, True where a weight stays.
 
@@ -116,6 +118,7 @@ def check_masks(model: Model, masks: Any) -> Any:
     return masks
 
 
+@checked
 def apply_masks(model: Model, masks: Any) -> Model:
     """A model whose zeros are in place.
 

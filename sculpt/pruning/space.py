@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import operator
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.arguments import checked, did_you_mean
 from sculpt.pruning.family import Choice, Site
 from sculpt.pruning.importance import Importance, check_importance
 from sculpt.pruning.importance_units import fitting_leaves
@@ -91,6 +91,7 @@ class Space:
         return [f"{s.name} {s.family} {s.options[int(choices[s.index])].label}" for s in self.sites]
 
 
+@checked
 def make_space(
     trace: Trace,
     families: Sequence[str] = ("channels", "rect"),
@@ -116,8 +117,7 @@ def make_space(
     families = (families,) if isinstance(families, str) else tuple(families)
     for name in families:
         if name not in FAMILIES:
-            close = difflib.get_close_matches(name, FAMILIES, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, FAMILIES)
             raise ValueError(f"unknown pattern family {name!r}, expected one of {sorted(FAMILIES)}{hint}")
     if not families or len(set(families)) != len(families):
         raise ValueError(f"families must be distinct names out of {sorted(FAMILIES)}, got {families}")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from sculpt.arguments import checked
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import check_policies, mask_params, masks_from_choices
 from sculpt.pruning.space import Space
@@ -136,6 +137,7 @@ def score_batch(problem: Problem, policies: jax.Array) -> Scores:
     return jax.tree.map(lambda s: s[:n], scores)
 
 
+@checked
 def evaluate_policies(
     model: Model,
     space: Space,
@@ -174,6 +176,7 @@ def evaluate_policies(
     return score_batch(make_problem(model, space, images, labels, calibration, plan), policies)
 
 
+@checked
 def evaluate(model: Model, images: Any, labels: Any, images_per_batch: int = 64) -> Scores:
     """Accuracy and mean cross-entropy (scalars) of a model as it stands, on normalised images `[m, ...]`.
 

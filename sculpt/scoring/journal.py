@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.plan import EvaluationPlan
@@ -59,6 +60,7 @@ class StreamReport:
         return (self.policies - self.resumed) / self.seconds if self.seconds else 0.0
 
 
+@checked
 def evaluate_file(
     model: Model,
     space: Space,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space
@@ -52,6 +53,7 @@ class Race:
     all policies on all images would have taken."""
 
 
+@checked
 def race_policies(
     model: Model,
     space: Space,

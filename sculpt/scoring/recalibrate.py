@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sculpt.arguments import checked
 from sculpt.model import Model, State, TrainFn
 from sculpt.scoring.lowering import lowered
 from sculpt.tracing.program import flatten
@@ -75,6 +76,7 @@ def _recalibrated(apply_train: TrainFn, params: Any, state: State, images: jax.A
     return batch_statistics(lowered(apply_train), params, state, images)
 
 
+@checked
 def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_BATCH) -> Model:
     """A copy of `model` with BatchNorm statistics of these images instead of its running ones.
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import _scored
@@ -90,6 +91,7 @@ class Tuning:
         return lines
 
 
+@checked
 def tune_plan(
     model: Model,
     space: Space,

@@ -14,6 +14,7 @@ import sculpt.tracing.bodies
 import sculpt.tracing.indexing
 import sculpt.tracing.rules
 import sculpt.tracing.zero_rules  # noqa: F401
+from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.tracing.axes import Atom, Axes, Axis
 from sculpt.tracing.flow import Flow
@@ -122,6 +123,7 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tree)
 
 
+@checked
 def trace(model: Model, example_input: Any) -> Trace:
     """Finds what can be pruned in a model, from the jaxpr of its evaluation function; never runs the network.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
+
+from sculpt.arguments import is_real, is_whole
 
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["none", "shift", "crop_flip", "resized_crop"]
@@ -100,10 +101,10 @@ class FinetuneConfig:
         required = ("epochs", "batch_size", "accumulate")
         for name in (*required, "max_steps", "checkpoint_every", "steps_per_call"):
             value = getattr(self, name)
-            fits = _is_whole(value, 1) or (name not in required and value is None)
+            fits = is_whole(value, 1) or (name not in required and value is None)
             self._require(fits, name, "a whole number of at least 1", value)
         self._require(
-            _is_whole(self.rand_augment, 0), "rand_augment", "a whole number of at least 0", self.rand_augment
+            is_whole(self.rand_augment, 0), "rand_augment", "a whole number of at least 0", self.rand_augment
         )
         self._require(
             self.batch_size % self.accumulate == 0,
@@ -113,9 +114,9 @@ class FinetuneConfig:
         )
         for name, expected, fits in _RANGES:
             value = getattr(self, name)
-            self._require(_is_real(value) and fits(value), name, expected, value)
+            self._require(is_real(value) and fits(value), name, expected, value)
         clip = self.clip_norm
-        self._require(clip is None or (_is_real(clip) and clip > 0), "clip_norm", "above 0, or None", clip)
+        self._require(clip is None or (is_real(clip) and clip > 0), "clip_norm", "above 0, or None", clip)
         for name, choices in (
             ("optimizer", get_args(Optimizer)),
             ("augment", get_args(Augment)),
@@ -143,11 +144,3 @@ class FinetuneConfig:
     def _require(self, condition: bool, name: str, expected: str, value: Any) -> None:
         if not condition:
             raise ValueError(f"FinetuneConfig.{name} must be {expected}, got {value!r}")
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

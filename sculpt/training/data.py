@@ -226,6 +226,8 @@ def _carve(split: Split, validation: int | None, seed: int) -> tuple[Split, Spli
     count = min(max(1, n // 10), _MOST_VALIDATION) if validation is None else validation
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 0 < count < n:
         raise ValueError(f"validation must be a number of examples between 1 and {n - 1}, got {validation!r}")
+    if not isinstance(seed, int | np.integer):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
     order = np.asarray(jax.random.permutation(jax.random.key(seed), n))
     by_class = np.argsort(split.labels[order], kind="stable")
     chosen = np.zeros(n, bool)

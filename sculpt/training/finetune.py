@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks, check_masks
 from sculpt.training.checkpoint import Checkpoints
@@ -27,6 +28,7 @@ from sculpt.training.stream import StreamedImages, content
 __all__ = ["FinetuneConfig", "Metrics", "TrainingDiverged", "finetune", "train"]
 
 
+@checked
 def finetune(
     model: Model,
     masks: Any,
@@ -88,6 +90,7 @@ def finetune(
     return run.result()
 
 
+@checked
 def train(
     model: Model,
     splits: Splits,
@@ -161,7 +164,7 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
     images, labels = splits.train.images, splits.train.labels
     if config.batch_size > len(labels):
         raise ValueError(
-            f"batch_size {config.batch_size} is more than the {len(labels)} images of the train split of "
+            f"FinetuneConfig.batch_size is {config.batch_size}, more than the {len(labels)} images of the train split of "
             f"{splits.name}: lower it"
         )
     if isinstance(images, StreamedImages) and config.steps_per_call not in (None, 1):

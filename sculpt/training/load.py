@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sculpt.arguments import did_you_mean
 from sculpt.training import idx
 from sculpt.training.data import Splits, from_arrays, from_sources
 from sculpt.training.folder import FolderSource, find_parts
@@ -17,6 +17,7 @@ from sculpt.training.prepared import (
     is_known,
     is_prepared,
     named_errors,
+    official_names,
     open_prepared,
     preparing_command,
 )
@@ -108,8 +109,7 @@ def load_data(
             train_file=files[0], test_file=files[1], size=size, stream=stream, num_classes=10, **about
         )
     if name not in _NAMES and not is_known(name, data_dir):
-        close = difflib.get_close_matches(name, _NAMES, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, (*_NAMES, *official_names()))
         raise ValueError(
             f"unknown data set {name!r}, expected one of {', '.join(_NAMES)} or a TensorFlow Datasets name{hint}"
         )

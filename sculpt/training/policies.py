@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.arguments import checked, is_whole
 from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks, check_policies, masks_from_choices
 from sculpt.pruning.space import Space, make_choices
@@ -39,6 +40,7 @@ class TunedPolicies:
         return jax.tree.map(lambda array: array[index], self.models)
 
 
+@checked
 def finetune_policies(
     model: Model,
     space: Space,
@@ -81,11 +83,7 @@ def finetune_policies(
     policies = check_policies(space, policies)
     if policies.ndim != 2 or not len(policies):
         raise ValueError(f"expected policies [n, {space.num_sites}] with n >= 1, got {list(policies.shape)}")
-    if (
-        not isinstance(policies_per_chunk, int)
-        or isinstance(policies_per_chunk, bool)
-        or policies_per_chunk < 1
-    ):
+    if not is_whole(policies_per_chunk, 1):
         raise ValueError(
             f"policies_per_chunk must be a whole number of at least 1, got {policies_per_chunk!r}"
         )

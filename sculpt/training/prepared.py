@@ -72,9 +72,14 @@ def is_known(name: str, data_dir: str | Path | None = None) -> bool:
         return False
     if _find(name, data_directory(data_dir)):
         return True
+    return name.split(":")[0].split("/")[0] in official_names()
+
+
+def official_names() -> list[str]:
+    """Names that TensorFlow Datasets has."""
     import tensorflow_datasets as tfds
 
-    return name.split(":")[0].split("/")[0] in tfds.list_builders(with_community_datasets=False)
+    return tfds.list_builders(with_community_datasets=False)
 
 
 def is_prepared(name: str, data_dir: str | Path | None = None) -> bool:

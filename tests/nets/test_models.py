@@ -193,6 +193,43 @@ def test_images_that_cannot_be_are_refused() -> None:
             shapes(module, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "vit_tiny_patch4",
+            {"depth": 0},
+            "depth of vit_tiny_patch4 must be a whole number of at least 1, got 0",
+        ),
+        ("vit_tiny_patch4", {"hidden": 2.5}, "hidden of .* a whole number of at least 1, or None, got 2.5"),
+        ("vit_tiny_patch4", {"heads": 5}, "heads must divide the width 192, got 5"),
+        ("vit_tiny_patch4", {"distilled": "no"}, "distilled of .* must be True or False, got 'no'"),
+        ("mobilenet_v2", {"width_multiplier": -1}, "width_multiplier of .* a number above 0, got -1"),
+        ("mobilenet_v1", {"dropout": 1.0}, "dropout of .* a number from 0 to below 1, got 1.0"),
+        ("mobilenet_v2", {"stages": [[1, 3, 16, 1]]}, r"stages of .* tuple\[tuple\[.* of whole numbers"),
+        ("mobilenet_v3_small", {"rows": [(3, 16, 16, True, False, 2)]}, r"rows of .* tuple\[.*Row, "),
+        ("resnet18", {"depths": (2, 2, 0, 2)}, r"depths of .* tuple\[int, \.\.\.\] of whole numbers"),
+        ("resnet8", {"widths": (4, 8)}, r"widths of .* tuple\[int, int, int\] of .* got \(4, 8\)"),
+        ("vgg16_bn", {"depths": (1, 1)}, r"widths must be as many as depths \(1, 1\), got \(64,"),
+        ("resnet8", {"dtype": "bf16"}, "dtype of .* None, or a dtype of jax.numpy: bfloat16, .*, got 'bf16'"),
+        ("resnet8", {"dtype": jnp.int8}, "dtype of resnet8 must be None, or a dtype"),
+    ],
+)
+def test_impossible_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        nets.create(name, 10, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16, jnp.dtype("float32"), None])
+def test_dtypes_of_jax_are_possible(dtype: Any) -> None:
+    assert shapes(nets.create("resnet8", 10, dtype=dtype), image("resnet8"))
+
+
+def test_the_narrowest_mobilenet_has_a_channel() -> None:
+    narrow = shapes(nets.create("mobilenet_v1", 10, width_multiplier=0.01), image("mobilenet_v1"))
+    assert narrow["params"]["stem"]["conv"]["kernel"].shape == (3, 3, 3, 1)
+
+
 def test_an_image_size_is_that_of_a_known_network() -> None:
     assert nets.image_size("resnet20") == 32 and nets.image_size("vit_tiny_patch2") == 8
     with pytest.raises(ValueError, match="unknown model 'resnet21'"):

@@ -135,7 +135,12 @@ def test_an_unknown_name_gets_the_list_and_a_suggestion(tmp_path: Path) -> None:
 @pytest.mark.parametrize("widths", [(16, 8, 64), (16, 32), (0, 1, 2)])
 def test_impossible_widths_are_refused(widths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="widths must be three positive"):
-        nets.create("resnet8", 10, widths=widths)
+        nets.CifarResNet(blocks=1, num_classes=10, widths=widths)  # type: ignore[arg-type]
+
+
+def test_suggestions_pass_over_capitals() -> None:
+    with pytest.raises(ValueError, match="did you mean 'resnet20'"):
+        nets.create("ResNet-20", 10)
 
 
 def test_options_are_checked_and_used() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,12 @@ def test_correctness_06_same_seed_same_split_bit_for_bit() -> None:
     one, two, other = load_data("digits", seed=3), load_data("digits", seed=3), load_data("digits", seed=4)
     assert same(one.train, two.train) and same(one.validation, two.validation)
     assert not same(one.validation, other.validation)
+
+
+@pytest.mark.parametrize("seed", ["a", 0.5, None])
+def test_what_is_no_seed(seed: Any) -> None:
+    with pytest.raises(ValueError, match=f"seed must be a whole number, got {seed!r}"):
+        load_data("digits", seed=seed)
 
 
 def test_correctness_05_test_never_depends_on_the_seed_or_on_validation() -> None:
@@ -229,6 +236,8 @@ def test_an_unknown_name_gets_the_list_and_a_suggestion() -> None:
         ValueError, match=r"unknown data set 'digit', expected one of digits,.*did you mean 'digits'"
     ):
         load_data("digit")
+    with pytest.raises(ValueError, match=r"unknown data set 'imagnet2012'.*did you mean 'imagenet2012'"):
+        load_data("imagnet2012")
     for name in ("", "../digits", "no_such_data_set"):
         with pytest.raises(ValueError, match="unknown data set"):
             load_data(name)

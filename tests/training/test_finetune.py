@@ -510,7 +510,7 @@ def test_divergence_without_a_directory_says_so() -> None:
 
 def test_what_does_not_fit_together_is_refused() -> None:
     model, splits = tiny_model(), tiny_splits()
-    with pytest.raises(ValueError, match="batch_size 201 is more than the 200 images"):
+    with pytest.raises(ValueError, match="batch_size is 201, more than the 200 images"):
         train(model, splits, dataclasses.replace(BASE, batch_size=201), KEY)
     with pytest.raises(ValueError, match="masks must be a pytree like params"):
         finetune(model, {"kernel": True}, splits, BASE, KEY)

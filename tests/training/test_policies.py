@@ -207,5 +207,5 @@ def test_what_does_not_fit_is_refused(task: tuple[Model, Space, jax.Array]) -> N
         tune(policies_per_chunk=0)
     with pytest.raises(ValueError, match="there is no teacher"):
         tune(config=dataclasses.replace(CONFIG, distillation=0.5))
-    with pytest.raises(ValueError, match="batch_size 500 is more than the 200 images"):
+    with pytest.raises(ValueError, match="batch_size is 500, more than the 200 images"):
         tune(config=dataclasses.replace(CONFIG, batch_size=500))

@@ -1,0 +1,80 @@
+"""What callers give: arguments that are no model, space, settings or key are refused by name, misspelt names get a suggestion."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_MADE_BY = {
+    "Model": "sculpt.from_linen, sculpt.from_nnx or sculpt.from_function",
+    "Trace": "sculpt.trace",
+    "Space": "sculpt.make_space",
+    "Splits": "sculpt.load_data or sculpt.from_arrays",
+    "Importance": "sculpt.importance",
+}
+"""Name of a class -> what makes one, where that is not the class itself."""
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Has a function check its arguments by their annotations, as `check_argument` does."""
+    names = tuple(inspect.signature(function).parameters)
+    # Not before the first call: then everything that annotations name is there.
+    kinds = functools.cache(lambda: get_type_hints(function))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in (*zip(names, args), *kwargs.items()):
+            check_argument(name, value, kinds().get(name))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def check_argument(name: str, value: Any, kind: Any) -> None:
+    """Raises ValueError for a `key` that `jax.random` does not take, and where a dataclass is declared (`Model`, `SearchConfig | None`)
+    and `value` is something else. Arguments declared as anything else pass."""
+    kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if name == "key" and not (value is None and types.NoneType in kinds):
+        _check_key(value)
+    own = next((k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
+    if own is not None and not isinstance(value, kind):
+        expected = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
+        made_by = _MADE_BY.get(own.__name__, f"{own.__name__}(...)")
+        raise ValueError(
+            f"{name} must be of type {expected}, got {type(value).__name__}: {made_by} makes one"
+        )
+
+
+def _check_key(key: Any) -> None:
+    import jax
+
+    try:
+        jax.eval_shape(jax.random.bits, key)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"key must be one key of jax.random, such as jax.random.key(0), got {key!r}"
+        ) from None
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number of at least so much."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that is most like it, or nothing."""
+    close = difflib.get_close_matches(str(name).lower(), known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,25 @@
+"""How the command line shows what it has to say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDTH_OF_FILES = 200
+
+
+def error_line(message: str) -> str:
+    """A mistake, as one line."""
+    return f"sculpt: error: {' '.join(message.split())}"
+
+
+def make_console() -> Console:
+    """For the terminal, or a file, whose lines are long."""
+    from rich.console import Console
+
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_FILES
+    return console
