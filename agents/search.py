@@ -72,8 +72,8 @@ class SearchResult:
     validation_accuracy: float
     """Its accuracy on the validation split after the re-rank's brief fine-tuning (with `rerank=0`: before any)."""
     history: tuple[Metrics, ...]
-    """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward", "mean_accuracy", "budget_error",
-    "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
+    """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward", "reward_spread" (standard
+    deviation), "mean_accuracy", "budget_error", "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
     "explained_variance" (critic), "credit_explained" (per-site regression)."""
     front: tuple[FrontPoint, ...]
     """The best policy found for each of the search's budgets, before any fine-tuning; none for a budget that no policy met."""

@@ -24,7 +24,7 @@ from sculpt.scoring.reward import Objective, quality, reward, violation
 from sculpt.training.config import FinetuneConfig
 
 METRICS = (
-    "evaluations", "unique", "best", "mean_reward", "mean_accuracy", "budget_error", "reward_weight",
+    "evaluations", "unique", "best", "mean_reward", "reward_spread", "mean_accuracy", "budget_error", "reward_weight",
 )  # fmt: skip
 """What every method measures, once an update."""
 AGENT_METRICS = (
@@ -158,6 +158,7 @@ def _update(
         "unique": env_state.archive.count.astype(jnp.float32),
         "best": best_quality(env_state.archive, task.env.budget[0], config.objective),
         "mean_reward": jnp.mean(rewards),
+        "reward_spread": jnp.std(rewards),
         "mean_accuracy": jnp.mean(info.accuracy),
         "budget_error": jnp.max(
             jnp.abs(info.macs_ratio - jnp.broadcast_to(env.budgets(task.env), info.macs_ratio.shape))

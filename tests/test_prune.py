@@ -52,6 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_artefact_is_there(finished: Path) -> None:
     expected = {
         ".lock",
+        "agent.safetensors",
         "compact.safetensors",
         "compact.stablehlo",
         "config.json",
@@ -143,6 +144,42 @@ def test_a_second_call_changes_nothing_and_takes_no_time(
         assert re.search(line, printed, re.MULTILINE)
     assert main(["info", "--run", str(finished)]) == 0
     assert "complete  train, search" in capsys.readouterr().out
+
+
+def test_a_search_begins_with_what_another_learned_and_finds_a_front(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    agent = finished / "agent.safetensors"
+    assert main(["train", *OPTIONS[:4], "--epochs", "1", "--run", str(run)]) == 0
+    options = [
+        "--evaluations",
+        "32",
+        "--rerank",
+        "0",
+        "--front",
+        "0.7,0.3",
+        "--agent",
+        str(agent),
+        *ONE_DEVICE,
+    ]
+    assert main(["search", "--run", str(run), *options]) == 0
+    record = json.loads((run / "stages" / "search.json").read_text())
+    assert [point["budget"] for point in record["front"]] == [0.5, 0.7, 0.3]
+    assert record["front"][0]["policy"] == record["policy"]
+    assert all(point["macs_ratio"] <= point["budget"] + 1e-5 for point in record["front"])
+    assert (run / "agent.safetensors").read_bytes() != agent.read_bytes()  # it has gone on learning
+    capsys.readouterr()
+    # What is no agent is refused before anything is done.
+    for file, message in (
+        (finished / "params.safetensors", "not the parameters of an agent"),
+        (tmp_path / "absent.safetensors", "absent.safetensors"),
+    ):
+        fresh = tmp_path / file.stem
+        assert main(["prune", *OPTIONS, "--agent", str(file), "--run", str(fresh)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert not (fresh / "stages" / "train.json").exists()
 
 
 def test_other_options_on_a_finished_run_are_refused(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from sculpt.arguments import did_you_mean
 from sculpt.cli.console import error_line
@@ -29,7 +29,7 @@ _COMMANDS = {
 
 _RECIPES = ("residual", "plain", "photographs", "mobile", "transformer", "small_transformer")
 
-
+_T = TypeVar("_T")
 _FIELD = re.compile(r"\b[A-Z]\w*Config\.([a-z_]+)|^([a-z_]+)(?= must be )")
 """A field of a configuration, as messages of the library name it."""
 
@@ -190,6 +190,14 @@ def _search_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--score-images", type=int, help="train images that each is scored on (256)")
     group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
     group.add_argument("--rerank", type=int, help="policies fine-tuned briefly for the last choice (4)")
+    group.add_argument(
+        "--front",
+        type=_fractions,
+        help="further budgets, with commas, that the agent learns for beside (none)",
+    )
+    group.add_argument(
+        "--agent", help="agent.safetensors of another search, to begin with what was learned there (nothing)"
+    )
 
 
 def _finetune_options(command: argparse.ArgumentParser) -> None:
@@ -236,11 +244,19 @@ def _bench_options(command: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    return _parts(int, "1,8,32", text)
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    return _parts(float, "0.3,0.7", text)
+
+
+def _parts(kind: Callable[[str], _T], example: str, text: str) -> tuple[_T, ...]:
     try:
-        return tuple(int(part) for part in _names(text))
+        return tuple(kind(part) for part in _names(text))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"expected numbers with commas, such as 1,8,32, got {text!r}"
+            f"expected numbers with commas, such as {example}, got {text!r}"
         ) from None
 
 

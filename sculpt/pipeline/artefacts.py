@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt import nets
+from sculpt.agents import SearchConfig
+from sculpt.agents.transfer import size_of
 from sculpt.deploy import load_params
-from sculpt.model import Model, from_linen
+from sculpt.model import Model, Params, from_linen
 from sculpt.pipeline.settings import (
     DEFAULT_IMPORTANCE,
     FinetuneSettings,
@@ -60,6 +62,20 @@ class Artefacts:
     @functools.cached_property
     def search_settings(self) -> SearchSettings:
         return read_settings(self.run, "search", self._given)
+
+    @functools.cached_property
+    def learnt_agent(self) -> Params | None:
+        """What the agent of the search begins with; None where it begins anew."""
+        file = self.search_settings.agent
+        return None if file is None else load_params(file)
+
+    @functools.cached_property
+    def search_config(self) -> SearchConfig:
+        """The settings of the search, its agent of the size of what it begins with."""
+        config = self.search_settings.config()
+        if self.learnt_agent is None:
+            return config
+        return dataclasses.replace(config, agent=size_of(self.learnt_agent))
 
     @functools.cached_property
     def finetune_settings(self) -> FinetuneSettings:

@@ -194,7 +194,10 @@ def write_report(p: Pipeline) -> list[str]:
     """Writes plots and `report.html`; returns the names of the plots."""
     found, record = p.run.record("search"), p.run.record("evaluate")
     plots = {
-        "reward": ("Reward over the policies scored", reward_plot(found["history"])),
+        "reward": (
+            ". ".join(filter(None, ("Reward over the policies scored", found.get("doubt")))),
+            reward_plot(found["history"]),
+        ),
         "pareto": (
             "Accuracy against theoretical MACs, before fine-tuning",
             pareto_plot(found["pareto"], chosen_point(found), p.search_settings.budget, found["n_score"]),

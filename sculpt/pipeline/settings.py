@@ -18,7 +18,7 @@ from sculpt.training.decode import check_size
 from sculpt.training.load import ONE_SIZE
 from sculpt.training.recipes import LARGE_IMAGES
 
-_PATHS = ("data_dir", "weights")
+_PATHS = ("data_dir", "weights", "agent")
 DEFAULT_IMPORTANCE = "energy"
 """What masks rank channels by when they are told nothing."""
 
@@ -132,11 +132,18 @@ class SearchSettings:
     """Policies that are fine-tuned briefly for the last choice."""
     round_to: int = 1
     """Kept channel counts are multiples of it."""
+    front: tuple[float, ...] = ()
+    """Further budgets that the agent learns for beside; see `SearchConfig.front`."""
+    agent: str | None = None
+    """File of what an agent learned on other networks; None: it begins anew."""
 
     def __post_init__(self) -> None:
         # JSON has no tuples.
         object.__setattr__(self, "families", tuple(self.families))
+        object.__setattr__(self, "front", tuple(self.front))
         self.config()
+        if self.method != "agent":
+            _refuse(self, ("agent",), f"method {self.method} learns nothing that another could begin with")
         check_calibration_images(self.calibration_images)
         if self.importance not in KINDS:
             raise ValueError(f"importance must be one of {', '.join(KINDS)}, got {self.importance!r}")
@@ -156,6 +163,7 @@ class SearchSettings:
             score_images=self.score_images,
             calibration_images=self.calibration_images,
             rerank=self.rerank,
+            front=self.front,
         )
         return dataclasses.replace(config, checkpoint_every=max(1, config.updates // 10))
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from sculpt.agents import SearchConfig, SearchResult, search
+from sculpt.agents.diagnosis import doubt
 from sculpt.deploy import export_stablehlo, save_params
 from sculpt.model import Model
 from sculpt.pipeline import closing
@@ -104,7 +105,8 @@ class Pipeline(Artefacts):
             if self.train_settings.trains:
                 check_request(model, self.splits, self.train_settings.config(self.splits), None)
         if "search" in stages:
-            check_budget(self.space, self.search_settings.budget)
+            for budget in self.search_config.budgets:
+                check_budget(self.space, budget)
             self.search_settings.check_images(self.splits)
 
     def _perform(self, stage: str) -> None:
@@ -128,8 +130,12 @@ class Pipeline(Artefacts):
 
     def _finish(self, stage: str, seconds: float | None) -> None:
         record = self.run.record(stage)
-        note = "validation accuracy {validation_accuracy:.2%} (n = {n_validation})"
-        self._watcher.finish(stage, seconds, note.format(**record) if "n_validation" in record else "")
+        note = ""
+        if "n_validation" in record:
+            note = "validation accuracy {validation_accuracy:.2%} (n = {n_validation})".format(**record)
+        if record.get("doubt"):
+            note += f"\n{record['doubt']}"
+        self._watcher.finish(stage, seconds, note)
 
     def _train(self) -> dict[str, Any]:
         settings = self.train_settings
@@ -158,7 +164,7 @@ class Pipeline(Artefacts):
         return record
 
     def _searched(self) -> dict[str, Any]:
-        config = self.search_settings.config()
+        config = self.search_config
         total = config.updates * config.policies_per_update
         log = self._logger("search", "update")
 
@@ -179,7 +185,10 @@ class Pipeline(Artefacts):
             directory=self._checkpoints("search"),
             on_metrics=on_metrics,
             plan=self._plan(config),
+            agent=self.learnt_agent,
         )
+        if found.agent is not None:
+            save_params(found.agent, self.run.path / "agent.safetensors")
         return {
             "policy": found.policy.tolist(),
             "score": found.score,
@@ -188,12 +197,14 @@ class Pipeline(Artefacts):
             "validation_accuracy": found.validation_accuracy,
             "n_validation": len(self.splits.validation.labels),
             "n_score": config.score_images,
+            "front": [dataclasses.asdict(point) | {"policy": point.policy.tolist()} for point in found.front],
             "pareto": [(ratio, accuracy) for ratio, accuracy, _ in found.pareto],
             "evaluations": found.evaluations,
             "unique_evaluations": found.unique_evaluations,
             "seconds": found.seconds,
             "policies_per_second": found.policies_per_second,
             "history": found.history,
+            "doubt": doubt(config, found.history),
         }
 
     def _finetune(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def reward_plot(history: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = _figure()
     evaluations = [row["evaluations"] for row in history]
     for name, label in (("best", "best so far"), ("mean_reward", "mean of the update")):
-        axes.plot(evaluations, [row[name] for row in history], label=label, marker=".")
+        axes.plot(evaluations, [row.get(name, np.nan) for row in history], label=label, marker=".")
     axes.set(xlabel="policies scored", ylabel="reward", title="Search")
     axes.legend()
     return _svg(figure)

@@ -1,0 +1,48 @@
+"""A search that has learned nothing says so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sculpt.agents import SearchConfig
+from sculpt.agents.diagnosis import best_by_luck, doubt
+from tests.agents.test_search import BASE, plain, run
+
+
+@pytest.mark.parametrize("draws", [2, 32, 512])
+def test_the_best_by_luck_is_that_of_many_draws(draws: int) -> None:
+    drawn = np.random.default_rng(0).normal(0.4, 0.1, (4000, draws)).max(axis=1)
+    assert best_by_luck(0.4, 0.1, draws) == pytest.approx(drawn.mean(), abs=0.01)
+    assert best_by_luck(0.4, 0.0, draws) == 0.4
+
+
+def test_an_agent_that_learns_is_not_doubted() -> None:
+    assert doubt(BASE, plain().history) is None
+
+
+def test_an_agent_that_cannot_learn_is() -> None:
+    frozen = dataclasses.replace(BASE, learning_rate=1e-9, evaluations=64)
+    said = [doubt(frozen, run(frozen, seed).history) for seed in range(4)]
+    assert any(sentence and "learning has not beaten luck" in sentence for sentence in said)
+    history = [
+        {"evaluations": 32.0, "mean_reward": 0.5, "reward_spread": 0.1, "best": 0.7},
+        {"evaluations": 64.0, "mean_reward": 0.5, "reward_spread": 0.1, "best": 0.71},
+    ]
+    sentence = doubt(SearchConfig(evaluations=64), history)
+    assert sentence is not None
+    assert "0.710, and 64 policies drawn" in sentence and "the first 32" in sentence
+
+
+def test_only_what_learns_for_one_budget_is_judged() -> None:
+    history = plain("random").history
+    assert doubt(dataclasses.replace(BASE, agent=SearchConfig().agent, method="random"), history) is None
+    assert doubt(dataclasses.replace(BASE, front=(0.3,)), plain().history) is None
+    assert doubt(BASE, plain().history[:1]) is None
+
+
+def test_the_spread_is_that_of_the_rewards() -> None:
+    assert all(row["reward_spread"] < 1e-6 for row in plain("uniform").history)
+    assert all(row["reward_spread"] > 0.05 for row in plain("random").history)
