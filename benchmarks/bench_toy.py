@@ -5,19 +5,23 @@
 Every layer's worth rises with the channels that it keeps, more for some layers than for others; in the second toy a pair of
 neighbours loses what they differ in, so that sites cannot be chosen one by one. The cost of a layer is the product of
 its two widths. The optimum within the budget is found exactly, by dynamic programming over layers, widths and cost.
+Searches are kept under --run, and skipped when they are there already.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import sculpt
+from benchmarks.stages import settle, stage
 from benchmarks.timing import provenance, write_results
 from sculpt.agents.config import RULES
 from sculpt.pruning import Space
@@ -122,24 +126,43 @@ def noise() -> Splits:
     return Splits("noise", split, split, split, 10, (0.5,), (0.5,))
 
 
+def share(method: str, chain: Chain, evaluations: int, budget: float) -> dict[str, float]:
+    """What the policy that a search finds is worth, as a share of the optimum."""
+    model, space = chain_space(chain)
+    config = sculpt.SearchConfig(
+        method=method,  # type: ignore[arg-type]
+        budget=budget,
+        evaluations=64 if method in RULES else evaluations,
+        score_images=1,
+        calibration_images=0,
+        rerank=0,
+    )
+    found = sculpt.search(model, space, noise(), config, jax.random.key(chain.seed), scorer=chain)
+    # Every chain is a program of its own: a process may hold only so many.
+    jax.clear_caches()
+    return {"share": found.score / chain.optimum(space, budget)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--run", type=Path, default=Path("runs/bench_toy"))
     parser.add_argument("--sites", type=int, default=20)
     parser.add_argument("--budget", type=float, default=0.4)
     parser.add_argument("--evaluations", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--pairs", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
-    model, space = chain_space(Chain(options.sites))
+    settle(options.run, {"sites": options.sites, "budget": options.budget})
     counts = " | ".join(f"{pairs:g}, {n}" for pairs in options.pairs for n in options.evaluations)
     columns = len(options.pairs) * len(options.evaluations)
+    options_per_site = int(chain_space(Chain(options.sites))[1].num_options[0])
     lines = [
         "# Searches whose optimum is known",
         "",
         *provenance(),
-        f"{options.sites} sites of {int(space.num_options[0])} options, budget {options.budget}. Percent of the optimum that the best policy "
+        f"{options.sites} sites of {options_per_site} options, budget {options.budget}. Percent of the optimum that the best policy "
         f"is worth, median (lowest to highest) of seeds {options.seeds}, each with a table and a search of its own. Columns: "
         "weight of the pairs, evaluations.",
         "",
@@ -148,23 +171,14 @@ def main() -> None:
     ]
     for method in METHODS:
         cells = []
-        for pairs in options.pairs:
-            for evaluations in options.evaluations:
-                shares = []
-                for seed in options.seeds:
-                    chain = Chain(options.sites, pairs, seed)
-                    config = sculpt.SearchConfig(
-                        method=method,  # type: ignore[arg-type]
-                        budget=options.budget,
-                        evaluations=64 if method in RULES else evaluations,
-                        score_images=1,
-                        calibration_images=0,
-                        rerank=0,
-                    )
-                    key = jax.random.key(seed)
-                    found = sculpt.search(model, space, noise(), config, key, scorer=chain)
-                    shares.append(100 * found.score / chain.optimum(space, options.budget))
-                cells.append(f"{np.median(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})")
+        for pairs, evaluations in itertools.product(options.pairs, options.evaluations):
+            shares = []
+            for seed in options.seeds:
+                chain = Chain(options.sites, pairs, seed)
+                file = options.run / method / f"pairs{pairs:g}-{evaluations}-seed{seed}.json"
+                compute = functools.partial(share, method, chain, evaluations, options.budget)
+                shares.append(100 * stage(file, compute)["share"])
+            cells.append(f"{np.median(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})")
         lines.append(f"| {method} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     write_results("bench_toy", lines)

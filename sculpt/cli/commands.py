@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _evaluate_policies(options)
         elif command == "export" and "format" in options:
             _export_formats(options)
+        elif command == "report" and "tensorboard" in options:
+            _write_events(options)
         elif command == "bench":
             _bench_latency(options)
         else:
@@ -119,6 +121,16 @@ def _export_formats(options: dict[str, Any]) -> None:
     run = RunDirectory.existing(options["run"])
     for name in export_formats(run, options["format"]):
         print(run.path / name)
+
+
+def _write_events(options: dict[str, Any]) -> None:
+    from sculpt.report import RunDirectory
+    from sculpt.report.tensorboard import write_events
+
+    run = RunDirectory.existing(options["run"])
+    folder = run.path / "tensorboard"
+    write_events(run.metrics(), folder)
+    print(folder)
 
 
 def _bench_latency(options: dict[str, Any]) -> None:

@@ -115,6 +115,12 @@ def make_parser() -> Parser:
             command.add_argument(
                 "--format", type=_names, help="stablehlo, onnx, or both with a comma (stablehlo)"
             )
+        if name == "report":
+            command.add_argument(
+                "--tensorboard",
+                action="store_true",
+                help="write RUN/tensorboard instead, from the metrics so far",
+            )
         if name == "bench":
             _bench_options(command)
     return parser

@@ -229,9 +229,10 @@ class RunDirectory:
         if len(kept) < len(rows):
             _replace(file, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def metrics(self, stage: str) -> list[dict[str, Any]]:
-        """The rows that one stage logged; lines cut short by a kill are left out."""
-        return [row for row in _rows(self.path / "metrics.jsonl") if row.get("stage") == stage]
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """The rows that one stage logged, or all of them; lines cut short by a kill are left out."""
+        rows = _rows(self.path / "metrics.jsonl")
+        return [row for row in rows if stage is None or row.get("stage") == stage]
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes `result.json`.
