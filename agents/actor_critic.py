@@ -1,9 +1,9 @@
 """The agent: a graph goes in, a distribution over patterns at every site and a value come out.
 
 Logits of a site = a scorer shared by all options of all sites, that reads the site's node embedding and what is known of
-the option (energy retained, cost, fraction kept), + a head per family of patterns, + a table of the site's own, + 3 log(retained
+the option (energy retained, cost, fraction kept), + a head per family of patterns, + logits of the site's own, + 3 log(retained
 energy). All but the last begin at zero or near it: an untrained agent already prefers what magnitude pruning would. What the
-first two learn holds for every graph; the table learns what this network's features do not tell, and stays with it.
+first two learn holds for every graph; a site's own logits learn what this network's features do not tell, and stay with it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sculpt.scoring.env import state_axes
 PolicyNetwork = nn.Module
 """Something that takes a graph and `SiteInputs` and gives logits and a value, as `ActorCritic` does."""
 _NEAR_ZERO = nn.initializers.normal(0.01)
-TABLE_STEP = 16.0
-"""Logits per unit of a table's parameters: Adam moves each of them by about its learning rate, whatever the gradient."""
+OWN_STEP = 16.0
+"""Logits of a site's own per unit of their parameters: Adam moves each of these by about its learning rate, whatever the gradient."""
 
 
 @jax.tree_util.register_dataclass
@@ -84,8 +84,8 @@ class ActorCritic(nn.Module):
         # The critic reads the embedding but does not shape it: the scale of its loss follows the reward's.
         pooled = jax.lax.stop_gradient(jnp.mean(nodes, axis=0))
         value = Critic(self.config.hidden, name="critic")(jnp.concatenate([pooled, graph.globals[0]]))
-        if self.config.table:
-            logits = logits + TABLE_STEP * self.param("own", nn.initializers.zeros, sites.valid.shape)
+        if self.config.own_logits:
+            logits = logits + OWN_STEP * self.param("own", nn.initializers.zeros, sites.valid.shape)
         return mask_invalid(logits, sites.valid), value
 
 
@@ -107,8 +107,8 @@ class Actor(nn.Module):
         count = sites.valid.shape[1]
         shape = (sites.family.shape[1], embeddings.shape[1], max(OPTIONS, count))
         heads = self.param("family_heads", _NEAR_ZERO, shape)[:, :, :count]
-        headed = jnp.einsum("sf,fwo,sw->so", sites.family, heads, embeddings)
-        return shared[:, :, 0] + headed + sites.prior
+        by_family = jnp.einsum("sf,fwo,sw->so", sites.family, heads, embeddings)
+        return shared[:, :, 0] + by_family + sites.prior
 
 
 class Critic(nn.Module):

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import numpy as np
+
 from sculpt.arguments import check_argument, is_real, is_whole
 from sculpt.scoring.reward import Objective, RewardConfig
 from sculpt.training.config import FinetuneConfig
@@ -31,6 +33,10 @@ def _require_whole(name: str, value: object, least: int) -> None:
     _require(is_whole(value, least), f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
+def _require_boolean(name: str, value: object) -> None:
+    _require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
+
+
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"SearchConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -49,13 +55,14 @@ class AgentConfig:
     """GATv2 layers: how many edges away a site sees."""
     heads: int = 4
     """Attention heads; must divide `hidden`."""
-    table: bool = True
+    own_logits: bool = True
     """Whether every site has logits of its own beside those that the graph gives: for what the features of a network do not tell. Not
     while an agent is trained for other networks (`pretrain`)."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "heads"):
             _require_whole(f"AgentConfig.{name}", getattr(self, name), 1)
+        _require_boolean("AgentConfig.own_logits", self.own_logits)
         _require(
             self.hidden % self.heads == 0,
             f"AgentConfig.hidden must be a multiple of heads, got hidden={self.hidden}, heads={self.heads}",
@@ -146,17 +153,22 @@ class SearchConfig:
         _require_choice("objective", self.objective, get_args(Objective))
         for name, least in _WHOLE.items():
             _require_whole(f"SearchConfig.{name}", getattr(self, name), least)
+            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's too
         for name, (expected, fits) in _RANGES.items():
             value = getattr(self, name)
             _require(is_real(value) and fits(value), f"SearchConfig.{name} must be {expected}, got {value!r}")
+            object.__setattr__(self, name, float(value))
         _require(
             isinstance(self.front, tuple)
             and all(is_real(budget) and 0.0 < budget <= 1.0 for budget in self.front)
-            and len(set(self.budgets)) == len(self.budgets),
+            and len(set(np.asarray(self.budgets, np.float32).tolist())) == len(self.budgets),
             f"SearchConfig.front must be a tuple of distinct budgets in (0, 1] other than budget={self.budget}, got {self.front!r}",
         )
         for name, kind in _PARTS.items():
             check_argument(f"SearchConfig.{name}", getattr(self, name), kind)
+        _require_boolean("SearchConfig.projection", self.projection)
+        if self.warm_start is not None:
+            _require_boolean("SearchConfig.warm_start", self.warm_start)
         self._check_batch()
         self._check_combinations()
         self._check_method()

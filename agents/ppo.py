@@ -42,7 +42,8 @@ def load_rlax() -> types.ModuleType:
 
 
 def make_optimizer(config: SearchConfig) -> optax.GradientTransformation:
-    """Adam behind a clipped gradient norm; those of the critic and of the table are clipped apart, so that they crowd nothing out."""
+    """Adam behind a clipped gradient norm; those of the critic and of the sites' own logits are clipped apart, so that they
+    crowd nothing out."""
 
     def part(path: tuple, _: jax.Array) -> str:
         return path[0].key if path[0].key in ("critic", "own") else "actor"

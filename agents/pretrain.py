@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import jax
 
 from sculpt.agents.config import SearchConfig
-from sculpt.agents.search import Metrics, set_up
+from sculpt.agents.run import set_up
 from sculpt.agents.transfer import check_fits, portable, transplant
-from sculpt.agents.update import init_state, metrics_of, snapshot, update
-from sculpt.arguments import checked
+from sculpt.agents.update import Metrics, init_state, metrics_of, snapshot, update
+from sculpt.arguments import check_argument, checked
 from sculpt.model import Model, Params
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.env import Scorer
@@ -33,6 +33,10 @@ class Lesson:
     scorer: Scorer = score_policies
     """What scores policies."""
 
+    def __post_init__(self) -> None:
+        for name, kind in (("model", Model), ("space", Space), ("splits", Splits)):
+            check_argument(f"Lesson.{name}", getattr(self, name), kind)
+
 
 @checked
 def pretrain(
@@ -45,12 +49,13 @@ def pretrain(
 ) -> Params:
     """Trains one agent on several networks, an update on each in turn, for searches on others to begin with.
 
-    Every network has an archive, a regression of credit and Adam's moments of its own; the agent's parameters are shared. There are
-    no tables of single sites, so that what is learned is learned from features.
+    Every network has an archive, a regression of credit and Adam's moments of its own; the agent's parameters are shared. Sites have no
+    logits of their own, so that what is learned is learned from features.
 
     Args:
       lessons: the networks.
-      config: `evaluations` is that of each network. Budgets in `front` teach the agent to heed the budget.
+      config: `evaluations` is that of each network. Budgets in `front` teach the agent to heed the budget. Nothing is re-ranked
+        or kept on disk: settings of that have no effect.
       key: `jax.random.key`.
       on_metrics: called with the lesson's index and a row as in `SearchResult.history`, after every update.
       plan: as for `search`.
@@ -65,13 +70,15 @@ def pretrain(
         raise ValueError(
             f"only method='agent' can be trained for other networks, got method={config.method!r}"
         )
+    lessons = (lessons,) if isinstance(lessons, Lesson) else tuple(lessons)
     if not lessons:
         raise ValueError("pretrain needs at least one Lesson(model, space, splits)")
-    for lesson in lessons:
+    for index, lesson in enumerate(lessons):
+        check_argument(f"lessons[{index}]", lesson, Lesson)
         for budget in config.budgets:
             check_budget(lesson.space, budget)
     plan = plan or EvaluationPlan()
-    config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, table=False))
+    config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, own_logits=False))
     data_key, init_key, update_key = jax.random.split(key, 3)
     runs = []
     for index, lesson in enumerate(lessons):
@@ -88,8 +95,8 @@ def pretrain(
         for index, (program, task, state) in enumerate(runs):
             state = dataclasses.replace(state, agent=transplant(learnt, state.agent))
             state = update(program, task, state, jax.random.fold_in(update_key, index))
-            learnt = jax.device_get(portable(state.agent))  # off the buffers that the next update reuses
+            learnt = portable(state.agent)
             runs[index] = (program, task, state)
             if on_metrics is not None:
                 on_metrics(index, metrics_of(state.metrics, turn))
-    return learnt
+    return jax.device_get(learnt)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from sculpt.agents.actor_critic import TABLE_STEP, SiteInputs
+from sculpt.agents.actor_critic import OWN_STEP, SiteInputs
 from sculpt.agents.distributions import mask_invalid
 from sculpt.agents.gatv2 import Graph
 
@@ -21,4 +21,4 @@ class TablePolicy(nn.Module):
         """Logits float32 `[sites, options]`, `INVALID` where there is no option, and the value, a float32 scalar."""
         learnt = self.param("table", nn.initializers.zeros, sites.valid.shape)
         value = self.param("critic", nn.initializers.zeros, ())
-        return mask_invalid(sites.prior + TABLE_STEP * learnt, sites.valid), value
+        return mask_invalid(sites.prior + OWN_STEP * learnt, sites.valid), value

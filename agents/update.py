@@ -31,6 +31,8 @@ AGENT_METRICS = (
     "entropy", "kl", "clip_fraction", "value_loss", "explained_variance", "credit_explained",
 )  # fmt: skip
 """What the agent measures besides."""
+Metrics = dict[str, float]
+"""The measurements of one update, by name."""
 TOLERANCE = 1e-5
 """A policy counts as within the budget up to this, in units of dense MACs (float32 rounding)."""
 
@@ -84,6 +86,7 @@ def make_program(env: PruningEnv, config: SearchConfig) -> Program:
     outside = {
         "budget": 1.0,
         "front": (),
+        "batch_size": config.batch,  # which the number of budgets decides
         "rerank": 0,
         "rerank_finetune": FinetuneConfig(),
         "checkpoint_every": 1,
@@ -213,7 +216,7 @@ def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Arr
     return env_state, {"control": controls.after(config, proposals, rewards, learn_key)}, rewards, info, {}
 
 
-def metrics_of(metrics: dict[str, Any], index: int) -> dict[str, float]:
+def metrics_of(metrics: dict[str, Any], index: int) -> Metrics:
     """The measurements of one update; without "best" as long as no policy has met the budget."""
     row = {name: float(rows[index]) for name, rows in metrics.items()}
     if not np.isfinite(row["best"]):

@@ -56,6 +56,6 @@ def _is_nested(value: Any, kind: Any) -> bool:
     if get_origin(kind) is not tuple:
         return _is_whole(value) if kind is int else isinstance(value, kind)
     kinds = get_args(kind)
-    if not isinstance(value, tuple) or (kinds[-1] is not ... and len(value) != len(kinds)):
+    if not isinstance(value, tuple) or not value or (kinds[-1] is not ... and len(value) != len(kinds)):
         return False
     return all(_is_nested(part, kinds[0]) for part in value)

@@ -57,6 +57,10 @@ def load(
         without position embeddings.
     """
     module = create(name, num_classes, **options)
+    if not isinstance(path, str | Path):
+        raise ValueError(f"path must be that of a file, got {path!r}")
+    if head_key is not None:
+        _check_key(head_key)
     if side is not None and family(name) != "vit":
         raise ValueError(
             f"{name} has no position embeddings, its weights do not depend on the size of the images: leave out side={side}"
@@ -84,15 +88,12 @@ def load(
     else:
         arrays, names, faults = _from_pytorch(_read(file), module, shapes, drawn)
     faults += [
-        f"{names[ours]} holds NaN or infinite values"
+        f"{names[ours]} {_impossible(ours, arrays[ours])}"
         for ours in shapes
-        if ours in arrays and ours not in drawn and not np.isfinite(arrays[ours]).all()
+        if ours in arrays and ours not in drawn and _impossible(ours, arrays[ours])
     ]
     if faults:
-        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ValueError(
-            f"{path} does not fit {name} with {num_classes} classes: {'; '.join(faults[:_SHOWN])}{more}"
-        )
+        raise ValueError(f"{path} does not fit {name} with {num_classes} classes: {_shown(faults)}")
     if head_key is not None:
         fresh = dict(_leaves(jax.jit(module.init)(head_key, jnp.zeros((1, side, side, 3)))))
         arrays = {**arrays, **{ours: fresh[ours] for ours in drawn}}
@@ -112,7 +113,7 @@ def save(
       naming: one of `namings(module)`: "torchvision", "timm", ...; None: the first of them.
 
     Raises:
-      ValueError: for an unknown naming, or arrays that are not those of the network.
+      ValueError: for an unknown naming, or arrays that are not those of the network or not finite.
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"weights are written to .safetensors files, got {path}")
@@ -131,6 +132,10 @@ def save(
         raise ValueError(
             f"the arrays are not those of the dense {type(module).__name__}: {'; '.join(wrong[:_SHOWN])}"
         )
+    if bad := [
+        f"{'/'.join(ours)} {fault}" for ours in expected if (fault := _impossible(ours, leaves[ours]))
+    ]:
+        raise ValueError(f"such weights would not be read again: {_shown(bad)}")
     parts: dict[str, dict[int, np.ndarray]] = {}
     for ours, source in zip(expected, _sources(module, naming, expected), strict=True):
         array = to_file(np.asarray(leaves[ours], np.float32), source)
@@ -191,6 +196,34 @@ def _leaves(tree: Any) -> Iterator[tuple[ArrayPath, Any]]:
 
 def _sources(module: nn.Module, naming: str, shapes: Shapes) -> list[Source]:
     return sources(module, naming, list(shapes), [len(shape) for shape in shapes.values()])
+
+
+def _check_key(key: Any) -> None:
+    try:
+        jax.eval_shape(jax.random.bits, key)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"head_key must be one key of jax.random, such as jax.random.key(0), got {key!r}"
+        ) from None
+
+
+def _impossible(ours: ArrayPath, values: Any) -> str:
+    """What is wrong with the values of an array, or nothing."""
+    if not np.isfinite(np.asarray(values, np.float32)).all():
+        return "holds NaN or infinite values"
+    if ours[0] == "batch_stats" and ours[-1] == "var" and np.min(values) < 0:
+        return "holds negative variances"
+    return ""
+
+
+def _shown(faults: list[str]) -> str:
+    """The first few faults, and of names that the file has too many the first at least."""
+    shown = faults[:_SHOWN]
+    extra = next((fault for fault in faults if fault.startswith("unexpected")), None)
+    if extra is not None and extra not in shown:
+        shown[-1] = extra
+    more = f" and {len(faults) - len(shown)} more" if len(faults) > len(shown) else ""
+    return "; ".join(shown) + more
 
 
 def _side_of(module: nn.Module, leaves: Mapping[ArrayPath, Any]) -> int:
@@ -254,7 +287,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if pickled or path.suffix in (".pth", ".pt", ".pkl"):
         raise ValueError(
             f"{path} looks like a pickled PyTorch checkpoint, which is never loaded here: convert it where you trust it, with "
-            "`safetensors.torch.save_file(torch.load(file)['state_dict'], 'weights.safetensors')`"
+            "`safetensors.torch.save_file(state_dict, 'weights.safetensors')`, where state_dict is what torch.load(file) gives, or "
+            "its entry 'state_dict' or 'model'"
         )
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

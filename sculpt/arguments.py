@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
@@ -66,12 +67,12 @@ def _check_key(key: Any) -> None:
 
 def is_whole(value: Any, least: int) -> bool:
     """Whether it is a whole number of at least so much."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_real(value: Any) -> bool:
     """Whether it is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -147,7 +147,8 @@ def _network_options(command: argparse.ArgumentParser) -> None:
 def _train_options(command: argparse.ArgumentParser, short: Sequence[str]) -> None:
     group = command.add_argument_group("training")
     group.add_argument(
-        "--weights", help="safetensors file of pretrained weights; without it the network is trained"
+        "--weights",
+        help="file of pretrained weights, .safetensors or Keras' .npz; without it the network is trained",
     )
     group.add_argument("--seed", type=int, help="of every random draw (0)")
     group.add_argument(
@@ -191,7 +192,7 @@ def _search_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--evaluations",
         type=int,
-        help="policies scored (512); not for uniform, magnitude and lamp, which propose one",
+        help="policies scored, rounded down to whole batches of 32 or so (512); not for uniform, magnitude and lamp, which propose one",
     )
     group.add_argument("--score-images", type=int, help="train images that each is scored on (256)")
     group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")

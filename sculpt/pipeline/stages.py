@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from sculpt.agents import SearchConfig, SearchResult, search
-from sculpt.agents.diagnosis import doubt
 from sculpt.deploy import export_stablehlo, save_params
 from sculpt.model import Model
 from sculpt.pipeline import closing
@@ -133,6 +132,9 @@ class Pipeline(Artefacts):
         note = ""
         if "n_validation" in record:
             note = "validation accuracy {validation_accuracy:.2%} (n = {n_validation})".format(**record)
+        if stage == "search":
+            tried = self.search_settings.rerank
+            note += f", best of {tried} after trial fine-tuning" if tried else ", before fine-tuning"
         if record.get("doubt"):
             note += f"\n{record['doubt']}"
         self._watcher.finish(stage, seconds, note)
@@ -204,7 +206,7 @@ class Pipeline(Artefacts):
             "seconds": found.seconds,
             "policies_per_second": found.policies_per_second,
             "history": found.history,
-            "doubt": doubt(config, found.history),
+            "doubt": found.doubt,
         }
 
     def _finetune(self) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_a_batch_is_the_single_state_many_times() -> None:
         np.testing.assert_allclose(values[row], single[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"hidden": 8}, {"layers": 2}, {"heads": 4}, {"table": False}])
+@pytest.mark.parametrize("change", [{"hidden": 8}, {"layers": 2}, {"heads": 4}, {"own_logits": False}])
 def test_every_size_changes_the_agent(change: dict) -> None:
     from sculpt.agents import ActorCritic
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 
 from sculpt.agents import AgentConfig, RewardConfig, SearchConfig
@@ -81,3 +84,21 @@ def test_evaluations_are_never_exceeded(settings: dict, batch: int, updates: int
     config = SearchConfig(**settings)
     assert (config.batch, config.updates) == (batch, updates)
     assert config.updates * config.policies_per_update <= config.evaluations
+
+
+def test_numbers_of_numpy_count_like_pythons() -> None:
+    config = SearchConfig(budget=np.float32(0.5), evaluations=np.int64(64))  # type: ignore[arg-type]
+    assert config == SearchConfig(budget=0.5, evaluations=64)
+    assert repr(config) == repr(SearchConfig(budget=0.5, evaluations=64))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AgentConfig(own_logits="no"), "own_logits must be True or False, got 'no'"),  # type: ignore[arg-type]
+        (lambda: SearchConfig(warm_start="no"), "warm_start must be True or False, got 'no'"),  # type: ignore[arg-type]
+    ],
+)
+def test_switches_are_true_or_false(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -20,20 +20,26 @@ def test_the_best_by_luck_is_that_of_many_draws(draws: int) -> None:
 
 
 def test_an_agent_that_learns_is_not_doubted() -> None:
-    assert doubt(BASE, plain().history) is None
+    for seed in range(3):
+        assert plain("agent", seed).doubt is None
 
 
 def test_an_agent_that_cannot_learn_is() -> None:
-    frozen = dataclasses.replace(BASE, learning_rate=1e-9, evaluations=64)
-    said = [doubt(frozen, run(frozen, seed).history) for seed in range(4)]
-    assert any(sentence and "learning has not beaten luck" in sentence for sentence in said)
-    history = [
-        {"evaluations": 32.0, "mean_reward": 0.5, "reward_spread": 0.1, "best": 0.7},
-        {"evaluations": 64.0, "mean_reward": 0.5, "reward_spread": 0.1, "best": 0.71},
-    ]
-    sentence = doubt(SearchConfig(evaluations=64), history)
-    assert sentence is not None
-    assert "0.710, and 64 policies drawn" in sentence and "the first 32" in sentence
+    frozen = dataclasses.replace(BASE, learning_rate=1e-9)
+    assert any("learning has found nothing" in (run(frozen, seed).doubt or "") for seed in range(4))
+
+
+def test_a_rise_of_the_mean_or_a_best_beyond_luck_is_learning() -> None:
+    def history(late: float, best: float) -> list[dict[str, float]]:
+        means = [0.5, 0.5, 0.5, late]
+        rows = [{"evaluations": 32.0 * (i + 1), "mean_reward": mean} for i, mean in enumerate(means)]
+        return [{**row, "reward_spread": 0.1, "best": best} for row in rows]
+
+    config = SearchConfig(evaluations=128)
+    sentence = doubt(config, history(0.52, 0.7))
+    assert sentence is not None and "0.520 on average" in sentence and "0.500 in its first" in sentence
+    assert doubt(config, history(0.56, 0.7)) is None
+    assert doubt(config, history(0.52, 0.8)) is None
 
 
 def test_only_what_learns_for_one_budget_is_judged() -> None:

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from sculpt.agents import SearchConfig
+from sculpt.agents.actor_critic import forward
 from sculpt.agents.credit import leave_one_out, site_advantages
+from sculpt.agents.distributions import at_price, log_prob
+from sculpt.agents.ppo import prepare
 from sculpt.agents.rollout import play
-from sculpt.agents.search import set_up
-from sculpt.agents.update import TOLERANCE, init_state, network_of
+from sculpt.agents.run import set_up
+from sculpt.agents.update import TOLERANCE, init_state, make_program, network_of
 from sculpt.scoring import EvaluationPlan
+from sculpt.scoring.env import PruningEnv
 from tests.agents.test_search import BASE, plain, run
 from tests.agents.toys import toy_model, toy_space, toy_splits
 
@@ -53,6 +57,14 @@ def test_episodes_take_the_budgets_in_turn_and_each_meets_its_own() -> None:
         return play(agent, state.agent, program.env, task.env, state.env, task.sites, key, True)[1]
 
     played = rollout(jax.random.key(2))
+    # Every episode is chosen for by the logits of its own budget.
+    seen = np.asarray(played.graphs.globals)[:, 0, 0]
+    by_state, _ = forward(agent, state.agent, played.graphs, task.sites)
+    for episode, budget in enumerate(np.tile(np.asarray(FRONT.budgets, np.float32), 4)):
+        (row,) = np.flatnonzero(seen == budget)
+        logits = at_price(by_state[row][None], played.prices[:, episode], task.sites.cost)
+        expected = log_prob(logits, played.policies[:, episode])
+        np.testing.assert_allclose(played.log_probs[:, episode], expected, atol=1e-4)
     ratios = np.asarray(played.info.macs_ratio).reshape(-1, 4)
     assert (ratios <= np.asarray(FRONT.budgets) + TOLERANCE).all()
     assert (ratios.mean(axis=0)[1:] > ratios.mean(axis=0)[1]).sum() == 2  # 0.7 and 0.9 are used
@@ -73,15 +85,45 @@ def test_policies_are_compared_within_their_budget() -> None:
     )
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_learning_compares_policies_within_their_budget(rounds: int) -> None:
+    config = dataclasses.replace(BASE, front=(0.3,), rounds=rounds)
+    program, task, _ = set_up(
+        toy_model(), toy_space(), toy_splits(), config, jax.random.key(0), EvaluationPlan()
+    )
+    state = init_state(program, task, jax.random.key(1))
+
+    @jax.jit
+    def advantages(offset: jax.Array) -> jax.Array:
+        key, agent = jax.random.key(2), network_of(config)
+        played = play(agent, state.agent, program.env, task.env, state.env, task.sites, key, True)[1]
+        # Where all policies are one, the regression explains nothing, and only the comparison is left.
+        alike = jnp.zeros_like(played.policies)
+        played = dataclasses.replace(played, policies=alike, rewards=played.rewards + offset[None])
+        return prepare(config, played, state.credit, toy_space().max_options, 2)[0].advantages
+
+    before, after = advantages(jnp.zeros(16)), advantages(jnp.asarray([0.0, 100.0] * 8))
+    assert np.abs(before).max() > 0.1
+    np.testing.assert_allclose(before, after, atol=1e-3)
+
+
 def test_the_batch_is_shared_out() -> None:
     assert SearchConfig(front=(0.3, 0.7)).batch == 30
     assert SearchConfig(front=(0.3,), evaluations=5).batch == 4
+    for evaluations in range(16, 2300, 31):
+        for front in ((), (0.3,), (0.3, 0.7), (0.3, 0.7, 0.9)):
+            config = SearchConfig(evaluations=evaluations, front=front)
+            inside = make_program(PruningEnv(toy_space(), config.batch), config).config
+            assert (inside.batch, inside.updates) == (config.batch, config.updates)
+    found = run(dataclasses.replace(FRONT, front=(0.3, 0.7), batch_size=None, evaluations=90))
+    assert [row["evaluations"] for row in found.history] == [30.0, 60.0, 90.0]
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"front": (0.5,)}, "distinct budgets"),
+        ({"front": (0.3, 0.3 + 1e-12)}, "distinct budgets"),
         ({"front": (1.5,)}, "in .0, 1."),
         ({"front": (0.3, 0.7), "batch_size": 16}, "multiple of 3"),
         ({"front": (0.3,), "method": "random"}, "needs method='agent' or 'table'"),

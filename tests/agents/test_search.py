@@ -31,6 +31,7 @@ BASE = SearchConfig(budget=0.5, evaluations=256, batch_size=16, rerank=0, agent=
 CONTROL = dataclasses.replace(BASE, method="random", agent=AgentConfig())
 # The package's name `search` is the function.
 search_module = importlib.import_module("sculpt.agents.search")
+run_module = importlib.import_module("sculpt.agents.run")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -336,8 +337,8 @@ def test_correctness_04_settings_of_every_method_change_the_search(
         shapes.append((images.shape, jax.tree.map(jnp.shape, calibration)))
         return original(model, space, images, labels, calibration, plan)  # type: ignore[arg-type]
 
-    original = search_module.make_problem
-    monkeypatch.setattr(search_module, "make_problem", watch)
+    original = run_module.make_problem
+    monkeypatch.setattr(run_module, "make_problem", watch)
     before, after = (run(c) for c in (CONTROL, dataclasses.replace(CONTROL, **change)))
     assert _changed(before) != _changed(after) or shapes[0] != shapes[1]
 
@@ -372,7 +373,7 @@ COVERED_HERE = {
 
 def test_correctness_04_no_setting_is_without_a_test() -> None:
     assert {f.name for f in dataclasses.fields(SearchConfig)} == COVERED_HERE | set(COVERED_ELSEWHERE)
-    assert {f.name for f in dataclasses.fields(AgentConfig)} == {"hidden", "layers", "heads", "table"}
+    assert {f.name for f in dataclasses.fields(AgentConfig)} == {"hidden", "layers", "heads", "own_logits"}
 
 
 def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,11 @@ def test_a_search_leaves_what_another_can_begin_with() -> None:
 
 def test_another_start_is_another_search(tmp_path: Path) -> None:
     config = dataclasses.replace(BASE, evaluations=32)
-    run(config, directory=tmp_path)
+    left = dict(plain().agent or {})
+    left["actor"] = jax.tree.map(lambda leaf: leaf[:0], left["actor"])
+    with pytest.raises(ValueError, match="should have shape"):
+        run(config, directory=tmp_path, agent=left)
+    run(config, directory=tmp_path)  # the directory has taken no harm
     with pytest.raises(ValueError, match="another"):
         run(config, directory=tmp_path, agent=plain().agent)
 
@@ -107,23 +111,37 @@ def test_another_start_is_another_search(tmp_path: Path) -> None:
         (BASE, {"encoder": 3}, "not the parameters of an agent"),
         (dataclasses.replace(BASE, method="table", agent=AgentConfig()), "own", "for method='agent'"),
         (BASE, "cut", "encoder/input/kernel should have shape"),
+        (BASE, "diverged", "encoder/input/kernel that are no finite numbers"),
     ],
 )
 def test_other_agents_are_refused(config: SearchConfig, agent: object, words: str) -> None:
     if isinstance(agent, str):
         left = plain().agent
         assert left is not None
+        left = jax.tree.map(np.array, left)
         if agent == "cut":
-            left = jax.tree.map(lambda leaf: leaf, left)
             left["encoder"]["input"]["kernel"] = left["encoder"]["input"]["kernel"][1:]
+        if agent == "diverged":
+            left["encoder"]["input"]["kernel"][0] = np.nan
         agent = left
     with pytest.raises(ValueError, match=words):
         run(config, agent=agent)
 
 
+def test_half_precision_is_widened() -> None:
+    left = plain().agent
+    config = dataclasses.replace(BASE, evaluations=32)
+    half = jax.tree.map(lambda leaf: leaf.astype(np.float16), left)
+    assert all(np.isfinite(row["kl"]) for row in run(config, agent=half).history)
+
+
 def test_impossible_lessons_are_refused() -> None:
     made, model, space = chain(5, 0)
     lesson = Lesson(model, space, noise(), made)
+    with pytest.raises(ValueError, match=r"lessons\[1\] must be of type Lesson, got tuple"):
+        pretrain([lesson, (model, space, noise())], CONFIG, jax.random.key(0))  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"Lesson\.space must be of type Space"):
+        Lesson(model, model, noise())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one Lesson"):
         pretrain([], CONFIG, jax.random.key(0))
     with pytest.raises(ValueError, match="method='agent'"):

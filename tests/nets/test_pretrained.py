@@ -79,6 +79,7 @@ def small(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
         name = re.sub(r"stage(\d)_block(\d+)", lambda m: f"layer{m[1]}.{int(m[2]) - 1}", ".".join(owner))
         name = name.replace("stem_conv", "conv1").replace("stem_norm", "bn1").replace("norm", "bn")
         value = rng.normal(size=leaf.shape).astype(np.float32)
+        value = np.abs(value) if kind == "var" else value
         value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
         arrays[f"{name.replace('head', 'linear')}.{names[kind]}"] = np.ascontiguousarray(value)
     return tmp_path / "weights.safetensors", arrays
@@ -110,7 +111,7 @@ def test_names_and_shapes_that_do_not_fit_are_listed(small) -> None:
 def test_a_long_list_is_cut_short(small) -> None:
     file, _ = small
     save_file({"odd": np.zeros(2, np.float32)}, file)
-    refused(file, r"does not fit resnet8 with 10 classes: missing .* and \d+ more$")
+    refused(file, r"does not fit resnet8 with 10 classes: missing .*; unexpected odd \[2\] and \d+ more$")
 
 
 def test_another_number_of_classes_is_refused(small) -> None:
@@ -131,6 +132,13 @@ def test_values_that_are_not_finite_are_refused(small, bad: float) -> None:
     arrays["linear.bias"] = np.full(10, bad, np.float32)
     save_file(arrays, file)
     refused(file, "linear.bias holds NaN or infinite values")
+
+
+def test_negative_variances_are_refused(small) -> None:
+    file, arrays = small
+    arrays["bn1.running_var"] = -arrays["bn1.running_var"]
+    save_file(arrays, file)
+    refused(file, "bn1.running_var holds negative variances")
 
 
 def test_a_damaged_file_is_refused(small) -> None:

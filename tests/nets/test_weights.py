@@ -63,6 +63,23 @@ def test_weights_come_back_as_they_went(name: str, naming: str, tmp_path: Path) 
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+def test_what_would_not_be_read_is_not_written(tmp_path: Path) -> None:
+    module, variables = narrow("resnet18")
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), variables)
+    with pytest.raises(ValueError, match=r"holds NaN or infinite values.* and \d+ more"):
+        nets.save(module, broken, tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "words"),
+    [(None, {}, "path must be that of a file, got None"), ("w", {"head_key": 0}, "head_key must be one key")],
+)
+def test_what_is_no_path_or_key_is_refused(path: Any, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        nets.load("resnet20", path, 10, **options)
+
+
 def test_a_pruned_dense_shaped_model_returns_to_its_owner(tmp_path: Path) -> None:
     side = NARROW["resnet18"][1]
     module, variables = narrow("resnet18")

@@ -1,0 +1,160 @@
+"""A search under way: what it is set up from, and the blocks of updates that it runs in."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.agents.actor_critic import site_inputs
+from sculpt.agents.config import SearchConfig
+from sculpt.agents.controls import fixed_policy
+from sculpt.agents.update import (
+    Metrics,
+    Program,
+    SearchState,
+    Task,
+    init_state,
+    make_program,
+    metrics_of,
+    snapshot,
+    update,
+)
+from sculpt.model import Model, Params
+from sculpt.pruning import Space
+from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
+from sculpt.scoring.evaluate import score_policies
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.problem import make_problem
+from sculpt.training.data import Splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some updates that the device was told to do."""
+
+    start: int
+    stop: int
+    state: SearchState
+    """The state behind them, which the device may still be working on."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A search under way: the device's state, and what the host keeps beside it."""
+
+    program: Program
+    task: Task
+    plan: EvaluationPlan
+    config: SearchConfig
+    state: SearchState
+    done: int
+    """Updates done, or under way."""
+    clock: float
+    """When the last block ended."""
+    seconds: np.ndarray
+    """float32 `[updates]`."""
+    judged: np.ndarray
+    """float32 `[rerank or 1]`: validation accuracies of the re-ranked, NaN where still to come."""
+
+    @staticmethod
+    def start(
+        program: Program,
+        task: Task,
+        plan: EvaluationPlan,
+        key: jax.Array,
+        config: SearchConfig,
+        agent: Params | None,
+    ) -> Run:
+        # A copy: an update reuses the buffers of its state, and equal constants may share one.
+        state = plan.place(snapshot(init_state(program, task, key, agent)))
+        judged = np.full(max(config.rerank, 1), np.nan, np.float32)
+        seconds = np.zeros(config.updates, np.float32)
+        return Run(program, task, plan, config, state, 0, time.perf_counter(), seconds, judged)
+
+    def tree(self, state: SearchState) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"state": state, "seconds": self.seconds, "judged": self.judged}
+
+    def load(self, tree: dict[str, Any]) -> None:
+        """Takes over the contents of a checkpoint."""
+        self.state = self.plan.place(jax.tree.map(jnp.asarray, tree["state"]))
+        self.seconds, self.judged = np.array(tree["seconds"]), np.array(tree["judged"])
+        self.done, self.clock = int(self.state.update), time.perf_counter()
+
+    def launch(self, key: jax.Array) -> Block | None:
+        """Gives the device its next block of updates without waiting for it; None where all are done or under way."""
+        start, stop = self.done, min(self.done + self.config.checkpoint_every, self.config.updates)
+        if start == stop:
+            return None
+        for _ in range(start, stop):
+            self.state = update(self.program, self.task, self.state, key)
+        self.done = stop
+        return Block(start, stop, snapshot(self.state))
+
+    def settle(self, block: Block, on_metrics: Callable[[Metrics], None] | None) -> None:
+        """Waits for a block and reads its metrics, while an accelerator goes on with the next one."""
+        jax.block_until_ready(block.state)
+        now = time.perf_counter()
+        self.seconds[block.start : block.stop] = (now - self.clock) / (block.stop - block.start)
+        self.clock = now
+        if on_metrics is not None:
+            metrics = jax.device_get(block.state.metrics)
+            for index in range(block.start, block.stop):
+                on_metrics(self.row(metrics, index))
+
+    def row(self, metrics: dict[str, Any], index: int) -> Metrics:
+        """The history's row of one update."""
+        return {**metrics_of(metrics, index), "seconds": float(self.seconds[index])}
+
+    def speed(self) -> float:
+        """Evaluations per second, without the first block if there is another."""
+        skip = self.config.checkpoint_every if self.config.updates > self.config.checkpoint_every else 0
+        timed = self.seconds[skip:]
+        return self.config.policies_per_update * len(timed) / max(float(timed.sum()), 1e-9)
+
+
+def set_up(
+    model: Model,
+    space: Space,
+    splits: Splits,
+    config: SearchConfig,
+    key: jax.Array,
+    plan: EvaluationPlan,
+    scorer: Scorer = score_policies,
+) -> tuple[Program, Task, jax.Array | None]:
+    """The program of a search, its arrays (images are drawn by `key`), and the images to calibrate on."""
+    sites = site_inputs(space, model.params)
+    if not config.starts_from_energy:
+        sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
+    images, labels, calibration = _draw_images(splits, config, key)
+    problem = make_problem(model, space, images, labels, calibration, plan)
+    env = EnvParams(problem, jnp.asarray(config.budgets, jnp.float32))
+    task = plan.place(Task(env, sites, fixed_policy(config.method, space, model.params, config.budget)))
+    static = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)
+    return make_program(static, config), task, calibration
+
+
+def _draw_images(
+    splits: Splits, config: SearchConfig, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Images and labels to score on and images to calibrate on: disjoint parts of the train split."""
+    train = splits.train
+    need, have = config.score_images + config.calibration_images, len(train.labels)
+    if need > have:
+        raise ValueError(
+            f"the search needs score_images + calibration_images = {config.score_images} + "
+            f"{config.calibration_images} = {need} images of the train split, which has {have}: lower them"
+        )
+    drawn = np.asarray(jax.random.permutation(key, have))[:need]
+    score, calibrate = np.sort(drawn[: config.score_images]), np.sort(drawn[config.score_images :])
+    images = jnp.asarray(splits.normalise(train.images[score]))
+    labels = jnp.asarray(np.asarray(train.labels)[score], jnp.int32)
+    if not config.calibration_images:
+        return images, labels, None
+    return images, labels, jnp.asarray(splits.normalise(train.images[calibrate]))
