@@ -139,8 +139,8 @@ def test_a_second_call_changes_nothing_and_takes_no_time(
     assert contents(finished) == before
     printed = capsys.readouterr().out
     assert printed.count("done before") == 2 * len(STAGES)
-    for stage in ("train", "search", "finetune"):
-        line = rf"^{stage} +done before +validation accuracy \d+\.\d\d% \(n = 300\)$"
+    for stage, tried in (("train", ""), ("search", ", best of 1 after trial fine-tuning"), ("finetune", "")):
+        line = rf"^{stage} +done before +validation accuracy \d+\.\d\d% \(n = 300\){tried}$"
         assert re.search(line, printed, re.MULTILINE)
     assert main(["info", "--run", str(finished)]) == 0
     assert "complete  train, search" in capsys.readouterr().out
