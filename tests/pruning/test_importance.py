@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -84,8 +85,17 @@ def without_units(model: Model, trace: Trace, gone: dict[int, int]) -> Model:
     return model.replace(params=jax.device_put(jax.tree.unflatten(treedef, leaves)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+def pairs(kinds: Sequence[str]) -> list[Any]:
+    """Every kind on every network; in the default run each kind on one, and each network with one."""
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(kind, name, marks=[] if kind == kinds[0] or name == "residual" else slow)
+        for kind in kinds
+        for name in NAMES
+    ]
+
+
+@pytest.mark.parametrize(("kind", "name"), pairs(KINDS))
 def test_scores_are_one_finite_number_per_unit_of_every_group(kind: str, name: str) -> None:
     result = scored(name, kind)
     assert result.kind == kind
@@ -97,8 +107,7 @@ def test_scores_are_one_finite_number_per_unit_of_every_group(kind: str, name: s
         assert np.ptp(score) > 0 or (kind, group.size) == ("geometric_median", 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", DETERMINED)
+@pytest.mark.parametrize(("kind", "name"), pairs(DETERMINED))
 def test_permuting_units_permutes_their_scores(kind: str, name: str) -> None:
     trace, model = traced(name), varied(name)
     rng = np.random.default_rng(0)
@@ -110,8 +119,7 @@ def test_permuting_units_permutes_their_scores(kind: str, name: str) -> None:
         np.testing.assert_allclose(after, before[orders[group.index]], rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ZERO_IS_LOWEST)
+@pytest.mark.parametrize(("kind", "name"), pairs(ZERO_IS_LOWEST))
 def test_a_unit_of_zeros_scores_lowest(kind: str, name: str) -> None:
     trace = traced(name)
     gone = {group.index: group.size - 1 - group.index % 2 for group in trace.groups}
@@ -121,14 +129,7 @@ def test_a_unit_of_zeros_scores_lowest(kind: str, name: str) -> None:
         assert score[gone[group.index]] == 0 and others.max() > 0 and others.min() >= 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        pytest.param(kind, name, marks=[] if kind == "energy" or name == "residual" else [pytest.mark.slow])
-        for kind in KINDS
-        for name in NAMES
-    ],
-)
+@pytest.mark.parametrize(("kind", "name"), pairs(KINDS))
 def test_masks_drop_the_lowest_before_and_after_fine_tuning_and_compaction_agrees(
     kind: str, name: str
 ) -> None:
