@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sculpt.arguments import check_argument, is_real, is_whole
+from sculpt.arguments import check_argument, is_real, is_whole, without_numpy
 from sculpt.scoring.reward import Objective, RewardConfig
 from sculpt.training.config import FinetuneConfig
 
@@ -20,7 +20,7 @@ RULES = ("uniform", "magnitude", "lamp")
 _FROM_ENERGY = (*LEARNERS, "cma_es")
 
 _LARGE_BATCH_FROM = 2048
-_OF_LEARNERS = ("front", "learning_rate", "epochs", "clip_ratio", "entropy")
+_OF_LEARNERS = ("front", "learning_rate", "epochs", "clip_ratio", "entropy", "final_entropy", "kl_limit")
 _BRIEF = FinetuneConfig(max_steps=100)
 
 
@@ -60,6 +60,7 @@ class AgentConfig:
     while an agent is trained for other networks (`pretrain`)."""
 
     def __post_init__(self) -> None:
+        without_numpy(self)
         for name in ("hidden", "layers", "heads"):
             _require_whole(f"AgentConfig.{name}", getattr(self, name), 1)
         _require_boolean("AgentConfig.own_logits", self.own_logits)
@@ -84,9 +85,12 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "learning_rate": ("a number above 0", lambda value: value > 0),
     "clip_ratio": ("in (0, 1)", lambda value: 0 < value < 1),
     "entropy": ("a number of at least 0", lambda value: value >= 0),
+    "final_entropy": ("a number of at least 0, or None", lambda value: value >= 0),
+    "kl_limit": ("a number above 0, or None", lambda value: value > 0),
     "discount": _SHARE,
     "gae_lambda": _SHARE,
 }
+_OPTIONAL = ("final_entropy", "kl_limit")
 _PARTS = {"reward": RewardConfig, "rerank_finetune": FinetuneConfig, "agent": AgentConfig}
 
 
@@ -138,7 +142,12 @@ class SearchConfig:
     clip_ratio: float = 0.2
     """PPO clips each site's probability ratio to 1 -+ this."""
     entropy: float = 0.06
-    """Weight of the entropy bonus, per nat of the mean entropy of a site."""
+    """Weight of the entropy bonus, per nat of the mean entropy of a site, in the first update."""
+    final_entropy: float | None = None
+    """The same in the last update, reached in equal steps. None: as in the first."""
+    kl_limit: float | None = None
+    """Epochs of an update end once the agent has moved so far from the one that drew the policies: nats of KL divergence, mean over
+    sites. None: all epochs are done."""
     rounds: int = 1
     """Refinement rounds per episode: each sees the assignment of the round before. 1: a one-shot bandit."""
     discount: float = 0.0
@@ -149,15 +158,16 @@ class SearchConfig:
     """Updates between two checkpoints (and two looks at the metrics), where the search has a directory."""
 
     def __post_init__(self) -> None:
+        without_numpy(self)
         _require_choice("method", self.method, get_args(Method))
         _require_choice("objective", self.objective, get_args(Objective))
         for name, least in _WHOLE.items():
             _require_whole(f"SearchConfig.{name}", getattr(self, name), least)
-            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's too
         for name, (expected, fits) in _RANGES.items():
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             _require(is_real(value) and fits(value), f"SearchConfig.{name} must be {expected}, got {value!r}")
-            object.__setattr__(self, name, float(value))
         _require(
             isinstance(self.front, tuple)
             and all(is_real(budget) and 0.0 < budget <= 1.0 for budget in self.front)

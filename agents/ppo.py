@@ -130,6 +130,7 @@ def ppo_loss(
     sites: SiteInputs,
     free: np.ndarray,
     config: SearchConfig,
+    entropy: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss to be minimised and its measurements.
 
@@ -139,7 +140,8 @@ def ppo_loss(
       batch: samples.
       sites: what the agent knows of the sites.
       free: int `[k]`, the sites that have a choice; the others would dilute the mean with ratios of 1.
-      config: clip ratio and weight of the entropy.
+      config: the clip ratio.
+      entropy: float32 scalar, weight of the entropy.
     """
     rollout = batch.rollout
     number = batch.returns.shape[0]
@@ -159,7 +161,14 @@ def ppo_loss(
         "clip_fraction": jnp.mean((jnp.abs(ratios - 1.0) > config.clip_ratio).astype(jnp.float32)),
         "value_loss": value_loss,
     }
-    return surrogate - config.entropy * mean_entropy + value_loss, measured
+    return surrogate - entropy * mean_entropy + value_loss, measured
+
+
+def entropy_weight(config: SearchConfig, done: jax.Array) -> jax.Array:
+    """float32 scalar: weight of the entropy in the update after `done` ones, an int32 scalar."""
+    final = config.entropy if config.final_entropy is None else config.final_entropy
+    progress = done.astype(jnp.float32) / max(config.updates - 1, 1)
+    return config.entropy + (final - config.entropy) * progress
 
 
 def learn(
@@ -170,16 +179,29 @@ def learn(
     sites: SiteInputs,
     free: np.ndarray,
     config: SearchConfig,
+    entropy: jax.Array,
 ) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:
-    """`config.epochs` full-batch steps of PPO; returns new parameters, optimizer state and the last epoch's measurements."""
+    """Full-batch steps of PPO, `config.epochs` or until the KL divergence exceeds its limit.
+
+    Returns new parameters, optimizer state and the measurements before the last step, and how many "epochs" there were.
+    """
     optimizer = make_optimizer(config)
+    limit = np.inf if config.kl_limit is None else config.kl_limit
 
     def epoch(carry: tuple, _: None) -> tuple[tuple, dict[str, jax.Array]]:
-        params, optimizer_state = carry
-        gradients, measured = jax.grad(ppo_loss, has_aux=True)(params, agent, batch, sites, free, config)
+        going, before = carry
+        gradients, measured = jax.grad(ppo_loss, has_aux=True)(
+            before[0], agent, batch, sites, free, config, entropy
+        )
+        going &= measured["kl"] <= limit
         with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes Python floats with an integer count
-            updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return (optax.apply_updates(params, updates), optimizer_state), measured
+            updates, optimizer_state = optimizer.update(gradients, before[1], before[0])
+        after = optax.apply_updates(before[0], updates), optimizer_state
+        kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, before)
+        return (going, kept), measured | {"epochs": going.astype(jnp.float32)}
 
-    carry, measured = jax.lax.scan(epoch, (params, optimizer_state), length=config.epochs)
-    return *carry, jax.tree.map(lambda rows: rows[-1], measured)
+    (_, learnt), measured = jax.lax.scan(
+        epoch, (jnp.bool_(True), (params, optimizer_state)), length=config.epochs
+    )
+    epochs = jnp.sum(measured.pop("epochs"))
+    return *learnt, jax.tree.map(lambda rows: rows[-1], measured) | {"epochs": epochs}

@@ -70,9 +70,10 @@ def pretrain(
         raise ValueError(
             f"only method='agent' can be trained for other networks, got method={config.method!r}"
         )
-    lessons = (lessons,) if isinstance(lessons, Lesson) else tuple(lessons)
-    if not lessons:
-        raise ValueError("pretrain needs at least one Lesson(model, space, splits)")
+    if not isinstance(lessons, Sequence) or not lessons:
+        raise ValueError(
+            f"lessons must be a sequence of at least one Lesson(model, space, splits), got {lessons!r}"
+        )
     for index, lesson in enumerate(lessons):
         check_argument(f"lessons[{index}]", lesson, Lesson)
         for budget in config.budgets:

@@ -19,7 +19,6 @@ from sculpt.agents.transfer import check_agent, portable
 from sculpt.agents.update import (
     TOLERANCE,
     Metrics,
-    SearchState,
     ranking,
 )
 from sculpt.arguments import checked
@@ -29,6 +28,7 @@ from sculpt.scoring.archive import Archive
 from sculpt.scoring.env import EnvParams, Scorer
 from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.reward import RewardState
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.data import Splits
 from sculpt.training.stream import content
@@ -63,7 +63,8 @@ class SearchResult:
     history: tuple[Metrics, ...]
     """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward", "reward_spread" (standard
     deviation), "mean_accuracy", "budget_error", "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
-    "explained_variance" (critic), "credit_explained" (per-site regression)."""
+    "explained_variance" (critic), "credit_explained" (per-site regression), "epochs" (done). With several budgets "best" is that
+    of the first, all others are over the policies of all."""
     doubt: str | None
     """A sentence for the user where learning has found no more than luck would have, see `sculpt.agents.diagnosis`."""
     front: tuple[FrontPoint, ...]
@@ -157,8 +158,8 @@ def search(
             if keeper is not None:
                 keeper.save(block.stop, run.tree(block.state))
             block = following or run.launch(update_key)
-        order, rewards = ranking(run.state.env, config.budget, config.objective)
         archive, metrics = jax.device_get((run.state.env.archive, run.state.metrics))
+        order, rewards = ranking(archive, run.state.env.reward, config.budget, config.objective)
         # Policies beyond the budget are considered only where none meets it.
         within = int((archive.macs_ratio[order] <= config.budget + TOLERANCE).sum())
         candidates = order[: min(max(config.rerank, 1), within or len(order))]
@@ -181,7 +182,7 @@ def search(
         validation_accuracy=float(run.judged[best]),
         history=history,
         doubt=doubt(config, history),
-        front=_front(run.state, config),
+        front=_front(archive, run.state.env.reward, config),
         pareto=_pareto(archive),
         evaluations=int(archive.total),
         unique_evaluations=int(archive.count),
@@ -192,15 +193,14 @@ def search(
     )
 
 
-def _front(state: SearchState, config: SearchConfig) -> tuple[FrontPoint, ...]:
+def _front(archive: Archive, rewards: RewardState, config: SearchConfig) -> tuple[FrontPoint, ...]:
     """The best archived policy of each budget."""
     points = []
     for budget in config.budgets:
-        order, rewards = ranking(state.env, budget, config.objective)
-        ratio = float(state.env.archive.macs_ratio[order[0]])
+        order, worth = ranking(archive, rewards, budget, config.objective)
+        ratio = float(archive.macs_ratio[order[0]])
         if ratio <= budget + TOLERANCE:
-            policy = np.asarray(state.env.archive.policies[order[0]])
-            points.append(FrontPoint(budget, policy, float(rewards[0]), ratio))
+            points.append(FrontPoint(budget, archive.policies[order[0]], float(worth[0]), ratio))
     return tuple(points)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,13 @@ import numpy as np
 
 from sculpt.agents.config import AgentConfig, SearchConfig
 from sculpt.model import Params
+from sculpt.tracing.trace import leaf_paths
 
 _OF_ONE_NETWORK = "own"
+
+
+def _by_path(params: Params) -> dict[str, jax.Array]:
+    return dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
 
 
 def portable(agent: Params) -> Params:
@@ -63,22 +67,15 @@ def check_agent(config: SearchConfig, agent: Params) -> None:
 
 def check_fits(learnt: Params, agent: Params) -> None:
     """Raises ValueError unless what was `learnt` has the shapes that it needs in `agent`, and finite values."""
-    wanted, got = (_shapes(portable(params)) for params in (agent, learnt))
-    wrong = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"the trained agent does not fit this search: {name} should have shape {wanted.get(name)}, got {got.get(name)}; it was "
-            "trained by another version, or for a network with more options at a site"
-        )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(portable(learnt)):
-        if not np.isfinite(np.asarray(leaf, np.float32)).all():
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+    wanted, got = (_by_path(portable(params)) for params in (agent, learnt))
+    for name in sorted(wanted.keys() | got.keys()):
+        needed, found = (np.shape(arrays[name]) if name in arrays else None for arrays in (wanted, got))
+        if needed != found:
+            raise ValueError(
+                f"the trained agent does not fit this search: {name} should have shape {needed}, got {found}; it was trained by "
+                "another version, or for a network with more options at a site"
+            )
+        if not np.isfinite(np.asarray(got[name], np.float32)).all():
             raise ValueError(
                 f"the trained agent has values in {name} that are no finite numbers: its training diverged"
             )
-
-
-def _shapes(params: Params) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf) for path, leaf in leaves}

@@ -20,7 +20,7 @@ from sculpt.agents.transfer import check_fits, transplant
 from sculpt.model import Params
 from sculpt.scoring.archive import Archive
 from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
-from sculpt.scoring.reward import Objective, quality, reward, violation
+from sculpt.scoring.reward import Objective, RewardState, quality, reward, violation
 from sculpt.training.config import FinetuneConfig
 
 METRICS = (
@@ -28,7 +28,7 @@ METRICS = (
 )  # fmt: skip
 """What every method measures, once an update."""
 AGENT_METRICS = (
-    "entropy", "kl", "clip_fraction", "value_loss", "explained_variance", "credit_explained",
+    "entropy", "kl", "epochs", "clip_fraction", "value_loss", "explained_variance", "credit_explained",
 )  # fmt: skip
 """What the agent measures besides."""
 Metrics = dict[str, float]
@@ -186,8 +186,9 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
         config, rollout, state.credit, env.space.max_options, len(task.env.budget)
     )
     free = np.flatnonzero(env.space.num_options > 1)
+    entropy = ppo.entropy_weight(config, state.update)
     params, optimizer, measured = ppo.learn(
-        state.agent, state.optimizer, agent, batch, task.sites, free, config
+        state.agent, state.optimizer, agent, batch, task.sites, free, config, entropy
     )
     critic = rollout.values[:-1].reshape(-1)
     measured |= {
@@ -230,21 +231,20 @@ def best_quality(archive: Archive, budget: jax.Array, objective: Objective) -> j
     return jnp.max(jnp.where(met, quality(archive.accuracy, archive.loss, objective), -jnp.inf))
 
 
-def ranking(state: EnvState, budget: float, objective: Objective) -> tuple[np.ndarray, np.ndarray]:
-    """Archived policies from best to worst.
+def ranking(
+    archive: Archive, state: RewardState, budget: float, objective: Objective
+) -> tuple[np.ndarray, np.ndarray]:
+    """Archived policies from best to worst; the archive's arrays are the host's.
 
     Those within the budget come first; then the higher reward; then, since accuracies on few images tie, the lower loss.
 
     Returns:
       Rows of the archive int64 `[count]` in that order, and the reward float32 `[count]` of each.
     """
-    archive = jax.device_get(state.archive)
     count = int(archive.count)
     macs_ratio, loss = archive.macs_ratio[:count], archive.loss[:count]
     worth = quality(archive.accuracy[:count], loss, objective)
-    rewards = np.asarray(
-        reward(state.reward, jnp.asarray(worth), jnp.asarray(macs_ratio), jnp.float32(budget))
-    )
+    rewards = np.asarray(reward(state, jnp.asarray(worth), jnp.asarray(macs_ratio), jnp.float32(budget)))
     excess = np.asarray(violation(jnp.asarray(macs_ratio), jnp.float32(budget + TOLERANCE)))
     met = excess <= 0
     # Outside the budget the least violation comes first: it is what is left if nothing has met the budget.

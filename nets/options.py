@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
 import jax.numpy as jnp
 
+from sculpt.arguments import is_real, is_whole
+
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 """Names of what activations can be computed in."""
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_dtype(value: Any) -> bool:
@@ -29,12 +22,12 @@ def _is_dtype(value: Any) -> bool:
 
 Possible = tuple[str, Callable[[Any], bool]]
 _WHOLE = "a whole number of at least 1"
-_POSITIVE: Possible = ("a number above 0", lambda value: _is_real(value) and value > 0)
-_SHARE: Possible = ("a number from 0 to below 1", lambda value: _is_real(value) and 0 <= value < 1)
+_POSITIVE: Possible = ("a number above 0", lambda value: is_real(value) and value > 0)
+_SHARE: Possible = ("a number from 0 to below 1", lambda value: is_real(value) and 0 <= value < 1)
 _NUMBERS = {"width_multiplier": _POSITIVE, "epsilon": _POSITIVE, "momentum": _SHARE, "dropout": _SHARE}
 _KINDS: dict[Any, Possible] = {
-    int: (_WHOLE, _is_whole),
-    int | None: (f"{_WHOLE}, or None", lambda value: value is None or _is_whole(value)),
+    int: (_WHOLE, lambda value: is_whole(value, 1)),
+    int | None: (f"{_WHOLE}, or None", lambda value: value is None or is_whole(value, 1)),
     bool: ("True or False", lambda value: isinstance(value, bool)),
     Any: (f"None, or a dtype of jax.numpy: {', '.join(_DTYPES)}", _is_dtype),
 }
@@ -54,7 +47,7 @@ def check_option(network: str, name: str, kind: Any, value: Any) -> None:
 def _is_nested(value: Any, kind: Any) -> bool:
     """Whether these are tuples of whole numbers, or of whatever else stands in the type."""
     if get_origin(kind) is not tuple:
-        return _is_whole(value) if kind is int else isinstance(value, kind)
+        return is_whole(value, 1) if kind is int else isinstance(value, kind)
     kinds = get_args(kind)
     if not isinstance(value, tuple) or not value or (kinds[-1] is not ... and len(value) != len(kinds)):
         return False

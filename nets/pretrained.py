@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from sculpt.arguments import check_key
 from sculpt.nets.keras import read_keras
 from sculpt.nets.layouts import Source, from_file, shape_in_file, to_file
 from sculpt.nets.naming import namings, sources
@@ -60,7 +61,7 @@ def load(
     if not isinstance(path, str | Path):
         raise ValueError(f"path must be that of a file, got {path!r}")
     if head_key is not None:
-        _check_key(head_key)
+        check_key("head_key", head_key)
     if side is not None and family(name) != "vit":
         raise ValueError(
             f"{name} has no position embeddings, its weights do not depend on the size of the images: leave out side={side}"
@@ -88,9 +89,9 @@ def load(
     else:
         arrays, names, faults = _from_pytorch(_read(file), module, shapes, drawn)
     faults += [
-        f"{names[ours]} {_impossible(ours, arrays[ours])}"
+        f"{names[ours]} {fault}"
         for ours in shapes
-        if ours in arrays and ours not in drawn and _impossible(ours, arrays[ours])
+        if ours in arrays and ours not in drawn and (fault := _impossible(ours, arrays[ours]))
     ]
     if faults:
         raise ValueError(f"{path} does not fit {name} with {num_classes} classes: {_shown(faults)}")
@@ -196,15 +197,6 @@ def _leaves(tree: Any) -> Iterator[tuple[ArrayPath, Any]]:
 
 def _sources(module: nn.Module, naming: str, shapes: Shapes) -> list[Source]:
     return sources(module, naming, list(shapes), [len(shape) for shape in shapes.values()])
-
-
-def _check_key(key: Any) -> None:
-    try:
-        jax.eval_shape(jax.random.bits, key)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"head_key must be one key of jax.random, such as jax.random.key(0), got {key!r}"
-        ) from None
 
 
 def _impossible(ours: ArrayPath, values: Any) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, get_type_hints
 
 import numpy as np
 from flax import linen as nn
 
+from sculpt.arguments import did_you_mean, is_whole
 from sculpt.nets import efficientnet, mlperf, mobilenet, mobilenet_v3, resnet, vgg, vit
 from sculpt.nets.options import check_option
 
@@ -47,7 +47,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
       ValueError: for an unknown name or option, an impossible value, or fewer than two classes.
     """
     module, fields, _ = _entry(name)
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
+    if not is_whole(num_classes, 2):
         raise ValueError(f"num_classes must be a whole number of at least 2, got {num_classes!r}")
     known = [f.name for f in dataclasses.fields(module) if f.name not in ("num_classes", "parent", "name")]
     unknown = sorted(set(options) - set(known))
@@ -86,9 +86,9 @@ def image_size(name: str) -> int:
 
 def _entry(name: str) -> tuple[type[nn.Module], dict[str, Any], int]:
     if name not in _MODELS:
-        close = difflib.get_close_matches(str(name).lower(), _MODELS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_MODELS)}{hint}")
+        raise ValueError(
+            f"unknown model {name!r}, expected one of {', '.join(_MODELS)}{did_you_mean(name, _MODELS)}"
+        )
     return _MODELS[name]
 
 

@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 
+import numpy as np
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _MADE_BY = {
@@ -44,7 +46,7 @@ def check_argument(name: str, value: Any, kind: Any) -> None:
     and `value` is something else. Arguments declared as anything else pass."""
     kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if name == "key" and not (value is None and types.NoneType in kinds):
-        _check_key(value)
+        check_key(name, value)
     own = next((k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
     if own is not None and not isinstance(value, kind):
         expected = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
@@ -54,14 +56,15 @@ def check_argument(name: str, value: Any, kind: Any) -> None:
         )
 
 
-def _check_key(key: Any) -> None:
+def check_key(name: str, key: Any) -> None:
+    """Raises ValueError for a `key` that `jax.random` does not take."""
     import jax
 
     try:
         jax.eval_shape(jax.random.bits, key)
     except (TypeError, ValueError):
         raise ValueError(
-            f"key must be one key of jax.random, such as jax.random.key(0), got {key!r}"
+            f"{name} must be one key of jax.random, such as jax.random.key(0), got {key!r}"
         ) from None
 
 
@@ -73,6 +76,18 @@ def is_whole(value: Any, least: int) -> bool:
 def is_real(value: Any) -> bool:
     """Whether it is a finite number."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def without_numpy(settings: Any) -> None:
+    """Turns NumPy's numbers among the fields of a frozen dataclass, and in tuples there, into Python's, which print and hash alike."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(plain, value))
+        return value.item() if isinstance(value, np.generic) else value
+
+    for field in dataclasses.fields(settings):
+        object.__setattr__(settings, field.name, plain(getattr(settings, field.name)))
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -1,9 +1,4 @@
-"""Folding: what depends on weights alone is worked out once, and scales and shifts go into the layer before them.
-
-After a convolution or a dense layer with constant weights, BatchNorm in evaluation is a scale and a shift per channel:
-`(conv(x, k) - mean) * s + b = conv(x, k * s) + (b - mean * s)`. The same holds of any chain of additions, subtractions,
-products and quotients with constants that differ between channels only.
-"""
+"""Folding: what depends on weights alone is worked out once, and scales and shifts go into the layer before them (`chains`)."""
 
 from __future__ import annotations
 
@@ -17,37 +12,11 @@ import numpy as np
 from jax import export
 
 from sculpt.arguments import checked
+from sculpt.deploy.chains import Chain, find_chains, folded_arrays
 from sculpt.model import Model, Params, State
 from sculpt.tracing.execute import Executable, as_written, execute
 from sculpt.tracing.program import Equation, Literal, Operand, Program, flatten, inlined, with_known_sizes
 from sculpt.tracing.trace import leaf_paths, shapes_of
-
-_SHIFTS = ("add", "sub")
-_SCALES = ("mul", "div", "neg")
-_DTYPES = (jnp.float32, jnp.float64)
-"""Half precision is left as it is: a scaled weight would be rounded again."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Chain:
-    """A layer and the scales and shifts that go into it."""
-
-    equation: int
-    """Position of the layer among the program's equations."""
-    operand: int
-    """Which of its operands is the kernel."""
-    axes: tuple[int | None, ...]
-    """For every axis of the kernel that axis of the output; None for those that are summed over."""
-    steps: tuple[int, ...]
-    """Positions of the equations that go."""
-    kernel: int
-    """Id of the new kernel."""
-    shift: int | None
-    """Id of the array that is added after the layer; None where nothing is."""
-
-    def shape_of_constants(self, output: Sequence[Any]) -> tuple[int, ...]:
-        """Shape of what scales or shifts the output: 1 along the axes that are not the kernel's."""
-        return tuple(n if d in self.axes else 1 for d, n in enumerate(output))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,7 +108,7 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
     leaves = jax.tree.leaves((model.params, model.state))
     names = [*leaf_paths(model.params), *leaf_paths(model.state)]
     constants = _constants(program, len(leaves))
-    chains = _chains(program, constants)
+    chains = find_chains(program, constants)
     read, factors = _read(program, constants, chains)
     known = _evaluated(program, constants, leaves, (*read, *factors))
     origins = _origins(program, constants, leaves)
@@ -151,7 +120,7 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
         kernel = program.equations[chain.equation].inputs[chain.operand]
         assert isinstance(kernel, int)
         called[chain.kernel] = _origin_name(origins[kernel], names)
-        arrays[chain.kernel], shift = _folded_arrays(program, chain, known)
+        arrays[chain.kernel], shift = folded_arrays(program, chain, known)
         if chain.shift is not None:
             arrays[chain.shift] = shift
             called[chain.shift] = "/".join([*called[chain.kernel].split("/")[:-1], "bias"])
@@ -187,7 +156,7 @@ def _open_program(model: Model, example_input: Any) -> Program:
 
 
 def _read(
-    program: Program, constants: set[int], chains: Sequence[_Chain]
+    program: Program, constants: set[int], chains: Sequence[Chain]
 ) -> tuple[dict[int, None], dict[int, None]]:
     """The constants that the operations that remain read, and those that go into layers."""
     absorbed = {step for chain in chains for step in chain.steps}
@@ -208,7 +177,7 @@ def _read(
 def _rewritten(
     program: Program,
     constants: set[int],
-    chains: Sequence[_Chain],
+    chains: Sequence[Chain],
     arrays: tuple[int, ...],
     literals: Mapping[int, Literal],
 ) -> Program:
@@ -299,126 +268,3 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
             candidate = f"{name}.{number}"
         found[candidate] = None
     return tuple(found)
-
-
-def _chains(program: Program, constants: set[int]) -> tuple[_Chain, ...]:
-    readers: dict[int, list[int]] = {}
-    for place, eqn in enumerate(program.equations):
-        for value in eqn.inputs:
-            if not isinstance(value, Literal):
-                readers.setdefault(value, []).append(place)
-    results = {o for o in program.outputs if not isinstance(o, Literal)}
-    chains: list[_Chain] = []
-    fresh = len(program.avals)
-    for place, eqn in enumerate(program.equations):
-        found = None if eqn.outputs[0] in constants else _kernel(program, eqn, constants)
-        if found is None or program.avals[eqn.outputs[0]].dtype not in _DTYPES:
-            continue
-        operand, axes = found
-        steps: list[int] = []
-        value = eqn.outputs[0]
-        while value not in results and len(readers.get(value, ())) == 1:
-            (reader,) = readers[value]
-            if not _is_step(program, program.equations[reader], value, axes, constants):
-                break
-            steps.append(reader)
-            value = program.equations[reader].outputs[0]
-        operations = [program.equations[step].name for step in steps]
-        # A bias by itself stays the addition that it is.
-        if len(steps) > 1 or any(name in _SCALES for name in operations):
-            shifts = any(name in _SHIFTS for name in operations)
-            chains.append(_Chain(place, operand, axes, tuple(steps), fresh, fresh + 1 if shifts else None))
-            fresh += 2
-    return tuple(chains)
-
-
-def _kernel(
-    program: Program, eqn: Equation, constants: set[int]
-) -> tuple[int, tuple[int | None, ...]] | None:
-    """Which operand of a layer is constant, and the output's axis that each of its axes becomes."""
-    constant = [not isinstance(i, Literal) and i in constants for i in eqn.inputs]
-    if eqn.name == "conv_general_dilated":
-        if constant != [False, True] or eqn.params["batch_group_count"] != 1:
-            return None
-        numbers = eqn.params["dimension_numbers"]
-        return 1, tuple(
-            numbers.out_spec[1] if d == numbers.rhs_spec[0] else None for d in range(len(numbers.rhs_spec))
-        )
-    if eqn.name != "dot_general" or sum(constant) != 1:
-        return None
-    sums, batches = eqn.params["dimension_numbers"]
-    operand = constant.index(True)
-    free = [
-        [d for d in range(len(program.shape(i))) if d not in (*sums[k], *batches[k])]
-        for k, i in enumerate(eqn.inputs)
-    ]
-    first = len(batches[0]) + (len(free[0]) if operand == 1 else 0)
-    axes: list[int | None] = [None] * len(program.shape(eqn.inputs[operand]))
-    for place, d in enumerate(batches[operand]):
-        axes[d] = place
-    for place, d in enumerate(free[operand]):
-        axes[d] = first + place
-    return operand, tuple(axes)
-
-
-def _is_step(
-    program: Program, eqn: Equation, value: int, axes: Sequence[int | None], constants: set[int]
-) -> bool:
-    """Whether an equation scales or shifts `value` by a constant that differs along the kernel's own axes only."""
-    aval, result = program.avals[value], program.avals[eqn.outputs[0]]
-    if eqn.name not in (*_SHIFTS, *_SCALES) or (result.shape, result.dtype) != (aval.shape, aval.dtype):
-        return False
-    if eqn.name == "neg":
-        return True
-    if eqn.name == "div" and eqn.inputs[0] != value:
-        return False
-    other = eqn.inputs[1] if eqn.inputs[0] == value else eqn.inputs[0]
-    if not isinstance(other, Literal) and other not in constants:
-        return False
-    shape = program.shape(other)
-    return all(n == 1 or d in axes for d, n in enumerate(shape))
-
-
-def _folded_arrays(
-    program: Program, chain: _Chain, known: Mapping[int, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The new kernel, and what is added after the layer; worked out in double precision."""
-    eqn = program.equations[chain.equation]
-    aval = program.avals[eqn.outputs[0]]
-    scale, shift = np.ones((1,) * len(aval.shape)), np.zeros((1,) * len(aval.shape))
-    value = eqn.outputs[0]
-    for place in chain.steps:
-        step = program.equations[place]
-        first = step.inputs[0] == value
-        other = next((_array(i, known) for i in step.inputs if i != value), np.zeros(()))
-        scale, shift = _after(step.name, first, scale, shift, other)
-        value = step.outputs[0]
-    shape = chain.shape_of_constants(aval.shape)
-    kept = [a for a in chain.axes if a is not None]
-    factor = np.broadcast_to(scale, shape).transpose(
-        [*kept, *(d for d in range(len(shape)) if d not in kept)]
-    )
-    sizes = iter(factor.shape)
-    along = tuple(1 if a is None else next(sizes) for a in chain.axes)
-    kernel = _array(eqn.inputs[chain.operand], known) * factor.reshape(along)
-    return kernel.astype(aval.dtype), np.broadcast_to(shift, shape).astype(aval.dtype)
-
-
-def _array(operand: Operand, known: Mapping[int, Any]) -> np.ndarray:
-    value = operand.value if isinstance(operand, Literal) else known[operand]
-    return np.asarray(value).astype(np.float64)
-
-
-def _after(
-    name: str, first: bool, scale: np.ndarray, shift: np.ndarray, other: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and shift after one more step; `first` says whether the value is its first operand."""
-    if name == "mul":
-        return scale * other, shift * other
-    if name == "div":
-        return scale / other, shift / other
-    if name == "neg":
-        return -scale, -shift
-    if name == "add":
-        return scale, shift + other
-    return (scale, shift - other) if first else (-scale, other - shift)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from sculpt.arguments import is_real, is_whole
+from sculpt.arguments import is_real, is_whole, without_numpy
 
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["none", "shift", "crop_flip", "resized_crop"]
@@ -98,6 +98,7 @@ class FinetuneConfig:
     and 50 on accelerators."""
 
     def __post_init__(self) -> None:
+        without_numpy(self)
         required = ("epochs", "batch_size", "accumulate")
         for name in (*required, "max_steps", "checkpoint_every", "steps_per_call"):
             value = getattr(self, name)

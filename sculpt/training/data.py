@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sculpt.arguments import is_whole
 from sculpt.training.stream import Source, StreamedImages
 
 _MOST_VALIDATION = 10_000
@@ -224,10 +225,10 @@ def _carve(split: Split, validation: int | None, seed: int) -> tuple[Split, Spli
     """
     n = len(split.labels)
     count = min(max(1, n // 10), _MOST_VALIDATION) if validation is None else validation
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 0 < count < n:
+    if not is_whole(count, 1) or count >= n:
         raise ValueError(f"validation must be a number of examples between 1 and {n - 1}, got {validation!r}")
-    if not isinstance(seed, int | np.integer):
-        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if not is_whole(seed, 0) or seed >= 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
     order = np.asarray(jax.random.permutation(jax.random.key(seed), n))
     by_class = np.argsort(split.labels[order], kind="stable")
     chosen = np.zeros(n, bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ LAGRANGIAN = RewardConfig(kind="lagrangian")
         ({"epochs": 0}, "epochs"),
         ({"clip_ratio": 1.0}, "clip_ratio"),
         ({"entropy": -0.1}, "entropy"),
+        ({"final_entropy": -0.1}, "final_entropy must be a number of at least 0, or None, got -0.1"),
+        ({"kl_limit": 0.0}, "kl_limit must be a number above 0, or None, got 0.0"),
+        ({"method": "random", "kl_limit": 0.1}, "kl_limit=0.1 needs method='agent' or 'table'"),
         ({"rounds": 0}, "rounds"),
         ({"rounds": 2, "discount": 1.5}, "discount"),
         ({"rounds": 2, "discount": 0.5, "gae_lambda": -1.0}, "gae_lambda"),
@@ -87,9 +91,15 @@ def test_evaluations_are_never_exceeded(settings: dict, batch: int, updates: int
 
 
 def test_numbers_of_numpy_count_like_pythons() -> None:
-    config = SearchConfig(budget=np.float32(0.5), evaluations=np.int64(64))  # type: ignore[arg-type]
-    assert config == SearchConfig(budget=0.5, evaluations=64)
-    assert repr(config) == repr(SearchConfig(budget=0.5, evaluations=64))
+    settings: dict[str, Any] = {
+        "budget": np.float32(0.5),
+        "front": (np.float64(0.25),),
+        "batch_size": np.int32(8),
+    }
+    assert repr(SearchConfig(**settings)) == repr(SearchConfig(budget=0.5, front=(0.25,), batch_size=8))
+    assert repr(AgentConfig(hidden=np.int64(16))) == repr(AgentConfig(hidden=16))  # type: ignore[arg-type]
+    training: dict[str, Any] = {"epochs": np.int64(2), "learning_rate": np.float32(0.5)}
+    assert repr(FinetuneConfig(**training)) == repr(FinetuneConfig(epochs=2, learning_rate=0.5))
 
 
 @pytest.mark.parametrize(

@@ -67,14 +67,16 @@ def prepared(config: SearchConfig, rollout: Rollout) -> tuple[ppo.Batch, jax.Arr
 @functools.partial(jax.jit, static_argnums=0)
 def loss(config: SearchConfig, params: dict, batch: ppo.Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     agent, _, _, sites = toy_state()
-    return ppo.ppo_loss(params, agent, batch, sites, free_sites(toy_state()[3]), config)
+    weight = jnp.float32(config.entropy)
+    return ppo.ppo_loss(params, agent, batch, sites, free_sites(toy_state()[3]), config, weight)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def learn(config: SearchConfig, params: dict, batch: ppo.Batch) -> tuple[dict, dict[str, jax.Array]]:
     agent, _, _, sites = toy_state()
     state = ppo.make_optimizer(config).init(params)
-    params, _, measured = ppo.learn(params, state, agent, batch, sites, free_sites(toy_state()[3]), config)
+    free, weight = free_sites(toy_state()[3]), ppo.entropy_weight(config, jnp.int32(0))
+    params, _, measured = ppo.learn(params, state, agent, batch, sites, free, config, weight)
     return params, measured
 
 
@@ -183,6 +185,33 @@ def test_epochs_and_learning_rate_change_the_step(change: dict) -> None:
     )
     differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), plain, changed)
     assert max(jax.tree.leaves(differences)) > 1e-4
+
+
+def test_epochs_end_at_the_limit_of_the_divergence() -> None:
+    batch, _ = prepared(CONFIG, rollout())
+    params = toy_state()[1]
+    unlimited, every = learn(CONFIG, params, batch)
+    assert every["epochs"] == CONFIG.epochs
+    # The first epoch starts where the policies were drawn: it is always done.
+    halted, measured = learn(dataclasses.replace(CONFIG, kl_limit=1e-7), params, batch)
+    once, _ = learn(dataclasses.replace(CONFIG, epochs=1), params, batch)
+    assert measured["epochs"] == 1.0 and measured["kl"] > 1e-7
+    # Adam makes a step of the gradients that are nothing but rounding, too: a tenth of a step apart is the same.
+    near = functools.partial(np.testing.assert_allclose, rtol=0.0, atol=0.1 * CONFIG.learning_rate)
+    jax.tree.map(near, halted, once)
+    far, measured = learn(dataclasses.replace(CONFIG, kl_limit=1e3), params, batch)
+    assert measured["epochs"] == CONFIG.epochs
+    jax.tree.map(near, far, unlimited)
+    with pytest.raises(AssertionError):
+        jax.tree.map(near, halted, unlimited)
+
+
+def test_the_weight_of_the_entropy_goes_from_first_to_last() -> None:
+    config = dataclasses.replace(CONFIG, entropy=0.06, final_entropy=0.02)
+    assert config.updates == 8
+    weights = [float(ppo.entropy_weight(config, jnp.int32(done))) for done in range(8)]
+    np.testing.assert_allclose(weights, np.linspace(0.06, 0.02, 8), rtol=1e-6)
+    assert float(ppo.entropy_weight(CONFIG, jnp.int32(5))) == pytest.approx(CONFIG.entropy)
 
 
 def test_learning_makes_good_actions_likelier() -> None:

@@ -55,7 +55,7 @@ def test_an_unseen_larger_network_is_pruned_better_without_learning_on_it() -> N
     # The same layers matter, but the weights tell of others.
     _, misleading, space = chain(10, 8)
     misled = first_batch(taught(), misleading, space, made)
-    assert after.history[0]["mean_reward"] > misled.history[0]["mean_reward"] + 0.005
+    assert after.history[0]["mean_reward"] > misled.history[0]["mean_reward"] + 0.01
 
 
 def test_pretraining_is_deterministic_and_reports(tmp_path: Path) -> None:
@@ -144,6 +144,8 @@ def test_impossible_lessons_are_refused() -> None:
         Lesson(model, model, noise())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one Lesson"):
         pretrain([], CONFIG, jax.random.key(0))
+    with pytest.raises(ValueError, match="lessons must be a sequence"):
+        pretrain(lesson, CONFIG, jax.random.key(0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method='agent'"):
         pretrain([lesson], SearchConfig(method="random"), jax.random.key(0))
     with pytest.raises(ValueError, match="cannot be reached"):
