@@ -61,6 +61,8 @@ class Run:
     """float32 `[updates]`."""
     judged: np.ndarray
     """float32 `[rerank or 1]`: validation accuracies of the re-ranked, NaN where still to come."""
+    judging: np.ndarray
+    """float32 `[rerank or 1]`: seconds that each of these took."""
 
     @staticmethod
     def start(
@@ -75,16 +77,19 @@ class Run:
         state = plan.place(snapshot(init_state(program, task, key, agent)))
         judged = np.full(max(config.rerank, 1), np.nan, np.float32)
         seconds = np.zeros(config.updates, np.float32)
-        return Run(program, task, plan, config, state, 0, time.perf_counter(), seconds, judged)
+        now = time.perf_counter()
+        return Run(program, task, plan, config, state, 0, now, seconds, judged, np.zeros_like(judged))
 
     def tree(self, state: SearchState) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"state": state, "seconds": self.seconds, "judged": self.judged}
+        return {"state": state, "seconds": self.seconds, "judged": self.judged, "judging": self.judging}
 
     def load(self, tree: dict[str, Any]) -> None:
         """Takes over the contents of a checkpoint."""
         self.state = self.plan.place(jax.tree.map(jnp.asarray, tree["state"]))
-        self.seconds, self.judged = np.array(tree["seconds"]), np.array(tree["judged"])
+        self.seconds, self.judged, self.judging = (
+            np.array(tree[name]) for name in ("seconds", "judged", "judging")
+        )
         self.done, self.clock = int(self.state.update), time.perf_counter()
 
     def launch(self, key: jax.Array) -> Block | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,8 @@ class SearchResult:
     """Distinct policies scored."""
     seconds: float
     """Wall time of the updates, compilation included, re-rank not; summed over resumed runs."""
+    rerank_seconds: float
+    """Wall time of the re-rank's fine-tuning and scoring; likewise."""
     policies_per_second: float
     """Evaluations per second, repeats included; the first block of updates, which compiles, is left out if it can be."""
     method: str
@@ -165,7 +168,9 @@ def search(
         candidates = order[: min(max(config.rerank, 1), within or len(order))]
         for place, row in enumerate(candidates):
             if np.isnan(run.judged[place]):
+                begun = time.perf_counter()
                 run.judged[place] = referee.judge(archive.policies[row])
+                run.judging[place] = time.perf_counter() - begun
                 if keeper is not None:
                     keeper.save(config.updates + place + 1, run.tree(run.state))
     finally:
@@ -187,6 +192,7 @@ def search(
         evaluations=int(archive.total),
         unique_evaluations=int(archive.count),
         seconds=float(run.seconds.sum()),
+        rerank_seconds=float(run.judging.sum()),
         policies_per_second=run.speed(),
         method=config.method,
         agent=portable(jax.device_get(run.state.agent)) if config.method == "agent" else None,

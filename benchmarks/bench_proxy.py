@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_proxy --data DATA --tasks digits-resnet8 digits-vit
 
-Tasks are those of `prune_tasks`, their dense network trained once, with seed 0. Half of the policies are drawn with all options
+Tasks are those of `tasks`, their dense network trained once, with seed 0. Half of the policies are drawn with all options
 alike, half by retained energy, all within one budget. Each is scored in every way on the same images of the train split, and
 fine-tuned as the task says; what is to be foretold is its accuracy on validation and test images after that. Policies are kept
 under --run and skipped when they are there already.
@@ -10,12 +10,10 @@ under --run and skipped when they are there already.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +22,8 @@ import numpy as np
 import scipy.stats
 
 import sculpt
-from benchmarks.prune_tasks import TASKS, Task, starting_model, tuned
 from benchmarks.stages import in_words, settle, stage
+from benchmarks.tasks import TASKS, Task, dense_network, parser_of
 from benchmarks.timing import provenance, write_results
 from sculpt.model import Model
 from sculpt.pruning import Space, energy_logits, project
@@ -148,14 +146,7 @@ def spread(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="holds cifar10/, tiny_imagenet/ and weights/"
-    )
-    parser.add_argument("--run", type=Path, default=Path("runs/bench_proxy"))
-    parser.add_argument("--tasks", nargs="+", default=["digits-resnet8", "digits-vit"], choices=list(TASKS))
+    parser = parser_of(__doc__, "bench_proxy", ["digits-resnet8", "digits-vit"])
     parser.add_argument("--policies", type=int, default=24)
     parser.add_argument("--budget", type=float, default=0.4)
     options = parser.parse_args()
@@ -180,10 +171,7 @@ def main() -> None:
             },
         )
         splits = task.load(options.data)
-        start = starting_model(task, splits, 0, options.data)
-        stage(folder / "dense.json", functools.partial(tuned, start, splits, task.train, 0, folder / "dense"))
-        like = {"params": start.params, "state": start.state}
-        dense = start.replace(**sculpt.load_params(folder / "dense.safetensors", like))
+        dense = dense_network(task, splits, 0, folder, options.data)
         trace = sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:])))
         space = sculpt.make_space(trace, families=("channels",))
         policies = draw(space, dense.params, options.policies, options.budget)

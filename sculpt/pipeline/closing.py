@@ -150,7 +150,13 @@ def result(p: Pipeline, record: dict[str, Any]) -> dict[str, Any]:
         },
         "search": {
             name: found[name]
-            for name in ("evaluations", "unique_evaluations", "seconds", "policies_per_second")
+            for name in (
+                "evaluations",
+                "unique_evaluations",
+                "seconds",
+                "rerank_seconds",
+                "policies_per_second",
+            )
         },
         "compact_max_abs_diff": p.run.record("compact")["max_abs_diff"],
         "policy": found["policy"],
@@ -288,6 +294,9 @@ def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list
     )
     numbers.append(Number("policies per second", f"{found['policies_per_second']:.2f}", "measured", policies))
     numbers.append(Number("search", f"{found['seconds']:.1f} s", "measured", policies))
+    numbers.append(
+        Number("re-rank", f"{found['rerank_seconds']:.1f} s", "measured", "brief fine-tuning of the best")
+    )
     for row in latency_rows(p.run):
         what = f"latency, {row['network']}, {row['engine']}, {row['threads']} threads, batch {row['batch']}"
         low, high = row["quartiles_ms"]

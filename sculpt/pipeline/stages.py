@@ -204,6 +204,7 @@ class Pipeline(Artefacts):
             "evaluations": found.evaluations,
             "unique_evaluations": found.unique_evaluations,
             "seconds": found.seconds,
+            "rerank_seconds": found.rerank_seconds,
             "policies_per_second": found.policies_per_second,
             "history": found.history,
             "doubt": found.doubt,

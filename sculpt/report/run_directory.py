@@ -37,7 +37,7 @@ RESULT_FIELDS: dict[str, tuple[str, ...] | None] = {
         "params",
         "latency_ms",
     ),
-    "search": ("evaluations", "unique_evaluations", "seconds", "policies_per_second"),
+    "search": ("evaluations", "unique_evaluations", "seconds", "rerank_seconds", "policies_per_second"),
     "compact_max_abs_diff": None,
     "policy": None,
 }

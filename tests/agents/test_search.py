@@ -264,6 +264,7 @@ def test_the_last_choice_is_made_on_validation(monkeypatch: pytest.MonkeyPatch) 
         result.policy, judged[2]
     )  # the best, and of equals the one with the better score
     assert result.validation_accuracy == pytest.approx(0.9)
+    assert 0.0 < result.rerank_seconds < result.seconds
     np.testing.assert_array_equal(judged[0], best)
 
 
@@ -350,6 +351,8 @@ COVERED_ELSEWHERE = {
     "epochs": "test_ppo.test_epochs_and_learning_rate_change_the_step",
     "clip_ratio": "test_ppo.test_clip_ratio_and_entropy_change_the_loss",
     "entropy": "test_ppo.test_clip_ratio_and_entropy_change_the_loss",
+    "final_entropy": "test_ppo.test_the_weight_of_the_entropy_goes_from_first_to_last",
+    "kl_limit": "test_ppo.test_epochs_end_at_the_limit_of_the_divergence",
     "discount": "test_ppo.test_discount_and_lambda_change_the_advantages",
     "gae_lambda": "test_ppo.test_discount_and_lambda_change_the_advantages",
     "rounds": "test_rounds_and_a_reward_that_has_to_hold_the_budget",

@@ -17,7 +17,8 @@ from sculpt.report import RunDirectory, pareto_plot
 def test_the_chosen_policy_is_drawn_where_its_accuracy_is_known() -> None:
     front = ((0.3, 0.7, np.asarray([1, 2])), (0.5, 0.9, np.asarray([0, 1])))
     rest = dict.fromkeys(
-        ("history", "evaluations", "unique_evaluations", "seconds", "policies_per_second"), 0
+        ("history", "evaluations", "unique_evaluations", "seconds", "rerank_seconds", "policies_per_second"),
+        0,
     )
     for policy, accuracy in (([0, 1], 0.9), ([2, 2], None)):
         found = SearchResult(
