@@ -110,7 +110,8 @@ class SearchConfig:
     """Whether the first proposals favour options that retain energy. None: for "agent", "table" and "cma_es"; "random" and
     "evolution" then begin with all options alike. The other methods have no use for it."""
     budget: float = 0.5
-    """MACs kept / dense MACs that the policy found must not exceed, in (0, 1]."""
+    """MACs kept / dense MACs, or the share of another resource (`sculpt.with_resource`), that the policy found must not exceed, in
+    (0, 1]."""
     front: tuple[float, ...] = ()
     """Further budgets, for which the same agent learns beside: the policies of a batch take `budget` and these in turn, and
     `SearchResult.front` has the best of each. For "agent" and "table"."""

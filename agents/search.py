@@ -24,7 +24,7 @@ from sculpt.agents.update import (
 )
 from sculpt.arguments import checked
 from sculpt.model import Model, Params
-from sculpt.pruning import Space, check_budget
+from sculpt.pruning import Space, check_budget, cost
 from sculpt.scoring.archive import Archive
 from sculpt.scoring.env import EnvParams, Scorer
 from sculpt.scoring.evaluate import score_policies
@@ -40,13 +40,13 @@ class FrontPoint:
     """The best policy within a budget."""
 
     budget: float
-    """MACs kept / dense that it must not exceed."""
+    """Share of the space's resource that it must not exceed."""
     policy: np.ndarray
     """int32 `[sites]`."""
     score: float
     """Its reward: accuracy (or minus the loss) on the score images."""
-    macs_ratio: float
-    """Its theoretical MACs kept / dense."""
+    used: float
+    """Share of the space's resource that it uses: of the theoretical MACs, by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,8 @@ class SearchResult:
     """int32 `[sites]`: the chosen policy."""
     score: float
     """Its reward in the search: accuracy (or minus the loss) on the score images, before any fine-tuning."""
+    used: float
+    """Share of the space's resource that it uses; `macs_ratio`, but for `sculpt.with_resource`."""
     macs_ratio: float
     """Its theoretical MACs kept / dense."""
     validation_accuracy: float
@@ -71,7 +73,7 @@ class SearchResult:
     front: tuple[FrontPoint, ...]
     """The best policy found for each of the search's budgets, before any fine-tuning; none for a budget that no policy met."""
     pareto: tuple[tuple[float, float, np.ndarray], ...]
-    """(MACs ratio, accuracy on the score images, policy) of the archived policies that no other one beats in both."""
+    """(share of the resource used, accuracy on the score images, policy) of the archived policies that no other one beats in both."""
     evaluations: int
     """Policies scored, repeats included."""
     unique_evaluations: int
@@ -102,7 +104,7 @@ def search(
     scorer: Scorer = score_policies,
     agent: Params | None = None,
 ) -> SearchResult:
-    """Looks for the policy that keeps the most quality within a budget of MACs.
+    """Looks for the policy that keeps the most quality within a budget of MACs, or of another resource of the space.
 
     Policies are scored on images of the train split, after BatchNorm recalibration; the last choice among the best is made
     on the validation split, after brief fine-tuning. The test split is never read. All randomness comes from `key` and the
@@ -164,7 +166,7 @@ def search(
         archive, metrics = jax.device_get((run.state.env.archive, run.state.metrics))
         order, rewards = ranking(archive, run.state.env.reward, config.budget, config.objective)
         # Policies beyond the budget are considered only where none meets it.
-        within = int((archive.macs_ratio[order] <= config.budget + TOLERANCE).sum())
+        within = int((archive.used[order] <= config.budget + TOLERANCE).sum())
         candidates = order[: min(max(config.rerank, 1), within or len(order))]
         for place, row in enumerate(candidates):
             if np.isnan(run.judged[place]):
@@ -183,7 +185,8 @@ def search(
     return SearchResult(
         policy=archive.policies[candidates[best]],
         score=float(rewards[best]),
-        macs_ratio=float(archive.macs_ratio[candidates[best]]),
+        used=float(archive.used[candidates[best]]),
+        macs_ratio=float(cost(space, archive.policies[candidates[best]]).macs_ratio),
         validation_accuracy=float(run.judged[best]),
         history=history,
         doubt=doubt(config, history),
@@ -204,21 +207,21 @@ def _front(archive: Archive, rewards: RewardState, config: SearchConfig) -> tupl
     points = []
     for budget in config.budgets:
         order, worth = ranking(archive, rewards, budget, config.objective)
-        ratio = float(archive.macs_ratio[order[0]])
-        if ratio <= budget + TOLERANCE:
-            points.append(FrontPoint(budget, archive.policies[order[0]], float(worth[0]), ratio))
+        used = float(archive.used[order[0]])
+        if used <= budget + TOLERANCE:
+            points.append(FrontPoint(budget, archive.policies[order[0]], float(worth[0]), used))
     return tuple(points)
 
 
 def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
-    """Archived policies not dominated in (lower MACs ratio, higher accuracy), by rising MACs ratio."""
+    """Archived policies not dominated in (less used, higher accuracy), by rising use."""
     count = int(archive.count)
-    macs_ratio, accuracy = archive.macs_ratio[:count], archive.accuracy[:count]
+    used, accuracy = archive.used[:count], archive.accuracy[:count]
     front, highest = [], -1.0
-    for row in np.lexsort((-accuracy, macs_ratio)):
+    for row in np.lexsort((-accuracy, used)):
         if accuracy[row] > highest:
             highest = float(accuracy[row])
-            front.append((float(macs_ratio[row]), highest, np.asarray(archive.policies[row])))
+            front.append((float(used[row]), highest, np.asarray(archive.policies[row])))
     return tuple(front)
 
 
@@ -237,6 +240,7 @@ def _fingerprint(
     precision = task.problem.plan.precision
     digest = hashlib.sha256(repr((settings, precision, splits.name, splits.mean, splits.std)).encode())
     digest.update(np.asarray(jax.random.key_data(key)).tobytes())
+    digest.update(space.resource.name.encode() + space.option_cost.tobytes())
     for site in space.sites:
         digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())
     arrays = model.params, model.state, task.problem.choices, task.budget, agent

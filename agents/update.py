@@ -34,7 +34,7 @@ AGENT_METRICS = (
 Metrics = dict[str, float]
 """The measurements of one update, by name."""
 TOLERANCE = 1e-5
-"""A policy counts as within the budget up to this, in units of dense MACs (float32 rounding)."""
+"""A policy counts as within the budget up to this, in units of the dense network's resource (float32 rounding)."""
 
 
 @jax.tree_util.register_dataclass
@@ -164,11 +164,11 @@ def _update(
         "reward_spread": jnp.std(rewards),
         "mean_accuracy": jnp.mean(info.accuracy),
         "budget_error": jnp.max(
-            jnp.abs(info.macs_ratio - jnp.broadcast_to(env.budgets(task.env), info.macs_ratio.shape))
+            jnp.abs(info.used - jnp.broadcast_to(env.budgets(task.env), info.used.shape))
         ),
         "reward_weight": env_state.reward.weight,
     }
-    env_state = env.adapt(env_state, info.macs_ratio, task.env, progress)
+    env_state = env.adapt(env_state, info.used, task.env, progress)
     return dataclasses.replace(state, update=done, env=env_state, **learnt), measured
 
 
@@ -227,7 +227,7 @@ def metrics_of(metrics: dict[str, Any], index: int) -> Metrics:
 
 def best_quality(archive: Archive, budget: jax.Array, objective: Objective) -> jax.Array:
     """Best quality within the budget so far, float32 scalar; -inf while no policy has met it."""
-    met = (jnp.arange(archive.accuracy.size) < archive.count) & (archive.macs_ratio <= budget + TOLERANCE)
+    met = (jnp.arange(archive.accuracy.size) < archive.count) & (archive.used <= budget + TOLERANCE)
     return jnp.max(jnp.where(met, quality(archive.accuracy, archive.loss, objective), -jnp.inf))
 
 
@@ -242,10 +242,10 @@ def ranking(
       Rows of the archive int64 `[count]` in that order, and the reward float32 `[count]` of each.
     """
     count = int(archive.count)
-    macs_ratio, loss = archive.macs_ratio[:count], archive.loss[:count]
+    used, loss = archive.used[:count], archive.loss[:count]
     worth = quality(archive.accuracy[:count], loss, objective)
-    rewards = np.asarray(reward(state, jnp.asarray(worth), jnp.asarray(macs_ratio), jnp.float32(budget)))
-    excess = np.asarray(violation(jnp.asarray(macs_ratio), jnp.float32(budget + TOLERANCE)))
+    rewards = np.asarray(reward(state, jnp.asarray(worth), jnp.asarray(used), jnp.float32(budget)))
+    excess = np.asarray(violation(jnp.asarray(used), jnp.float32(budget + TOLERANCE)))
     met = excess <= 0
     # Outside the budget the least violation comes first: it is what is left if nothing has met the budget.
     order = np.lexsort((loss, -rewards, np.where(met, 0.0, excess)))

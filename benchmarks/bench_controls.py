@@ -56,6 +56,8 @@ def searched(
     small = sculpt.compact(sculpt.apply_masks(model, masks), space, found.policy)
     folder.mkdir(parents=True, exist_ok=True)
     after = tuned(small, splits, task.finetune, 0, folder / f"seed{seed}", teacher=model)
+    # Programs of compact networks are all different: a process may hold only so many.
+    jax.clear_caches()
     return {
         "score": found.front[0].score,
         "chosen": found.score,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         load_params,
         load_stablehlo,
         measure_latency,
+        measure_layers,
         save_params,
     )
     from sculpt.model import Model, from_function, from_linen, from_nnx
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         random_policies,
         to_graph,
         uniform_policy,
+        with_resource,
     )
     from sculpt.scoring import (
         EvaluationPlan,
@@ -86,6 +88,8 @@ _HOMES = {
         "load_params",
         "load_stablehlo",
         "measure_latency",
+        "measure_layers",
+        "measure_layers",
         "save_params",
     ),
     "sculpt.model": ("Model", "from_function", "from_linen", "from_nnx"),
@@ -107,6 +111,7 @@ _HOMES = {
         "random_policies",
         "to_graph",
         "uniform_policy",
+        "with_resource",
     ),
     "sculpt.scoring": (
         "EvaluationPlan",
@@ -196,6 +201,7 @@ __all__ = [
     "make_masks",
     "make_space",
     "measure_latency",
+    "measure_layers",
     "nets",
     "race_policies",
     "random_policies",
@@ -208,6 +214,7 @@ __all__ = [
     "train",
     "tune_plan",
     "uniform_policy",
+    "with_resource",
 ]
 
 

@@ -167,7 +167,7 @@ def test_a_search_begins_with_what_another_learned_and_finds_a_front(
     record = json.loads((run / "stages" / "search.json").read_text())
     assert [point["budget"] for point in record["front"]] == [0.5, 0.7, 0.3]
     assert record["front"][0]["policy"] == record["policy"]
-    assert all(point["macs_ratio"] <= point["budget"] + 1e-5 for point in record["front"])
+    assert all(point["used"] <= point["budget"] + 1e-5 for point in record["front"])
     assert (run / "agent.safetensors").read_bytes() != agent.read_bytes()  # it has gone on learning
     capsys.readouterr()
     # What is no agent is refused before anything is done.

@@ -3,6 +3,7 @@
 from sculpt.deploy.environment import device_name, versions
 from sculpt.deploy.fold import fold
 from sculpt.deploy.latency import Latency, compare_latency, measure_latency
+from sculpt.deploy.layer_latency import LayerLatency, measure_layers
 from sculpt.deploy.onnx_export import export_onnx
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.deploy.stablehlo import ExportedModel, export_stablehlo, load_stablehlo
@@ -10,6 +11,7 @@ from sculpt.deploy.stablehlo import ExportedModel, export_stablehlo, load_stable
 __all__ = [
     "ExportedModel",
     "Latency",
+    "LayerLatency",
     "compare_latency",
     "device_name",
     "export_onnx",
@@ -19,6 +21,7 @@ __all__ = [
     "load_params",
     "load_stablehlo",
     "measure_latency",
+    "measure_layers",
     "save_params",
     "versions",
 ]

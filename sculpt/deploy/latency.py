@@ -113,6 +113,12 @@ def compare_latency(
     return found
 
 
+def median_seconds(call: Call, repeats: int) -> float:
+    """Median over `repeats` samples of the seconds that a call takes."""
+    (values,) = _samples({"call": call}, repeats).values()
+    return float(np.median(values))
+
+
 def _samples(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
     # The first calls also fault memory in and settle clocks.
     slowest = max(max(_seconds(call, 1) for _ in range(3)) for call in calls.values())

@@ -11,13 +11,14 @@ from sculpt.pruning.budget import (
     uniform_policy,
 )
 from sculpt.pruning.compact import compact
-from sculpt.pruning.cost import Cost, cost, count_cost, layer_macs, macs_ratio
+from sculpt.pruning.cost import Cost, cost, count_cost, layer_macs, resource_used
 from sculpt.pruning.family import Family, Option, Site
 from sculpt.pruning.features import SiteFeatures, site_features, to_graph
 from sculpt.pruning.importance import KINDS, Importance, importance
 from sculpt.pruning.masks import apply_masks, make_masks, mask_params
 from sculpt.pruning.patterns import FAMILIES
-from sculpt.pruning.space import Space, make_choices, make_space
+from sculpt.pruning.resources import Lookup, Resource
+from sculpt.pruning.space import Space, make_choices, make_space, with_resource
 from sculpt.pruning.sparse import is_nm
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "Cost",
     "Family",
     "Importance",
+    "Lookup",
     "Option",
     "Projection",
+    "Resource",
     "Site",
     "SiteFeatures",
     "Space",
@@ -41,7 +44,6 @@ __all__ = [
     "is_nm",
     "lamp_policy",
     "layer_macs",
-    "macs_ratio",
     "magnitude_policy",
     "make_choices",
     "make_masks",
@@ -49,7 +51,9 @@ __all__ = [
     "mask_params",
     "project",
     "random_policies",
+    "resource_used",
     "site_features",
     "to_graph",
     "uniform_policy",
+    "with_resource",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 
 from sculpt.arguments import checked
 from sculpt.model import Params
-from sculpt.pruning.cost import macs_ratio
+from sculpt.pruning.cost import resource_used
 from sculpt.pruning.space import Space, make_choices
 
 _BISECTIONS = 48
@@ -26,7 +26,7 @@ class Projection:
     policy: jax.Array
     """int32 `[sites]`."""
     price: jax.Array
-    """float32 scalar: what one unit of MACs ratio costs in logits."""
+    """float32 scalar: what the whole of the dense network's resource costs in logits."""
 
 
 jax.tree_util.register_dataclass(Projection, ["policy", "price"], [])
@@ -34,14 +34,16 @@ jax.tree_util.register_dataclass(Projection, ["policy", "price"], [])
 
 @checked
 def check_budget(space: Space, budget: float) -> None:
-    """Raises ValueError unless some policy meets the budget (kept MACs / dense)."""
+    """Raises ValueError unless some policy meets the budget (of the space's resource, used / dense)."""
     low, high = space.reachable
     if not 0 < budget <= 1:
-        raise ValueError(f"budget is the share of MACs that is kept, in (0, 1]; got {budget}")
+        raise ValueError(
+            f"budget is the share of {space.resource.name} that is kept, in (0, 1]; got {budget}"
+        )
     if budget < low:
         raise ValueError(
             f"budget {budget} cannot be reached: with families {', '.join(space.families)} this network can keep "
-            f"{low:.4f} to {high:.4f} of its MACs; raise the budget or add a family"
+            f"{low:.4f} to {high:.4f} of its {space.resource.name}; raise the budget or add a family"
         )
 
 
@@ -57,7 +59,7 @@ def project(space: Space, logits: jax.Array, budget: Any, key: jax.Array | None 
     Args:
       space: the search space.
       logits: float32 `[sites, max_options]`; entries of options that do not exist are ignored.
-      budget: largest MACs ratio, a number or a scalar array, within `space.reachable`.
+      budget: largest share of the space's resource, a number or a scalar array, within `space.reachable`.
       key: draws the Gumbel noise, so that without a binding budget the policy is a sample of `softmax(logits)`; None
         takes the most liked policy.
     """
@@ -83,7 +85,7 @@ def project(space: Space, logits: jax.Array, budget: Any, key: jax.Array | None 
         low, high, fitting = bounds
         middle = (low + high) / 2
         policy = choose(middle)
-        fits = macs_ratio(space, policy) <= budget
+        fits = resource_used(space, policy) <= budget
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high), jnp.where(fits, policy, fitting)
 
     _, price, policy = jax.lax.fori_loop(0, _BISECTIONS, halve, (-limit, limit, choose(limit)))
@@ -102,7 +104,7 @@ def fill(space: Space, policy: jax.Array, liked: jax.Array, budget: Any) -> jax.
     Args:
       policy: int32 `[sites]`, within the budget.
       liked: float32 `[sites, max_options]`.
-      budget: largest MACs ratio.
+      budget: largest share of the space's resource.
     """
     sites, options = space.num_sites, space.max_options
     valid, cost = jnp.asarray(space.valid), jnp.asarray(space.option_cost)
@@ -113,7 +115,7 @@ def fill(space: Space, policy: jax.Array, liked: jax.Array, budget: Any) -> jax.
         policy, _, count = state
         changed = jnp.tile(policy[None], (sites * options, 1))
         changed = changed.at[np.arange(sites * options), site_index].set(option_index)
-        ratios = macs_ratio(space, changed).reshape(sites, options)
+        ratios = resource_used(space, changed).reshape(sites, options)
         rows = np.arange(sites, dtype=np.int32)
         fits = valid & (ratios <= budget) & (cost > cost[rows, policy][:, None])
         gain = jnp.where(fits, liked - liked[rows, policy][:, None], -jnp.inf).reshape(-1)
@@ -167,7 +169,7 @@ def _uniform(space: Space, budget: jax.Array) -> jax.Array:
     fractions = np.linspace(0.0, 1.0, 129, dtype=np.float32)
     everywhere = jnp.argmin(jnp.abs(kept[None] - fractions[:, None, None]), axis=2).astype(jnp.int32)
     policies = jnp.concatenate([jnp.where(first, everywhere, 0), everywhere])
-    ratios = macs_ratio(space, policies)
+    ratios = resource_used(space, policies)
     fits = ratios <= budget + 1e-6
     pruned_first_only = jnp.arange(len(policies)) < len(fractions)
     score = jnp.where(fits, ratios + pruned_first_only.astype(jnp.float32), -1.0)
@@ -178,7 +180,7 @@ def _uniform(space: Space, budget: jax.Array) -> jax.Array:
 
 @checked
 def magnitude_policy(space: Space, params: Params, budget: float) -> jax.Array:
-    """int32 `[sites]`: the policy that keeps the most weight energy per MAC, one global threshold for all sites.
+    """int32 `[sites]`: the policy that keeps the most weight energy for what it costs, one global threshold for all sites.
 
     Maximises the sum over sites of log retained energy minus price times cost.
     """
@@ -209,7 +211,7 @@ def _lamp(space: Space, params: Params, budget: jax.Array) -> jax.Array:
     thresholds = jnp.sort(highest.reshape(-1))
     policies = (highest[None] <= thresholds[:, None, None]).sum(axis=2, dtype=jnp.int32)
     policies = jnp.minimum(policies, jnp.asarray(space.num_options - 1)[None])
-    fits = macs_ratio(space, policies) <= budget + 1e-6
+    fits = resource_used(space, policies) <= budget + 1e-6
     policy = policies[jnp.argmax(fits)]
     liked = jnp.concatenate([jnp.zeros((len(highest), 1)), -highest], axis=1)
     return fill(space, policy, jnp.where(valid, liked, _INVALID), budget + 1e-6)

@@ -7,13 +7,13 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.pruning.masks import check_policies
-from sculpt.pruning.space import Polynomial, Space
+from sculpt.pruning.resources import kept_fractions
+from sculpt.pruning.space import Space
 from sculpt.tracing import trace
 
 
@@ -25,6 +25,8 @@ class Cost:
     one space with channels: how many of them lie in the channels that stay depends on the weights.
     """
 
+    used: jax.Array
+    """What a budget limits, used / dense: MACs, but for another resource of the space."""
     macs: jax.Array
     """Theoretical multiply-accumulates per image: only weights that stay are counted."""
     macs_ratio: jax.Array
@@ -43,22 +45,10 @@ class Cost:
 jax.tree_util.register_dataclass(Cost, [f.name for f in dataclasses.fields(Cost)], [])
 
 
-def _kept(space: Space, policies: jax.Array) -> jax.Array:
-    """Kept fraction of every atom, float32 `[..., atoms + 1]`."""
-    columns = np.arange(len(space.atoms), dtype=np.int32)
-    fractions = jnp.asarray(space.fractions)[columns, policies[..., space.atom_site]]
-    return jnp.concatenate([fractions, jnp.ones((*policies.shape[:-1], 1), jnp.float32)], axis=-1)
-
-
-def _evaluate(polynomial: Polynomial, kept: jax.Array) -> jax.Array:
-    products = jnp.prod(kept[..., polynomial.atoms], axis=-1)
-    return products @ jnp.asarray(polynomial.share)
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def macs_ratio(space: Space, policies: jax.Array) -> jax.Array:
-    """Theoretical MACs / dense, float32 `[...]`, of policies int32 `[..., sites]` (jit- and vmap-able)."""
-    return _evaluate(space.macs, _kept(space, policies))
+def resource_used(space: Space, policies: jax.Array) -> jax.Array:
+    """What policies int32 `[..., sites]` use of the space's resource / dense, float32 `[...]` (jit- and vmap-able)."""
+    return space.resource.used(space, policies)
 
 
 @checked
@@ -73,11 +63,11 @@ def cost(space: Space, policies: Any) -> Cost:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _cost(space: Space, policies: jax.Array) -> Cost:
-    kept = _kept(space, policies)
-    realised = jnp.where(jnp.asarray(space.compacts), kept, jnp.ones((), jnp.float32))
-    ratio, realised_ratio = _evaluate(space.macs, kept), _evaluate(space.macs, realised)
-    params_ratio = _evaluate(space.params, kept)
+    kept = kept_fractions(space, policies)
+    ratio, params_ratio = space.macs.evaluate(kept), space.params.evaluate(kept)
+    realised_ratio = space.macs.realised(space.compacts).evaluate(kept)
     return Cost(
+        used=space.resource.used(space, policies),
         macs=ratio * space.macs.total,
         macs_ratio=ratio,
         macs_realised=realised_ratio * space.macs.total,

@@ -12,7 +12,7 @@ import numpy as np
 
 from sculpt.arguments import checked
 from sculpt.model import Params
-from sculpt.pruning.cost import macs_ratio
+from sculpt.pruning.cost import resource_used
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space, make_choices
 from sculpt.tracing.graph import EDGE_KINDS, NODE_KINDS, topology
@@ -29,7 +29,7 @@ class SiteFeatures:
     retained: jax.Array
     """Share of the site's weight energy that the option keeps; of the space's importance, for channels, if it has one."""
     cost: jax.Array
-    """MACs ratio of the network if this site alone takes the option."""
+    """What the network uses of the space's resource / dense if this site alone takes the option."""
     kept: jax.Array
     """Fraction of the site's units that the option keeps."""
 
@@ -62,7 +62,7 @@ def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0
       space: the search space.
       params: parameters, whose weight statistics and retained shares (see `SiteFeatures`) are features.
       policy: integers `[sites]`; None stands for the dense network.
-      budget: MACs ratio to be met; what is left to remove is a feature of every node.
+      budget: share of the resource to be met; what is left to remove is a feature of every node.
 
     Returns:
       `jraph.GraphsTuple` of one graph: nodes float32 `[nodes, features]`, edges float32 `[edges, edge kinds]` (one-hot),
@@ -75,7 +75,7 @@ def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0
         policy = jnp.zeros(space.num_sites, jnp.int32)
     policy = check_policies(space, policy)
     budget = jnp.asarray(budget, jnp.float32)
-    ratio = macs_ratio(space, policy)
+    ratio = resource_used(space, policy)
     summary = jnp.stack([budget, ratio, ratio - budget])
     return jraph.GraphsTuple(
         nodes=_node_features(space, params, policy, summary),

@@ -5,35 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.arguments import checked, did_you_mean
+from sculpt.arguments import checked, did_you_mean, is_real
 from sculpt.pruning.family import Choice, Site
 from sculpt.pruning.importance import Importance, check_importance
 from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.patterns import FAMILIES
+from sculpt.pruning.resources import Counted, Lookup, Polynomial, Resource, Several
 from sculpt.tracing import Trace
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.layers import Monomials
-
-
-@dataclasses.dataclass(frozen=True)
-class Polynomial:
-    """A cost as a sum of products of kept fractions: `sum_m share[m] * prod_d fraction[atoms[m, d]]`."""
-
-    total: float
-    """Its value when everything is kept."""
-    share: np.ndarray
-    """float32 `[monomials]`: part of the dense total; sums to one."""
-    atoms: np.ndarray
-    """int32 `[monomials, degree]`: columns of the space's atoms, padded with the column that is always 1."""
-    owner: np.ndarray
-    """int32 `[monomials]`: layer or leaf that the monomial belongs to."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,10 +42,12 @@ class Space:
     """int32 `[sites]`."""
     macs: Polynomial
     params: Polynomial
+    resource: Resource
+    """What a budget is a share of: MACs, but for `with_resource`."""
     option_cost: np.ndarray
-    """float32 `[sites, max_options]`: MACs kept / dense if this site alone takes that option; 1 where invalid."""
+    """float32 `[sites, max_options]`: what of the resource is used / dense if this site alone takes that option; 1 where invalid."""
     reachable: tuple[float, float]
-    """Smallest and largest MACs ratio of any policy."""
+    """Smallest and largest share of the resource that a projected policy uses."""
     site_nodes: np.ndarray
     """int32 `[sites]`: node of the graph that each site belongs to."""
     importance: Importance | None
@@ -166,24 +155,72 @@ def make_space(
         trace, [_times(m, entries.get(leaf)) for leaf, m in enumerate(trace.leaf_monomials)], column
     )
     num_options = np.asarray([len(site.options) for site in sites], np.int32)
-
-    def ratio(policies: np.ndarray) -> np.ndarray:
-        chosen = np.concatenate([policies[:, atom_site], np.zeros((len(policies), 1), np.int32)], axis=1)
-        kept = fractions[np.arange(len(atoms) + 1), chosen]
-        return (macs.share * kept[:, macs.atoms].prod(axis=2)).sum(axis=1)
-
-    single = np.zeros((len(sites), options, len(sites)), np.int32)
-    for site in sites:
-        single[site.index, : len(site.options), site.index] = np.arange(len(site.options))
-    option_cost = ratio(single.reshape(-1, len(sites))).reshape(len(sites), options).astype(np.float32)
-    lowest = float(ratio((num_options - 1)[None].astype(np.int32))[0])
     site_nodes = np.asarray(
         [(group_node if s.family == "channels" else layer_node)(trace, s.owner) for s in sites], np.int32
     )
-    return Space(
-        trace, families, sites, atoms, fractions, compacts, atom_site, num_options, macs, params, option_cost,
-        (lowest, 1.0), site_nodes, importance,
+    space = Space(
+        trace, families, sites, atoms, fractions, compacts, atom_site, num_options, macs, params,
+        Counted("MACs", macs), np.ones((len(sites), options), np.float32), (1.0, 1.0), site_nodes, importance,
     )  # fmt: skip
+    return with_resource(space, "macs")
+
+
+@checked
+def with_resource(
+    space: Space, resource: str | Resource | Sequence[str | Resource] | Mapping[str | Resource, float]
+) -> Space:
+    """The same space with budgets of something else than MACs.
+
+    Args:
+      space: the space.
+      resource: "macs", "macs_realised" (after compaction), "params", or a latency from `sculpt.measure_layers`. A sequence of
+        these: a policy must keep the budget of every one. A mapping: each may use so many times the budget; `{"macs": 1.0, "params":
+        1.5}` with a budget of 0.5 allows 0.5 of the MACs and 0.75 of the parameters.
+
+    Raises:
+      ValueError: for an unknown name, none at all, or allowances of which the smallest is not 1.
+    """
+    found = _resource(space, resource)
+    single = np.zeros((space.num_sites, space.max_options, space.num_sites), np.int32)
+    for site in space.sites:
+        single[site.index, : len(site.options), site.index] = np.arange(len(site.options))
+    option_cost = np.asarray(found.priced(space, single), np.float32)
+    cheapest = np.where(space.valid, option_cost, np.inf).argmin(axis=1).astype(np.int32)
+    lowest = float(found.used(space, cheapest))
+    return dataclasses.replace(space, resource=found, option_cost=option_cost, reachable=(lowest, 1.0))
+
+
+def _resource(space: Space, given: Any) -> Resource:
+    counted = {
+        "macs": lambda: Counted("MACs", space.macs),
+        "macs_realised": lambda: Counted("realised MACs", space.macs.realised(space.compacts)),
+        "params": lambda: Counted("parameters", space.params),
+    }
+    if isinstance(given, str):
+        if given not in counted:
+            raise ValueError(
+                f"unknown resource {given!r}, expected {', '.join(counted)} or a latency from sculpt.measure_layers"
+                f"{did_you_mean(given, counted)}"
+            )
+        return counted[given]()
+    if isinstance(given, Mapping | Sequence):
+        shares = given if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
+        allowances = tuple(shares.values())
+        if not all(map(is_real, allowances)) or min(allowances, default=0.0) != 1.0:
+            raise ValueError(
+                f"expected one resource or more, the smallest of whose allowances is 1, got {dict(shares)}"
+            )
+        return Several(tuple(_resource(space, name) for name in shares), tuple(map(float, allowances)))
+    if not isinstance(given, Lookup):
+        raise ValueError(
+            f"expected a resource by name or from sculpt.measure_layers, got {type(given).__name__}"
+        )
+    if not np.array_equal(given.num_options, space.num_options):
+        raise ValueError(
+            f"the {given.name} was measured for a space of {len(given.num_options)} sites, this one has {space.num_sites} or other "
+            "options: measure it for this one"
+        )
+    return given
 
 
 def _one_of_each_kernel(trace: Trace, sites: Sequence[Site]) -> list[Site]:

@@ -32,8 +32,8 @@ class Archive:
     """float32 `[capacity]`, in [0, 1]."""
     loss: jax.Array
     """float32 `[capacity]`, nats, at most `LOSS_CEILING`."""
-    macs_ratio: jax.Array
-    """float32 `[capacity]`, MACs kept / dense."""
+    used: jax.Array
+    """float32 `[capacity]`: what of the space's resource each uses / dense."""
     count: jax.Array
     """int32 scalar: the rows in use, which is the number of unique evaluations."""
     total: jax.Array
@@ -48,14 +48,14 @@ def empty_archive(capacity: int, sites: int) -> Archive:
 
 
 def score_with_archive(
-    archive: Archive, policies: jax.Array, macs_ratio: jax.Array, score: ScoreFn
+    archive: Archive, policies: jax.Array, used: jax.Array, score: ScoreFn
 ) -> tuple[Archive, Scores]:
     """Scores a batch, evaluating only policies that neither the archive nor the batch itself has had before.
 
     Args:
       archive: what is known.
       policies: int32 `[n, sites]`.
-      macs_ratio: float32 `[n]`, the policies' costs.
+      used: float32 `[n]`, what of the space's resource each of them uses.
       score: evaluates the first policies of a batch; the new ones are moved there.
 
     Returns:
@@ -83,7 +83,7 @@ def score_with_archive(
             policies=archive.policies.at[slot].set(policies, mode="drop"),
             accuracy=archive.accuracy.at[slot].set(scores.accuracy, mode="drop"),
             loss=archive.loss.at[slot].set(scores.loss, mode="drop"),
-            macs_ratio=archive.macs_ratio.at[slot].set(macs_ratio, mode="drop"),
+            used=archive.used.at[slot].set(used, mode="drop"),
             count=jnp.minimum(archive.count + fresh_count, capacity),
             total=archive.total + number,
         ),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.pruning import Space, cost, to_graph
+from sculpt.pruning import Space, resource_used, to_graph
 from sculpt.scoring.archive import Archive, empty_archive, score_with_archive
 from sculpt.scoring.evaluate import Scores, score_policies
 from sculpt.scoring.problem import Problem
@@ -40,7 +40,7 @@ class EnvParams:
     problem: Problem
     """Network, images and labels to score policies on, from `make_problem`."""
     budget: jax.Array
-    """float32 `[budgets]`: MACs ratios not to be exceeded; the episodes of a batch take them in turn."""
+    """float32 `[budgets]`: shares of the space's resource not to be exceeded; the episodes of a batch take them in turn."""
 
 
 @jax.tree_util.register_dataclass
@@ -69,8 +69,8 @@ class StepInfo:
     """Cross-entropy in nats."""
     quality: jax.Array
     """Accuracy or -loss, by the objective: the reward without its cost term."""
-    macs_ratio: jax.Array
-    """MACs kept / dense."""
+    used: jax.Array
+    """What of the space's resource (MACs, by default) is used / dense."""
 
 
 Scorer = Callable[[Problem, jax.Array, jax.Array], Scores]
@@ -146,24 +146,22 @@ class PruningEnv:
           deterministic.
         """
         del key
-        macs_ratio = cost(self.space, action).macs_ratio
+        used = resource_used(self.space, action)
         archive, scores = score_with_archive(
-            state.archive, action, macs_ratio, functools.partial(self.scorer, params.problem)
+            state.archive, action, used, functools.partial(self.scorer, params.problem)
         )
         worth = quality(scores.accuracy, scores.loss, self.objective)
-        rewards = reward(state.reward, worth, macs_ratio, self.budgets(params))
+        rewards = reward(state.reward, worth, used, self.budgets(params))
         after = EnvState(policy=action, round=state.round + 1, archive=archive, reward=state.reward)
         terminated = jnp.zeros(action.shape[0], bool)
         truncated = jnp.broadcast_to(after.round >= self.rounds, terminated.shape)
-        info = StepInfo(scores.accuracy, scores.loss, worth, macs_ratio)
+        info = StepInfo(scores.accuracy, scores.loss, worth, used)
         return self.observe(after, params), after, rewards, terminated, truncated, info
 
-    def adapt(
-        self, state: EnvState, macs_ratio: jax.Array, params: EnvParams, progress: jax.Array
-    ) -> EnvState:
-        """The state with its reward adapted to the costs `macs_ratio` `[..., num_envs]` of the policies scored since the last time."""
-        budgets = jnp.broadcast_to(self.budgets(params), macs_ratio.shape)
-        adapted = update_reward(self.reward, state.reward, macs_ratio, budgets, progress)
+    def adapt(self, state: EnvState, used: jax.Array, params: EnvParams, progress: jax.Array) -> EnvState:
+        """The state with its reward adapted to the costs `used` `[..., num_envs]` of the policies scored since the last time."""
+        budgets = jnp.broadcast_to(self.budgets(params), used.shape)
+        adapted = update_reward(self.reward, state.reward, used, budgets, progress)
         return dataclasses.replace(state, reward=adapted)
 
     def observe(self, state: EnvState, params: EnvParams) -> Observation:

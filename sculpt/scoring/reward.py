@@ -1,6 +1,6 @@
 """What the search maximises: quality, less a dynamic weight times how far the cost exceeds the budget.
 
-    reward = quality - weight * max(0, macs_ratio - budget)
+    reward = quality - weight * max(0, used - budget)
 
 There is no cliff and no free band: the reward falls in proportion to the violation, from the first bit of it.
 """
@@ -30,7 +30,7 @@ class RewardConfig:
     by dual ascent while policies exceed the budget on average, and falls while they stay below. "schedule": the weight
     grows linearly over the search."""
     weight: float = 1.0
-    """The weight at the start, in quality per unit of MACs ratio above the budget (not for "budget")."""
+    """The weight at the start, in quality per dense network's worth of the resource above the budget (not for "budget")."""
     rate: float = 4.0
     """"lagrangian": step size of the ascent, per update. "schedule": by how much the weight has grown at the end."""
 
@@ -54,7 +54,7 @@ class RewardState:
     """The part of the reward that adapts."""
 
     weight: jax.Array
-    """float32 scalar: quality that one unit of MACs ratio above the budget costs."""
+    """float32 scalar: quality that a dense network's worth of the resource above the budget costs."""
 
 
 def init_reward(config: RewardConfig) -> RewardState:
@@ -62,30 +62,30 @@ def init_reward(config: RewardConfig) -> RewardState:
     return RewardState(jnp.float32(0.0 if config.kind == "budget" else config.weight))
 
 
-def violation(macs_ratio: jax.Array, budget: jax.Array) -> jax.Array:
-    """How far `macs_ratio` (any shape) exceeds `budget` (scalar): 0 within it."""
-    return jnp.maximum(macs_ratio - budget, 0.0)
+def violation(used: jax.Array, budget: jax.Array) -> jax.Array:
+    """How far `used` (any shape) exceeds `budget` (scalar): 0 within it."""
+    return jnp.maximum(used - budget, 0.0)
 
 
-def reward(state: RewardState, quality: jax.Array, macs_ratio: jax.Array, budget: jax.Array) -> jax.Array:
-    """Rewards, of the shape of `quality` and `macs_ratio`; `budget` is a MACs ratio, a scalar or one for each."""
-    return quality - state.weight * violation(macs_ratio, budget)
+def reward(state: RewardState, quality: jax.Array, used: jax.Array, budget: jax.Array) -> jax.Array:
+    """Rewards, of the shape of `quality` and `used`; `budget` is a scalar or one for each."""
+    return quality - state.weight * violation(used, budget)
 
 
 def update_reward(
-    config: RewardConfig, state: RewardState, macs_ratio: jax.Array, budget: jax.Array, progress: jax.Array
+    config: RewardConfig, state: RewardState, used: jax.Array, budget: jax.Array, progress: jax.Array
 ) -> RewardState:
     """The state for the next update.
 
     Args:
       config: which reward it is.
       state: the state that this update's policies were rewarded with.
-      macs_ratio: float32, any shape: the costs of this update's policies.
+      used: float32, any shape: the costs of this update's policies.
       budget: float32, a scalar or one for each.
       progress: float32 scalar in [0, 1]: the share of the search that is done.
     """
     if config.kind == "lagrangian":
-        return RewardState(jnp.maximum(state.weight + config.rate * jnp.mean(macs_ratio - budget), 0.0))
+        return RewardState(jnp.maximum(state.weight + config.rate * jnp.mean(used - budget), 0.0))
     if config.kind == "schedule":
         return RewardState(jnp.asarray(config.weight + config.rate * progress, jnp.float32))
     return state

@@ -10,7 +10,7 @@ import pytest
 
 import sculpt
 from benchmarks.bench_toy import Chain, chain_space, noise
-from sculpt.pruning import macs_ratio
+from sculpt.pruning import resource_used
 
 pytestmark = pytest.mark.optimised
 
@@ -24,7 +24,7 @@ def test_the_optimum_is_that_of_trying_everything(pairs: float) -> None:
     worth = (chain.importance()[None] * (1 - (1 - kept) ** 2)).mean(axis=1)
     worth -= chain.loss(kept[:, 1:], kept[:, :-1]).sum(axis=1)
     for budget in (0.2, 0.4, 0.7):
-        within = np.asarray(jax.jit(lambda p: macs_ratio(space, p))(every)) <= budget + 1e-6
+        within = np.asarray(jax.jit(lambda p: resource_used(space, p))(every)) <= budget + 1e-6
         assert chain.optimum(space, budget) == pytest.approx(worth[within].max(), abs=1e-9)
 
 

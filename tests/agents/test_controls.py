@@ -120,7 +120,7 @@ def test_evolution_stays_near_the_best() -> None:
         policies=archive.policies.at[:24].set(random),
         accuracy=archive.accuracy.at[5].set(1.0),
         loss=archive.loss,
-        macs_ratio=archive.macs_ratio,
+        used=archive.used,
         count=jnp.int32(24),
         total=jnp.int32(24),
     )

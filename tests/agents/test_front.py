@@ -29,7 +29,7 @@ def test_every_budget_gets_its_best_policy() -> None:
     found = run(FRONT)
     assert [point.budget for point in found.front] == [0.5, 0.3, 0.7, 0.9]
     for point in found.front:
-        assert point.macs_ratio <= point.budget + TOLERANCE
+        assert point.used <= point.budget + TOLERANCE
         dominating = [score for ratio, score, _ in found.pareto if ratio <= point.budget + TOLERANCE]
         assert point.score == pytest.approx(max(dominating))
     by_budget = {point.budget: point for point in found.front}
@@ -42,7 +42,7 @@ def test_every_budget_gets_its_best_policy() -> None:
 def test_a_search_for_one_budget_has_a_front_of_one_point() -> None:
     (point,) = plain().front
     np.testing.assert_array_equal(point.policy, plain().policy)
-    assert (point.budget, point.score, point.macs_ratio) == (0.5, plain().score, plain().macs_ratio)
+    assert (point.budget, point.score, point.used) == (0.5, plain().score, plain().macs_ratio)
 
 
 def test_episodes_take_the_budgets_in_turn_and_each_meets_its_own() -> None:
@@ -65,7 +65,7 @@ def test_episodes_take_the_budgets_in_turn_and_each_meets_its_own() -> None:
         logits = at_price(by_state[row][None], played.prices[:, episode], task.sites.cost)
         expected = log_prob(logits, played.policies[:, episode])
         np.testing.assert_allclose(played.log_probs[:, episode], expected, atol=1e-4)
-    ratios = np.asarray(played.info.macs_ratio).reshape(-1, 4)
+    ratios = np.asarray(played.info.used).reshape(-1, 4)
     assert (ratios <= np.asarray(FRONT.budgets) + TOLERANCE).all()
     assert (ratios.mean(axis=0)[1:] > ratios.mean(axis=0)[1]).sum() == 2  # 0.7 and 0.9 are used
     assert played.graphs.nodes.shape[0] == 4  # one state for each budget

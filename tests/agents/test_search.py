@@ -23,7 +23,7 @@ from sculpt.agents import AgentConfig, Method, RewardConfig, SearchConfig, Searc
 from sculpt.agents.config import RULES
 from sculpt.agents.update import update
 from sculpt.model import Model
-from sculpt.pruning import cost, macs_ratio
+from sculpt.pruning import cost, resource_used
 from sculpt.training import FinetuneConfig, Split, Splits
 from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
 
@@ -89,7 +89,7 @@ def optimum() -> float:
 
 @jax.jit
 def _ratios(policies: jax.Array) -> jax.Array:
-    return macs_ratio(toy_space(), policies)
+    return resource_used(toy_space(), policies)
 
 
 def test_the_agent_finds_more_than_chance_and_nearly_the_optimum() -> None:

@@ -22,7 +22,7 @@ def test_the_chosen_policy_is_drawn_where_its_accuracy_is_known() -> None:
     )
     for policy, accuracy in (([0, 1], 0.9), ([2, 2], None)):
         found = SearchResult(
-            policy=np.asarray(policy), score=-0.4, macs_ratio=0.4, validation_accuracy=0.8, doubt=None, front=(), pareto=front, method="agent", agent=None,
+            policy=np.asarray(policy), score=-0.4, used=0.4, macs_ratio=0.4, validation_accuracy=0.8, doubt=None, front=(), pareto=front, method="agent", agent=None,
             **rest,  # type: ignore[arg-type]
         )  # fmt: skip
         assert accuracy_on_front(found) == accuracy

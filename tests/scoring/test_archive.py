@@ -50,7 +50,7 @@ def test_repeats_cost_nothing() -> None:
     np.testing.assert_allclose(scores.loss, [9, 4, 5, 4])
     assert (int(archive.count), int(archive.total)) == (4, 8)
     np.testing.assert_array_equal(archive.policies[:4, 0], [5, 7, 9, 4])
-    np.testing.assert_allclose(archive.macs_ratio[:5], [0.25] * 4 + [0])
+    np.testing.assert_allclose(archive.used[:5], [0.25] * 4 + [0])
     assert asked_for(archive, rows(4, 5, 7, 9))[2] == []
 
 

@@ -54,7 +54,7 @@ def test_an_episode(params: EnvParams, actions: jax.Array, images: tuple[jax.Arr
     scores = evaluate_policies(toy_model(), toy_space(), actions, *images)
     np.testing.assert_allclose(info.accuracy, scores.accuracy)
     np.testing.assert_allclose(info.loss, scores.loss, rtol=1e-5)
-    np.testing.assert_allclose(info.macs_ratio, cost(toy_space(), actions).macs_ratio, rtol=1e-6)
+    np.testing.assert_allclose(info.used, cost(toy_space(), actions).macs_ratio, rtol=1e-6)
     np.testing.assert_array_equal(rewards, info.accuracy)
     assert not terminated.any() and not truncated.any()
     seen = to_graph(toy_space(), params.problem.params, actions[1], 0.5)
@@ -84,7 +84,7 @@ def test_objective_and_reward_weight_enter(params: EnvParams, actions: jax.Array
     _, _, rewards, _, _, info = step(plain, plain.init(8), actions, tight)
     np.testing.assert_allclose(step(by_loss, by_loss.init(8), actions, tight)[2], -info.loss, rtol=1e-6)
     _, state, penalised, *_ = step(weighed, weighed.init(8), actions, tight)
-    excess = np.maximum(np.asarray(info.macs_ratio) - 0.05, 0)
+    excess = np.maximum(np.asarray(info.used) - 0.05, 0)
     np.testing.assert_allclose(penalised, np.asarray(rewards) - 3.0 * excess, atol=1e-5)
-    adapted = weighed.adapt(state, info.macs_ratio, tight, jnp.float32(0.5))
+    adapted = weighed.adapt(state, info.used, tight, jnp.float32(0.5))
     assert adapted.reward.weight > 3.0

@@ -1,0 +1,265 @@
+"""Latency of a network's layers under every option of a space, measured on the device: a resource that budgets can be of.
+
+Each layer is measured by itself, at a few sizes of what its sites leave of it; sizes between them are interpolated. What a whole
+network takes beside its layers (additions, normalisation, calls) is fitted on a few compacted networks, which also tell
+how far such predictions are off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sculpt.arguments import checked, is_whole
+from sculpt.deploy.engines import confined, engine_of
+from sculpt.deploy.environment import cores, device_name, version, versions
+from sculpt.deploy.latency import compare_latency, median_seconds
+from sculpt.deploy.layer_sizes import Part, find_parts, grid_of
+from sculpt.deploy.params import load_metadata, load_params, save_params
+from sculpt.model import Model, from_function
+from sculpt.pruning import Lookup, Space, apply_masks, compact, make_masks, random_policies
+from sculpt.pruning.rewrite import bind
+from sculpt.tracing.program import Equation, Program, flatten
+from sculpt.tracing.trace import shapes_of
+
+_CALIBRATION_BUDGETS = (0.2, 0.8)
+"""Between these shares of MACs the networks lie that the fit is made on."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerLatency:
+    """What `measure_layers` found."""
+
+    resource: Lookup
+    """For `sculpt.with_resource`: budgets are then shares of the dense network's latency."""
+    engine: str
+    """What computed the layers."""
+    batch: int
+    """Images per call."""
+    threads: int
+    """CPU cores that it had."""
+    device: str
+    """Where it was measured."""
+    versions: Mapping[str, str]
+    """What it was measured with, the engine included."""
+    policies: np.ndarray
+    """int32 `[networks, sites]`: the compacted networks that were measured whole; the first is dense."""
+    measured: np.ndarray
+    """float32 `[networks]`: seconds per call of each."""
+    predicted: np.ndarray
+    """float32 `[networks]`: seconds that a fit to the other networks predicts for each."""
+
+    @property
+    def error(self) -> np.ndarray:
+        """float32 `[networks]`: |predicted - measured| / measured, of networks that the prediction has not seen."""
+        return np.abs(self.predicted - self.measured) / self.measured
+
+    def seconds(self, space: Space, policies: Any) -> jax.Array:
+        """Predicted seconds per call of the networks that policies int32 `[..., sites]` leave: float32 `[...]`."""
+        return self.resource.used(space, jnp.asarray(policies, jnp.int32)) * np.float32(self.resource.total)
+
+
+@checked
+def measure_layers(
+    model: Model,
+    space: Space,
+    example_input: Any,
+    key: jax.Array,
+    *,
+    engine: str = "xla",
+    threads: int | None = None,
+    networks: int = 8,
+    repeats: int = 7,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LayerLatency:
+    """Measures how long each layer takes under the options of its sites.
+
+    Args:
+      model: the dense network.
+      space: its sites; of families whose zeros stay in place no layer becomes faster.
+      example_input: `[batch, ...]`, float32: latency is that of such a batch.
+      key: draws the networks that are measured whole.
+      engine: as for `compare_latency`.
+      threads: as for `compare_latency`.
+      networks: how many are measured whole, the dense one included; 3 at least.
+      repeats: samples of each layer and size; of whole networks three times as many.
+      on_progress: told how many of how many sizes of layers are done.
+
+    Raises:
+      ValueError: like `compare_latency`, and for a network of no layers outside loops.
+    """
+    for name, value, least in (("networks", networks, 3), ("repeats", repeats, 1)):
+        if not is_whole(value, least):
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    x = np.asarray(example_input)
+    program = flatten(
+        model.apply, shapes_of(model.params), shapes_of(model.state), jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
+    parts = find_parts(space, program)
+    threads = cores() if threads is None else threads
+    about = versions() | {(package := engine_of(engine).package): version(package)}
+    grids = _measured(space, program, parts, engine, threads, repeats, on_progress)
+    tables = [part.interpolated(grid) for part, grid in zip(parts, grids, strict=True)]
+    layers = _lookup(space, parts, tables)
+    budgets = np.linspace(*_CALIBRATION_BUDGETS, networks - 1)
+    low = space.reachable[0]
+    drawn = [
+        random_policies(space, jax.random.fold_in(key, i), 1, float(max(budget, low + 1e-3)))[0]
+        for i, budget in enumerate(budgets)
+    ]
+    policies = np.stack([np.zeros(space.num_sites, np.int32), *map(np.asarray, drawn)]).astype(np.int32)
+    whole = {str(i): _left(model, space, policy) for i, policy in enumerate(policies)}
+    latencies = compare_latency(whole, x, 3 * repeats, engine=engine, threads=threads)
+    measured = np.asarray([latencies[str(i)].median for i in range(networks)])
+    sums = np.asarray(layers.used(space, policies), np.float64)
+    predicted = np.asarray(
+        [_line(np.delete(sums, i), np.delete(measured, i)) @ (1.0, sums[i]) for i in range(networks)]
+    )
+    fixed, slope = _line(sums, measured)
+    total = float(fixed + slope * sums[0])
+    resource = dataclasses.replace(
+        layers,
+        name=f"latency ({engine}, batch {len(x)})",
+        total=total,
+        fixed=float(fixed) / total,
+        values=(layers.values * (slope / total)).astype(np.float32),
+    )
+    device = device_name() if engine == "xla" else device_name("cpu")
+    return LayerLatency(
+        resource,
+        engine,
+        len(x),
+        threads,
+        device,
+        about,
+        policies,
+        measured.astype(np.float32),
+        predicted.astype(np.float32),
+    )
+
+
+def _left(model: Model, space: Space, policy: np.ndarray) -> Model:
+    """What a policy leaves of a model."""
+    masked = apply_masks(model, make_masks(space, model.params, policy))
+    return compact(masked, space, policy, check=False)
+
+
+def _line(sums: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Intercept and slope float64 `[2]` of seconds over sums, by least squares of the relative error."""
+    rows = np.stack([np.ones_like(sums), sums], axis=1) / seconds[:, None]
+    return np.linalg.lstsq(rows, np.ones(len(sums)), rcond=None)[0]
+
+
+def _measured(
+    space: Space,
+    program: Program,
+    parts: Sequence[Part],
+    engine: str,
+    threads: int,
+    repeats: int,
+    on_progress: Callable[[int, int], None],
+) -> list[np.ndarray]:
+    """Seconds of every part on its grid, float64 `[*levels]` each."""
+    layers: dict[Any, tuple[Model, np.ndarray]] = {}
+    wanted: list[list[Any]] = []
+    for part in parts:
+        found = []
+        for shapes, params in grid_of(space, program, part):
+            # Layers of one size are measured once.
+            name = (part.equation.name, *shapes, repr(sorted(params.items(), key=lambda item: item[0])))
+            if name not in layers:
+                layers[name] = _alone(part.equation, shapes, params)
+            found.append(name)
+        wanted.append(found)
+    seconds: dict[Any, float] = {}
+    with confined(threads):
+        for done, (name, (layer, x)) in enumerate(layers.items()):
+            on_progress(done, len(layers))
+            seconds[name] = median_seconds(engine_of(engine).prepare(layer, x, threads), repeats)
+    on_progress(len(layers), len(layers))
+    return [
+        np.reshape([seconds[name] for name in found], tuple(map(len, part.levels)))
+        for part, found in zip(parts, wanted, strict=True)
+    ]
+
+
+def _alone(
+    eqn: Equation, shapes: Sequence[tuple[int, ...]], params: dict[str, Any]
+) -> tuple[Model, np.ndarray]:
+    """A network of that layer alone, a bias and a rectifier behind it, and what goes into it."""
+    first, second = (
+        np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)
+    )
+    out = jax.eval_shape(lambda a, b: bind(eqn, [a, b], params), first, second)
+    bias = np.zeros((1,) * (len(out.shape) - 1) + out.shape[-1:], np.float32)
+
+    def apply(params_: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jax.nn.relu(bind(eqn, [x, params_["kernel"]], params) + params_["bias"])
+
+    return from_function(apply, {"kernel": jnp.asarray(second), "bias": jnp.asarray(bias)}), first
+
+
+def _lookup(space: Space, parts: Sequence[Part], tables: Sequence[np.ndarray]) -> Lookup:
+    """The sum over all parts, in seconds."""
+    degree = max(1, *(len(part.sites) for part in parts))
+    sites, stride = np.zeros((2, len(parts), degree), np.int32)
+    for row, part in enumerate(parts):
+        counts = [len(space.sites[site].options) for site in part.sites]
+        sites[row, : len(counts)] = part.sites
+        stride[row, : len(counts)] = [math.prod(counts[place + 1 :]) for place in range(len(counts))]
+    start = np.cumsum([0, *(len(table) for table in tables[:-1])]).astype(np.int32)
+    return Lookup(
+        "latency of the layers",
+        1.0,
+        0.0,
+        sites,
+        stride,
+        start,
+        np.concatenate(tables).astype(np.float32),
+        space.num_options,
+    )
+
+
+def save_layers(latency: LayerLatency, path: str | Path) -> None:
+    """Writes it as a safetensors file.
+
+    Raises:
+      ValueError: like `sculpt.save_params`.
+    """
+    arrays, about = {}, {}
+    for part in (latency, latency.resource):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, np.ndarray):
+                arrays[field.name] = value
+            elif not isinstance(value, Lookup):
+                about[field.name] = json.dumps(value)
+    save_params(arrays, path, about)
+
+
+def load_layers(path: str | Path) -> LayerLatency:
+    """Reads what `save_layers` wrote.
+
+    Raises:
+      ValueError: if the file is absent, damaged, or another one.
+    """
+    arrays = {name: np.asarray(array) for name, array in load_params(path).items()}
+    about = load_metadata(path)
+
+    def read(kind: Any) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(kind) if field.name != "resource"]
+        if missing := [name for name in names if name not in arrays and name not in about]:
+            raise ValueError(
+                f"{path} is no latency of layers, it lacks {', '.join(missing)}: measure it again"
+            )
+        return {name: arrays[name] if name in arrays else json.loads(about[name]) for name in names}
+
+    return LayerLatency(resource=Lookup(**read(Lookup)), **read(LayerLatency))

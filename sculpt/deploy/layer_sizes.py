@@ -1,0 +1,155 @@
+"""The sizes that a layer can be left with by the options of a space, and a grid of them to measure it on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import interpolate
+
+from sculpt.pruning import Space
+from sculpt.pruning.rewrite import REWRITES, Sizes
+from sculpt.tracing.axes import Atom, Axis
+from sculpt.tracing.program import Equation, Literal, Program
+
+_LAYERS = ("conv_general_dilated", "dot_general")
+_LEVELS = 8
+"""Sizes along a dimension, at the most, at which a layer is measured."""
+_FEWER_LEVELS = 4
+"""The same of a layer with more than two dimensions that shrink."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A contraction, and the sites that its size depends on."""
+
+    equation: Equation
+    """At the batch size that is measured."""
+    sites: tuple[int, ...]
+    options: np.ndarray
+    """int32 `[combinations, sites]`: every combination of their options, the last site's changing fastest."""
+    dimensions: Mapping[Axis, int]
+    """Which dimension the size of an axis of its operands is; none for axes that stay."""
+    sizes: np.ndarray
+    """int64 `[combinations, dimensions]`."""
+    levels: tuple[np.ndarray, ...]
+    """Sizes along each dimension at which it is measured, rising."""
+
+    def interpolated(self, grid: np.ndarray) -> np.ndarray:
+        """Values under every combination of options, float64 `[combinations]`, from those on the grid, `[*levels]`."""
+        if not self.levels:
+            return np.full(len(self.sizes), grid)
+        return interpolate.RegularGridInterpolator(self.levels, grid)(self.sizes)
+
+
+class _GridSizes(Sizes):
+    """What is kept where every dimension has a size of its own, whether or not one policy gives them all."""
+
+    def __init__(self, space: Space, program: Program, part: Part, place: Sequence[int]) -> None:
+        super().__init__(space.trace.flow, program, {})
+        self._dimensions = part.dimensions
+        self._kept = []
+        for column, levels, level in zip(part.sizes.T, part.levels, place):
+            example = int(np.flatnonzero(column == levels[level])[0])
+            self._kept.append(_kept(space, part.sites, part.options[example]))
+
+    def shrinks(self, axis: Axis) -> bool:
+        return axis in self._dimensions
+
+    def units(self, axis: Axis) -> np.ndarray:
+        kept = self._kept[self._dimensions[axis]] if axis in self._dimensions else {}
+        return np.asarray(self.flow.axes.keep(axis, kept))
+
+
+def find_parts(space: Space, program: Program) -> list[Part]:
+    """The contractions of a program, which is that of the space's trace at another batch size.
+
+    Raises:
+      ValueError: if there is none outside loops.
+    """
+    flow = space.trace.flow
+    site_of = {
+        atom: int(site)
+        for atom, site, compacts in zip(space.atoms, space.atom_site, space.compacts)
+        if compacts
+    }
+    parts = []
+    for known, eqn in zip(flow.program.equations, program.equations, strict=True):
+        if eqn.name not in _LAYERS or program.is_table(eqn):
+            continue
+        axes = [
+            axis for value in known.inputs if not isinstance(value, Literal) for axis in flow.terms[value]
+        ]
+        atoms = {atom for axis in axes for atom in flow.axes.atoms(axis)}
+        sites = tuple(sorted({site_of[atom] for atom in atoms if atom in site_of}))
+        counts = [len(space.sites[site].options) for site in sites]
+        options = (
+            np.indices(counts, np.int32).reshape(len(counts), -1).T if counts else np.zeros((1, 0), np.int32)
+        )
+        parts.append(_part(space, eqn, axes, sites, options))
+    if not parts:
+        raise ValueError("this network has no layers outside loops that could be measured by themselves")
+    return parts
+
+
+def grid_of(
+    space: Space, program: Program, part: Part
+) -> Iterator[tuple[list[tuple[int, ...]], dict[str, Any]]]:
+    """Shapes of a part's operands, and its parameters, at every point of its grid, the last dimension changing fastest."""
+    eqn = part.equation
+    for place in np.ndindex(*map(len, part.levels)):
+        sizes = _GridSizes(space, program, part, place)
+        shapes = [np.shape(i.value) if isinstance(i, Literal) else sizes.shape(i) for i in eqn.inputs]
+        rewritten = REWRITES[eqn.name](sizes, eqn) if eqn.name in REWRITES and part.levels else {}
+        yield shapes, {**eqn.params, **rewritten}
+
+
+def _part(
+    space: Space, eqn: Equation, axes: Sequence[Axis], sites: tuple[int, ...], options: np.ndarray
+) -> Part:
+    counts = {
+        atom: np.asarray([option.counts[place] for option in space.sites[site].options])[options[:, column]]
+        for column, site in enumerate(sites)
+        for place, atom in enumerate(space.sites[site].atoms)
+    }
+    flow_axes = space.trace.axes
+    columns: dict[bytes, np.ndarray] = {}
+    named: dict[Axis, bytes] = {}
+    for axis in axes:
+        size = np.zeros(len(options), np.int64)
+        for coefficient, atoms in flow_axes.monomials(axis):
+            size += coefficient * math.prod(counts.get(atom, flow_axes.atom_size(atom)) for atom in atoms)
+        if (size != size[0]).any():
+            named[axis] = size.tobytes()
+            columns[named[axis]] = size
+    order = list(columns)
+    most = _LEVELS if len(order) <= 2 else _FEWER_LEVELS
+    return Part(
+        eqn,
+        sites,
+        options,
+        {axis: order.index(name) for axis, name in named.items()},
+        np.stack([*columns.values()], axis=1) if columns else np.zeros((len(options), 0), np.int64),
+        tuple(_evenly(np.unique(column), most) for column in columns.values()),
+    )
+
+
+def _kept(space: Space, sites: Sequence[int], options: np.ndarray) -> dict[Atom, np.ndarray]:
+    """Which units of the sites' atoms stay: how many is what counts, and that those of a window are neighbours."""
+    return {
+        atom: np.arange(size) < count
+        for site, option in zip(sites, options)
+        for atom, size, count in zip(
+            space.sites[site].atoms, space.sites[site].sizes, space.sites[site].options[option].counts
+        )
+        if count < size
+    }
+
+
+def _evenly(values: np.ndarray, number: int) -> np.ndarray:
+    """So many of rising values, the first and the last among them."""
+    places = np.linspace(0, len(values) - 1, min(number, len(values))).round().astype(int)
+    return values[places]

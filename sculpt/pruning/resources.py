@@ -1,0 +1,148 @@
+"""What a budget limits: multiply-accumulates, parameters, a measured latency, or several of them at once.
+
+A resource says what share of the dense network's a policy uses, in closed form: nothing is run. Its functions take policies as
+NumPy arrays too, and then compute on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from sculpt.pruning.space import Space
+
+
+class Resource(Protocol):
+    """Something of which a policy uses a share."""
+
+    @property
+    def name(self) -> str:
+        """In words, for messages and plots: "MACs"."""
+        ...
+
+    def used(self, space: Space, policies: Any) -> Any:
+        """float32 `[...]`: what policies int32 `[..., sites]` use / what the dense network does; a budget limits it."""
+        ...
+
+    def priced(self, space: Space, policies: Any) -> Any:
+        """float32 `[...]`: what the budget projection puts its price on: `used`, or what falls wherever some part of it does."""
+        ...
+
+
+def kept_fractions(space: Space, policies: Any) -> Any:
+    """Kept fraction of every atom, float32 `[..., atoms + 1]`; the last one is 1."""
+    columns = np.arange(len(space.atoms) + 1, dtype=np.int32)
+    # The last row is 1 under every option of whatever site.
+    sites = np.append(space.atom_site, np.int32(0))
+    return _module_of(policies).asarray(space.fractions)[columns, policies[..., sites]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Polynomial:
+    """A cost as a sum of products of kept fractions: `sum_m share[m] * prod_d fraction[atoms[m, d]]`."""
+
+    total: float
+    """Its value when everything is kept."""
+    share: np.ndarray
+    """float32 `[monomials]`: part of the dense total; sums to one."""
+    atoms: np.ndarray
+    """int32 `[monomials, degree]`: columns of the space's atoms, padded with the column that is always 1."""
+    owner: np.ndarray
+    """int32 `[monomials]`: layer or leaf that the monomial belongs to."""
+
+    def evaluate(self, kept: Any) -> Any:
+        """float32 `[...]`: its value / `total`, from kept fractions `[..., atoms + 1]`."""
+        return kept[..., self.atoms].prod(axis=-1) @ self.share
+
+    def realised(self, compacts: np.ndarray) -> Polynomial:
+        """What of it is left after compaction; `compacts` is bool `[atoms + 1]`, as in `Space`."""
+        last = len(compacts) - 1
+        return dataclasses.replace(self, atoms=np.where(compacts[self.atoms], self.atoms, last))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Counted:
+    """What can be counted: MACs or parameters."""
+
+    name: str
+    polynomial: Polynomial
+
+    def used(self, space: Space, policies: Any) -> Any:
+        return self.polynomial.evaluate(kept_fractions(space, policies))
+
+    def priced(self, space: Space, policies: Any) -> Any:
+        return self.used(space, policies)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lookup:
+    """What was measured part by part: a part depends on the options of a few sites, and its amount is looked up.
+
+    The amount of part p under a policy is `values[start[p] + sum_d stride[p, d] * policy[sites[p, d]]]`.
+    """
+
+    name: str
+    total: float
+    """What the dense network uses: seconds, for latency."""
+    fixed: float
+    """Share of `total` that no choice changes."""
+    sites: np.ndarray
+    """int32 `[parts, degree]`: sites that the part depends on, padded with 0."""
+    stride: np.ndarray
+    """int32 `[parts, degree]`: 0 where padded."""
+    start: np.ndarray
+    """int32 `[parts]`."""
+    values: np.ndarray
+    """float32 `[entries]`: shares of `total`."""
+    num_options: np.ndarray
+    """int32: the options of every site of the space that this is for."""
+
+    def used(self, space: Space, policies: Any) -> Any:
+        module = _module_of(policies)
+        chosen = policies[..., self.sites]
+        steps = (chosen * module.broadcast_to(self.stride, chosen.shape)).sum(axis=-1, dtype=np.int32)
+        place = steps + module.broadcast_to(self.start, steps.shape)
+        return module.asarray(self.values)[place].sum(axis=-1) + np.float32(self.fixed)
+
+    def priced(self, space: Space, policies: Any) -> Any:
+        return self.used(space, policies)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Several:
+    """The one of several resources that is used most, each measured by its allowance."""
+
+    parts: tuple[Resource, ...]
+    allowances: tuple[float, ...]
+    """How much more than the budget each may use: with 1.5 a budget of 0.5 allows 0.75. The smallest is 1."""
+
+    @property
+    def name(self) -> str:
+        named = (
+            part.name if allowance == 1.0 else f"{part.name} / {allowance:g}"
+            for part, allowance in zip(self.parts, self.allowances)
+        )
+        return f"the largest of {', '.join(named)}"
+
+    def _shares(self, space: Space, policies: Any) -> list[Any]:
+        return [
+            part.used(space, policies) / np.float32(allowance)
+            for part, allowance in zip(self.parts, self.allowances)
+        ]
+
+    def used(self, space: Space, policies: Any) -> Any:
+        return functools.reduce(_module_of(policies).maximum, self._shares(space, policies))
+
+    def priced(self, space: Space, policies: Any) -> Any:
+        # The largest alone would not tell what the others are relieved by.
+        return sum(self._shares(space, policies)) / np.float32(len(self.parts))
+
+
+def _module_of(policies: Any) -> Any:
+    """What computes with the policies: NumPy on the host, or JAX."""
+    return np if isinstance(policies, np.ndarray) else jnp

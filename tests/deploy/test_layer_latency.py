@@ -1,0 +1,119 @@
+"""Latency of layers under the options of a space: against a clock that is known, and by the real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import sculpt
+from sculpt.deploy import layer_latency
+from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
+from tests.networks import network, traced
+
+X = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+SECONDS_PER_WEIGHT, OVERHEAD = 1e-6, 5e-3
+
+
+def kernel_weights(model: sculpt.Model) -> int:
+    """Weights of convolutions and dense layers, not of biases and normalisation."""
+    return sum(int(w.size) for w in jax.tree.leaves(model.params) if w.ndim > 1)
+
+
+def left(name: str, space: sculpt.Space, policy: np.ndarray) -> sculpt.Model:
+    model = network(name)
+    masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
+    return sculpt.compact(masked, space, policy, check=False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which time is proportional to weights, but for each call of a whole network."""
+
+    class Engine:
+        package = "jaxlib"
+
+        def prepare(self, model: sculpt.Model, x: np.ndarray, threads: int) -> float:
+            assert jax.eval_shape(model, x).shape  # a layer that runs at that size
+            return SECONDS_PER_WEIGHT * model.params["kernel"].size
+
+    def whole(models: dict[str, sculpt.Model], *_: object, **__: object) -> dict[str, SimpleNamespace]:
+        return {
+            name: SimpleNamespace(median=OVERHEAD + 2 * SECONDS_PER_WEIGHT * kernel_weights(model))
+            for name, model in models.items()
+        }
+
+    monkeypatch.setattr(layer_latency, "engine_of", lambda name: Engine())
+    monkeypatch.setattr(layer_latency, "median_seconds", lambda seconds, repeats: seconds)
+    monkeypatch.setattr(layer_latency, "compare_latency", whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "families"),
+    [
+        ("function", ("channels", "rect")),
+        ("concatenated", ("channels",)),
+        pytest.param("residual", ("channels", "rect"), marks=pytest.mark.slow),
+        pytest.param("separable", ("channels", "rect"), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("clock")
+def test_layers_add_up_to_networks(name: str, families: tuple[str, ...]) -> None:
+    """Time proportional to weights is linear in every size: interpolation is exact, whatever a policy leaves."""
+    space = sculpt.make_space(traced(name), families)
+    found = measure_layers(network(name), space, X, jax.random.key(0), networks=5)
+    np.testing.assert_allclose(found.predicted, found.measured, rtol=1e-4)
+    assert found.error.max() < 1e-4
+    policies = np.asarray(sculpt.random_policies(space, jax.random.key(1), 5))
+    for policy, seconds in zip(policies, found.seconds(space, policies)):
+        weights = kernel_weights(left(name, space, policy))
+        assert float(seconds) == pytest.approx(OVERHEAD + 2 * SECONDS_PER_WEIGHT * weights, rel=1e-4)
+    limited = sculpt.with_resource(space, found.resource)
+    assert float(sculpt.cost(limited, np.zeros(space.num_sites, np.int32)).used) == pytest.approx(
+        1.0, rel=1e-5
+    )
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_file_keeps_it(tmp_path: Path) -> None:
+    space = sculpt.make_space(traced("plain"))
+    found = measure_layers(network("plain"), space, X, jax.random.key(0), networks=3)
+    save_layers(found, tmp_path / "layers.safetensors")
+    again = load_layers(tmp_path / "layers.safetensors")
+    assert isinstance(again, LayerLatency) and again.versions == found.versions
+    policies = np.asarray(sculpt.random_policies(space, jax.random.key(1), 5))
+    np.testing.assert_array_equal(again.seconds(space, policies), found.seconds(space, policies))
+    np.testing.assert_array_equal(again.error, found.error)
+    sculpt.save_params({"a": np.zeros(3)[None].astype(np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="is no latency of layers"):
+        load_layers(tmp_path / "other.safetensors")
+
+
+def test_a_real_clock() -> None:
+    space = sculpt.make_space(traced("function"), ("channels",))
+    told: list[tuple[int, int]] = []
+    found = measure_layers(
+        network("function"),
+        space,
+        X,
+        jax.random.key(0),
+        networks=3,
+        repeats=1,
+        on_progress=lambda *at: told.append(at),
+    )
+    assert np.isfinite(found.resource.values).all() and (found.measured > 0).all()
+    assert found.engine == "xla" and found.batch == len(X) and "jaxlib" in found.versions
+    assert told[0][0] == 0 and told[-1][0] == told[-1][1] == len(told) - 1
+    limited = sculpt.with_resource(space, found.resource)
+    assert limited.resource.name == "latency (xla, batch 4)"
+
+
+def test_refusals() -> None:
+    space = sculpt.make_space(traced("plain"))
+    with pytest.raises(ValueError, match="networks must be a whole number of at least 3, got 2"):
+        measure_layers(network("plain"), space, X, jax.random.key(0), networks=2)
+    with pytest.raises(ValueError, match="engine must be one of"):
+        measure_layers(network("plain"), space, X, jax.random.key(0), engine="tensorrt")
