@@ -20,6 +20,8 @@ from safetensors.numpy import load_file
 
 import sculpt
 from sculpt.cli import main
+from sculpt.deploy import layer_sizes
+from sculpt.deploy.layer_latency import load_layers
 from sculpt.pipeline import STAGES, Pipeline, artefacts, policies, stages
 from sculpt.pipeline.closing import latency_rows
 from sculpt.pipeline.progress import Bars
@@ -180,6 +182,64 @@ def test_a_search_begins_with_what_another_learned_and_finds_a_front(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
         assert not (fresh / "stages" / "train.json").exists()
+
+
+def test_a_budget_of_latency_and_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_sizes, "_LEVELS", 2)  # fewer sizes to measure
+    run = tmp_path / "run"
+    assert main(["train", *OPTIONS[:4], "--epochs", "1", "--run", str(run)]) == 0
+    options = [
+        "--families",
+        "channels",
+        "--budget",
+        "0.8",
+        "--resource",
+        "latency,params",
+        "--latency-batch",
+        "8",
+    ]
+    small = ["--evaluations", "32", "--rerank", "0", *ONE_DEVICE]
+    assert main(["search", "--run", str(run), *options, *small]) == 0
+    record = json.loads((run / "stages" / "search.json").read_text())
+    assert record["resource"] == "the largest of latency (xla, batch 8), parameters"
+    latency = load_layers(run / "layers.safetensors")
+    pipeline = Pipeline(RunDirectory.existing(run), {})
+    cost = sculpt.cost(pipeline.limited(pipeline.space), record["policy"])
+    seconds = float(latency.seconds(pipeline.space, record["policy"])) / latency.resource.total
+    assert float(cost.used) == pytest.approx(max(seconds, float(cost.params_ratio)), rel=1e-5)
+    assert float(cost.used) <= 0.8 + 1e-5
+    # What was measured is kept: the same search again is the same search.
+    (run / "stages" / "search.json").unlink()
+    before = (run / "layers.safetensors").read_bytes()
+    assert main(["search", "--run", str(run)]) == 0
+    assert (run / "layers.safetensors").read_bytes() == before
+    assert json.loads((run / "stages" / "search.json").read_text())["policy"] == record["policy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--resource", "flops"],
+            "resource must be of macs, macs_realised, params, latency, each once, got flops",
+        ),
+        (["--latency-batch", "4"], "no latency is measured without --resource latency"),
+        (["--resource", "latency", "--latency-engine", "tensorrt"], "engine must be one of"),
+        (["--resource", "params", "--budget", "0.0001"], "of its parameters; raise the budget"),
+    ],
+)
+def test_impossible_resources_are_refused(
+    options: list[str], message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for stage in ("search", "finetune", "compact", "evaluate", "export", "report"):
+        (run / "stages" / f"{stage}.json").unlink(missing_ok=True)
+    sections = {"train": RunDirectory.existing(finished).config["train"]}
+    write_json(run / "config.json", {"fingerprint": fingerprint(sections), "sections": sections})
+    capsys.readouterr()
+    assert main(["search", "--run", str(run), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_other_options_on_a_finished_run_are_refused(

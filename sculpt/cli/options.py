@@ -169,7 +169,9 @@ def _train_options(command: argparse.ArgumentParser, short: Sequence[str]) -> No
 
 def _space_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("what can go")
-    group.add_argument("--budget", type=float, help="MACs kept / dense, at the most (0.5)")
+    group.add_argument(
+        "--budget", type=float, help="MACs (or what --resource names) kept / dense, at the most (0.5)"
+    )
     group.add_argument(
         "--families",
         type=_names,
@@ -180,6 +182,15 @@ def _space_options(command: argparse.ArgumentParser) -> None:
 
 def _search_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("the search")
+    group.add_argument(
+        "--resource",
+        type=_names,
+        help="what --budget is of: macs, macs_realised, params or latency (measured here); with commas, of each (macs)",
+    )
+    group.add_argument(
+        "--latency-engine", help="xla, onnxruntime, openvino or litert, for --resource latency (xla)"
+    )
+    group.add_argument("--latency-batch", type=int, help="images per call, likewise (32)")
     group.add_argument(
         "--importance",
         help="which channels stay: energy, l1, l2, batch_norm, geometric_median, taylor, activation or random (energy)",

@@ -32,9 +32,10 @@ class Part:
     options: np.ndarray
     """int32 `[combinations, sites]`: every combination of their options, the last site's changing fastest."""
     dimensions: Mapping[Axis, int]
-    """Which dimension the size of an axis of its operands is; none for axes that stay."""
+    """Which dimension the size of an axis of its operands belongs to; none for axes that stay."""
     sizes: np.ndarray
-    """int64 `[combinations, dimensions]`."""
+    """int64 `[combinations, dimensions]`: the size along each; where several that go together are one dimension, as in a grouped
+    convolution, their product."""
     levels: tuple[np.ndarray, ...]
     """Sizes along each dimension at which it is measured, rising."""
 
@@ -115,25 +116,34 @@ def _part(
         for column, site in enumerate(sites)
         for place, atom in enumerate(space.sites[site].atoms)
     }
+    site_of = {atom: site for site in sites for atom in space.sites[site].atoms}
     flow_axes = space.trace.axes
-    columns: dict[bytes, np.ndarray] = {}
-    named: dict[Axis, bytes] = {}
-    for axis in axes:
+    joined: list[tuple[set[int], dict[Axis, np.ndarray]]] = []
+    for axis in dict.fromkeys(axes):
         size = np.zeros(len(options), np.int64)
         for coefficient, atoms in flow_axes.monomials(axis):
             size += coefficient * math.prod(counts.get(atom, flow_axes.atom_size(atom)) for atom in atoms)
         if (size != size[0]).any():
-            named[axis] = size.tobytes()
-            columns[named[axis]] = size
-    order = list(columns)
-    most = _LEVELS if len(order) <= 2 else _FEWER_LEVELS
+            found = site_of.keys() & set(flow_axes.atoms(axis))
+            own = {site_of[atom] for atom in found if space.sites[site_of[atom]].family == "channels"}
+            members = {axis: size}
+            # Axes of the same channels go together; a window's height and width are looked at apart.
+            for other in [other for other in joined if other[0] & own]:
+                joined.remove(other)
+                own, members = own | other[0], {**other[1], **members}
+            joined.append((own, members))
+    columns = []
+    for _, members in joined:
+        distinct = {np.unique(size, return_inverse=True)[1].tobytes(): size for size in members.values()}
+        columns.append(np.prod([*distinct.values()], axis=0))
+    most = _LEVELS if len(columns) <= 2 else _FEWER_LEVELS
     return Part(
         eqn,
         sites,
         options,
-        {axis: order.index(name) for axis, name in named.items()},
-        np.stack([*columns.values()], axis=1) if columns else np.zeros((len(options), 0), np.int64),
-        tuple(_evenly(np.unique(column), most) for column in columns.values()),
+        {axis: dim for dim, (_, members) in enumerate(joined) for axis in members},
+        np.stack(columns, axis=1) if columns else np.zeros((len(options), 0), np.int64),
+        tuple(_evenly(np.unique(column), most) for column in columns),
     )
 
 

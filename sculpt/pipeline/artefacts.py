@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 from sculpt import nets
 from sculpt.agents import SearchConfig
 from sculpt.agents.transfer import size_of
-from sculpt.deploy import load_params
+from sculpt.deploy import LayerLatency, load_params, measure_layers
+from sculpt.deploy.layer_latency import load_layers, save_layers
 from sculpt.model import Model, Params, from_linen
 from sculpt.pipeline.settings import (
     DEFAULT_IMPORTANCE,
@@ -25,13 +26,22 @@ from sculpt.pipeline.settings import (
     TrainSettings,
     read_settings,
 )
-from sculpt.pruning import Space, check_budget, compact, importance, make_space
+from sculpt.pruning import Space, check_budget, compact, importance, make_space, with_resource
 from sculpt.report import RunDirectory
 from sculpt.tracing import trace
 from sculpt.training import Splits, load_data
 from sculpt.training.stream import content
 
-_DRAWS = {"init": 0, "train": 1, "search": 2, "finetune": 3, "importance": 4, "example": 5, "head": 6}
+_DRAWS = {
+    "init": 0,
+    "train": 1,
+    "search": 2,
+    "finetune": 3,
+    "importance": 4,
+    "example": 5,
+    "head": 6,
+    "layers": 7,
+}
 """What the seed is folded with, for each use."""
 _EXAMPLE_BATCH = 128
 _IMPORTANCE_IMAGES = 1024
@@ -170,6 +180,31 @@ class Artefacts:
             key=self.key("importance"),
         )
         return make_space(self.space.trace, settings.families, settings.round_to, importance=scores)
+
+    def limited(
+        self, space: Space, on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Space:
+        """The space with the resource that budgets are shares of; a latency is measured, unless the run has it already."""
+        found = [
+            self._latency(on_progress).resource if name == "latency" else name
+            for name in self.search_settings.resource
+        ]
+        return with_resource(space, found if len(found) > 1 else found[0])
+
+    def _latency(self, on_progress: Callable[[int, int], None]) -> LayerLatency:
+        file, settings = self.run.path / "layers.safetensors", self.search_settings
+        if not file.is_file():
+            found = measure_layers(
+                self.dense,
+                self.space,
+                self.noise(settings.latency_batch),
+                self.key("layers"),
+                engine=settings.latency_engine,
+                on_progress=on_progress,
+            )
+            save_layers(found, file)
+        # Read again even so: what it is rounded to must not depend on who measured it.
+        return load_layers(file)
 
     @functools.cached_property
     def dense(self) -> Model:

@@ -191,9 +191,9 @@ def caption_of(record: dict[str, Any], seed: int) -> str:
 
 
 def chosen_point(found: dict[str, Any]) -> tuple[float, float]:
-    """MACs ratio and accuracy on the score images of the policy chosen; not a number, hence not drawn, where untold."""
+    """Share of the resource and accuracy on the score images of the policy chosen; not a number, hence not drawn, where untold."""
     accuracy = found["accuracy"]
-    return found["macs_ratio"], math.nan if accuracy is None else accuracy
+    return found["used"], math.nan if accuracy is None else accuracy
 
 
 def write_report(p: Pipeline) -> list[str]:
@@ -205,8 +205,14 @@ def write_report(p: Pipeline) -> list[str]:
             reward_plot(found["history"]),
         ),
         "pareto": (
-            "Accuracy against theoretical MACs, before fine-tuning",
-            pareto_plot(found["pareto"], chosen_point(found), p.search_settings.budget, found["n_score"]),
+            f"Accuracy against {found['resource']}, before fine-tuning",
+            pareto_plot(
+                found["pareto"],
+                chosen_point(found),
+                p.search_settings.budget,
+                found["n_score"],
+                found["resource"],
+            ),
         ),
         "kept": ("Theoretical MACs kept in each layer", kept_plot(p.space, p.policy)),
         "graph": ("The network and the pattern chosen at each site", graph_plot(p.space, p.policy)),
@@ -221,7 +227,7 @@ def write_report(p: Pipeline) -> list[str]:
         os.replace(temporary, folder / f"{name}.svg")
     settings = p.train_settings
     report = Report(
-        title=f"{settings.model} on {settings.dataset}, pruned to {p.search_settings.budget:.0%} of its MACs",
+        title=f"{settings.model} on {settings.dataset}, pruned to {p.search_settings.budget:.0%} of its {found['resource']}",
         seed=settings.seed,
         device=record["device"],
         versions=record["versions"],

@@ -10,6 +10,8 @@ from typing import Any
 from sculpt import nets
 from sculpt.agents import SearchConfig
 from sculpt.agents.config import RULES
+from sculpt.arguments import is_whole
+from sculpt.deploy.engines import engine_of
 from sculpt.pruning import KINDS
 from sculpt.report.run_directory import RunDirectory
 from sculpt.scoring.recalibrate import check_calibration_images
@@ -108,12 +110,22 @@ class TrainSettings:
         return "crop_flip" if _side(splits) < LARGE_IMAGES else "resized_crop"
 
 
+RESOURCES = ("macs", "macs_realised", "params", "latency")
+"""What budgets can be of."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SearchSettings:
     """What is searched for, and how long."""
 
     budget: float = 0.5
-    """Theoretical MACs kept / dense, at the most."""
+    """Share of the resource that is kept, at the most."""
+    resource: tuple[str, ...] = ("macs",)
+    """What budgets are shares of: of `RESOURCES`; with several the budget holds for each."""
+    latency_engine: str = "xla"
+    """Engine that layers are measured in, for the resource "latency"."""
+    latency_batch: int = 32
+    """Images per call, likewise."""
     families: tuple[str, ...] = ("channels", "rect")
     """Pattern families."""
     method: str = "agent"
@@ -141,7 +153,25 @@ class SearchSettings:
         # JSON has no tuples.
         object.__setattr__(self, "families", tuple(self.families))
         object.__setattr__(self, "front", tuple(self.front))
+        object.__setattr__(self, "resource", tuple(self.resource))
         self.config()
+        if (
+            not self.resource
+            or len(set(self.resource)) < len(self.resource)
+            or set(self.resource) - set(RESOURCES)
+        ):
+            given = ", ".join(self.resource) or "none"
+            raise ValueError(f"resource must be of {', '.join(RESOURCES)}, each once, got {given}")
+        if "latency" in self.resource:
+            engine_of(self.latency_engine)
+            if not is_whole(self.latency_batch, 1):
+                raise ValueError(
+                    f"latency_batch must be a whole number of at least 1, got {self.latency_batch!r}"
+                )
+        else:
+            _refuse(
+                self, ("latency_engine", "latency_batch"), "no latency is measured without --resource latency"
+            )
         if self.method != "agent":
             _refuse(self, ("agent",), f"method {self.method} learns nothing that another could begin with")
         check_calibration_images(self.calibration_images)

@@ -104,8 +104,9 @@ class Pipeline(Artefacts):
             if self.train_settings.trains:
                 check_request(model, self.splits, self.train_settings.config(self.splits), None)
         if "search" in stages:
-            for budget in self.search_config.budgets:
-                check_budget(self.space, budget)
+            if "latency" not in self.search_settings.resource:  # which is not known yet
+                for budget in self.search_config.budgets:
+                    check_budget(self.limited(self.space), budget)
             self.search_settings.check_images(self.splits)
 
     def _perform(self, stage: str) -> None:
@@ -178,9 +179,15 @@ class Pipeline(Artefacts):
             if done == total and config.rerank:
                 self._watcher.progress(done, total, "policies", f"fine-tuning the best {config.rerank}")
 
+        def on_layers(done: int, total: int) -> None:
+            self._watcher.progress(done, total, "sizes of layers measured", "")
+
+        space = self.limited(self.ranked_space, on_layers)
+        for budget in config.budgets:
+            check_budget(space, budget)
         found = search(
             self.dense,
-            self.ranked_space,
+            space,
             self.splits,
             config,
             self.key("search"),
@@ -195,6 +202,8 @@ class Pipeline(Artefacts):
             "policy": found.policy.tolist(),
             "score": found.score,
             "accuracy": found.score if config.objective == "accuracy" else accuracy_on_front(found),
+            "resource": space.resource.name,
+            "used": found.used,
             "macs_ratio": found.macs_ratio,
             "validation_accuracy": found.validation_accuracy,
             "n_validation": len(self.splits.validation.labels),

@@ -56,15 +56,20 @@ def reward_plot(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def pareto_plot(
-    front: Sequence[tuple[float, float]], chosen: tuple[float, float], budget: float, images: int
+    front: Sequence[tuple[float, float]],
+    chosen: tuple[float, float],
+    budget: float,
+    images: int,
+    resource: str = "MACs",
 ) -> str:
-    """Accuracy on the score images against theoretical MACs, of the policies that no other one beats in both.
+    """Accuracy on the score images against what a budget limits, of the policies that no other one beats in both.
 
     Args:
-      front: (MACs ratio, accuracy) pairs.
+      front: (share used, accuracy) pairs.
       chosen: the pair of the policy chosen.
       budget: drawn as a line.
       images: number of images that the accuracies are of.
+      resource: what it is a budget of.
     """
     figure, axes = _figure()
     ordered = sorted(front)
@@ -74,7 +79,7 @@ def pareto_plot(
     axes.plot(*chosen, marker="*", markersize=14, linestyle="none", label="chosen")
     axes.axvline(budget, color="grey", linestyle="--", label="budget")
     axes.set(
-        xlabel="theoretical MACs / dense",
+        xlabel=f"{resource} / dense",
         ylabel=f"accuracy before fine-tuning (n = {images}, train)",
         title="Pareto front of the search",
     )

@@ -26,7 +26,7 @@ def test_the_chosen_policy_is_drawn_where_its_accuracy_is_known() -> None:
             **rest,  # type: ignore[arg-type]
         )  # fmt: skip
         assert accuracy_on_front(found) == accuracy
-        point = chosen_point({"macs_ratio": 0.4, "accuracy": accuracy})
+        point = chosen_point({"used": 0.4, "accuracy": accuracy})
         assert point[0] == 0.4 and (np.isnan(point[1]) if accuracy is None else point[1] == accuracy)
         svg = pareto_plot([(m, a) for m, a, _ in front], point, 0.5, 256)
         assert ElementTree.fromstring(svg).tag.endswith("svg")
