@@ -86,7 +86,7 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
     Raises:
       ValueError: if the model does not take the input, or returns other than one array.
     """
-    program = inlined(flatten_model(model.apply, model.params, model.state, example_input))
+    program = inlined(flatten_model(model, example_input))
     leaves = jax.tree.leaves((model.params, model.state))
     names = [*leaf_paths(model.params), *leaf_paths(model.state)]
     constants = _constants(program, len(leaves))

@@ -28,7 +28,7 @@ from sculpt.model import Model, Params, State
 from sculpt.pruning.compact import drawn, max_difference
 from sculpt.tracing.execute import execute_at
 from sculpt.tracing.program import Equation, Program, with_known_sizes
-from sculpt.tracing.trace import leaf_parts, shapes_of
+from sculpt.tracing.trace import leaf_parts, leaf_paths, shapes_of
 
 FORMAT = "sculpt model"
 VERSION = 1
@@ -59,13 +59,18 @@ class _Loaded:
     ) -> list[Any]:
         leaves, structure = jax.tree.flatten((params, state))
         if structure != self.structure:
-            raise ValueError(f"the model takes parameters and state {self.structure}, got {structure}")
+            expected = leaf_paths(jax.tree.unflatten(self.structure, range(self.structure.num_leaves)))
+            found = leaf_paths((params, state))
+            raise ValueError(
+                f"the model takes (parameters, state) as load_model gave them, with {_other(expected, found)}; got {_other(found, expected)}"
+            )
         avals = [self.program.avals[i] for i in self.program.inputs]
         arrays = [leaves[leaf] for leaf in self.order]
-        for array, aval in zip(arrays, avals):
+        for leaf, array, aval in zip(self.order, arrays, avals):
             if np.shape(array) != aval.shape or jax.dtypes.result_type(array) != aval.dtype:
                 found = f"{jax.dtypes.result_type(array)}{list(np.shape(array))}"
-                raise ValueError(f"the model takes an array {shaped(aval)}, got {found}")
+                path = leaf_paths((params, state))[leaf].partition("/")[2] or "parameters"
+                raise ValueError(f"the model takes {shaped(aval)} for {path}, got {found}")
         size = batch_size(_WHOLE, avals[len(arrays)], x)
         return execute_at(self.program, size, [*arrays, x, *key], observe)
 
@@ -194,6 +199,12 @@ def load_model(path: str | Path) -> Model:
         ) from None
 
 
+def _other(paths: Sequence[str], others: Sequence[str]) -> str:
+    """The first of some paths that are not among others."""
+    first = [path for path in paths if path not in others][:3]
+    return ", ".join(first) or "nothing else but in other mappings or sequences"
+
+
 def _line(error: Exception) -> str:
     """The first line of an exception's message."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -210,7 +221,7 @@ def _paths(path: str | Path) -> tuple[Path, Path]:
 def _document(model: Model, example_input: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the JSON says, but for the checksum of the arrays; and the constants."""
     encoder = Encoder()
-    evaluation = encoder.program(flatten_model(model.apply, model.params, model.state, example_input))
+    evaluation = encoder.program(flatten_model(model, example_input, derivatives=True))
     constants = dict(encoder.constants)
     reason = None
     try:
@@ -247,7 +258,8 @@ def _training_program(model: Model, example_input: Any) -> Program:
         return [logits, *(found[path] for path in paths)]
 
     key = jax.eval_shape(jax.random.key, 0)
-    program = flatten_open(train, (model.params, model.state), example_input, key)
+    arrays = (model.params, model.state)
+    program = flatten_open(train, arrays, example_input, key, derivatives=True)
     if len(program.outputs) != 1 + len(paths):
         raise ValueError("it returns other than one array beside the state")
     return program

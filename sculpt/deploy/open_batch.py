@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from sculpt.tracing.program import Program, flatten
+from sculpt.model import Model
+from sculpt.tracing.program import Program, flatten, with_derivatives
 from sculpt.tracing.trace import shapes_of
 
 BATCH = "batch"
@@ -22,7 +23,11 @@ def open_batch() -> Any:
 
 
 def flatten_open(
-    function: Callable[..., Any], before: Sequence[Any], example_input: Any, *after: Any
+    function: Callable[..., Any],
+    before: Sequence[Any],
+    example_input: Any,
+    *after: Any,
+    derivatives: bool = False,
 ) -> Program:
     """The program of `function(*before, x, *after)`. Its batch size is open where the model's code allows it, and is that of the
     example otherwise.
@@ -32,6 +37,7 @@ def flatten_open(
       before: its first arguments, pytrees of arrays or `ShapeDtypeStruct`s.
       example_input: array or `ShapeDtypeStruct` `[batch, ...]`.
       after: its last arguments.
+      derivatives: note the derivatives of functions with rules of their own (`with_derivatives`): for a program to be trained.
 
     Raises:
       ValueError: if the example is no such array, or the function does not take it.
@@ -44,19 +50,21 @@ def flatten_open(
         images = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
         # What an open batch size trips over is up to the model's code: any exception may come out of it.
         try:
-            return flatten(function, *map(shapes_of, before), images, *after)
+            program = flatten(function, *map(shapes_of, before), images, *after)
+            return with_derivatives(program) if derivatives else program
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
     raise ValueError(f"the model does not take the example input {x.dtype}{list(x.shape)}: {problems[-1]}")
 
 
-def flatten_model(apply: Callable[..., Any], params: Any, state: Any, example_input: Any) -> Program:
-    """The program of an evaluation function, as `flatten_open` gives it.
+def flatten_model(model: Model, example_input: Any, derivatives: bool = False) -> Program:
+    """The program of a model's evaluation function, as `flatten_open` gives it.
 
     Raises:
       ValueError: if the model does not take the input, or returns other than one array.
     """
-    program = flatten_open(apply, (params, state), example_input)
+    arrays = (model.params, model.state)
+    program = flatten_open(model.apply, arrays, example_input, derivatives=derivatives)
     if len(program.outputs) != 1:
         raise ValueError(f"expected a model that returns one array, this one returns {len(program.outputs)}")
     return program
