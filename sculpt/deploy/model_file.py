@@ -142,8 +142,7 @@ def save_model(model: Model, path: str | Path, example_input: Any) -> None:
         "state": _tree(document["state"], jax.tree.leaves(model.state)),
         "constants": constants,
     }
-    text = json.dumps(document)
-    rebuilt = _rebuilt(json.loads(text), lambda template: arrays)
+    rebuilt = _rebuilt(json.loads(json.dumps(document)), lambda template: arrays)
     given = jnp.asarray(example_input) if not isinstance(example_input, jax.ShapeDtypeStruct) else drawn(x)
     difference = max_difference(model, rebuilt, given)
     if not difference <= TOLERANCE:
@@ -153,10 +152,11 @@ def save_model(model: Model, path: str | Path, example_input: Any) -> None:
         )
     save_params(arrays, arrays_path)
     # Until the JSON is there too, the arrays are those of no model.
-    text = json.dumps({**document, "arrays_sha256": load_checksum(arrays_path)})
+    document["arrays_sha256"] = load_checksum(arrays_path)
+    document["sha256"] = document_checksum(document)
     temporary = json_path.with_name(f".{json_path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json.dumps(document), encoding="utf-8")
         os.replace(temporary, json_path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -182,14 +182,16 @@ def load_model(path: str | Path) -> Model:
         document = json.loads(json_path.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f'"format" is not "{FORMAT}"')
-        checksum = document.get("arrays_sha256")
+        arrays_checksum, whole = document.get("arrays_sha256"), document_checksum(document)
     except Exception as error:
         raise ValueError(f"{json_path} is not a readable model file: {_line(error)}") from None
     if document.get("version") != VERSION:
         raise ValueError(
             f"{json_path} is of version {document.get('version')!r} of the format, this library reads {VERSION}: save the model again"
         )
-    if load_checksum(arrays_path) != checksum or checksum is None:
+    if document.get("sha256") != whole:
+        raise ValueError(f"{json_path} is not a readable model file: it does not match its checksum")
+    if load_checksum(arrays_path) != arrays_checksum or arrays_checksum is None:
         raise ValueError(f"{arrays_path} and {json_path} are not of the same model: save it again")
     try:
         return _rebuilt(document, lambda template: load_params(arrays_path, template))
@@ -197,6 +199,12 @@ def load_model(path: str | Path) -> Model:
         raise ValueError(
             f"{json_path} is not a readable model file (written with JAX {document.get('jax')}): {_line(error)}"
         ) from None
+
+
+def document_checksum(document: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a JSON says, but for that itself: against damage, not against forgery."""
+    said = {name: value for name, value in document.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _other(paths: Sequence[str], others: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import sculpt
+from sculpt.deploy.model_file import document_checksum
 from sculpt.model import Model
 from sculpt.tracing.trace import leaf_paths
 from tests.architectures.equality import distance, gradients, outputs
@@ -300,6 +301,7 @@ def test_files_that_make_no_sense(what: str, files: tuple[bytes, bytes], tmp_pat
     change, message = DAMAGED[what]
     document = json.loads(files[1])
     change(document)
+    document["sha256"] = document_checksum(document)  # as someone would who means it
     (tmp_path / "model.safetensors").write_bytes(files[0])
     (tmp_path / "model.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=message) as raised:
@@ -325,7 +327,9 @@ def test_files_that_are_not_whole(files: tuple[bytes, bytes], tmp_path: Path) ->
     with pytest.raises(ValueError, match="not of the same model"):
         sculpt.load_model(tmp_path / "model")
     arrays.write_bytes(files[0])
-    for damaged in (b"", b"\xff\xfe", files[1][:-20], b"[" * 100_000, b"[1]"):
+    flipped = files[1].replace(b"[0.0]", b"[0.5]", 1)
+    assert flipped != files[1]
+    for damaged in (b"", b"\xff\xfe", files[1][:-20], flipped, b"[" * 100_000, b"[1]"):
         program.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"model\.json is not a readable model file") as raised:
             sculpt.load_model(tmp_path / "model")
