@@ -617,10 +617,14 @@ def test_latency_in_engines_is_measured_printed_kept_and_reported(
 def test_files_for_engines(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(finished, run.path)
-    assert main(["export", "--run", str(run.path), "--format", "stablehlo,onnx"]) == 0
-    assert capsys.readouterr().out.endswith(f"compact.stablehlo\n{run.path / 'compact.onnx'}\n")
+    assert main(["export", "--run", str(run.path), "--format", "stablehlo,onnx,model"]) == 0
+    files = ("compact.stablehlo", "compact.onnx", "model.json")
+    assert capsys.readouterr().out.endswith("".join(f"{run.path / name}\n" for name in files))
     pipeline = Pipeline(run, {})
     x = pipeline.noise(5)
     expected = outputs(pipeline.small, x)
     assert distance(expected, run_onnx(run.path / "compact.onnx", x)) <= 1e-4
     assert distance(expected, sculpt.load_stablehlo(run.path / "compact.stablehlo")(x)) <= 1e-4
+    loaded = sculpt.load_model(run.path / "model")
+    assert distance(expected, outputs(loaded, x)) <= 1e-6
+    assert loaded.describe() == pipeline.small.describe()

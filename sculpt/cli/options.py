@@ -17,7 +17,7 @@ _STAGES = {
     "finetune": "fine-tune the pruned network, its zeros held",
     "compact": "take the zeros out: smaller arrays, the same function",
     "evaluate": "read the test split, once, and write result.json",
-    "export": "write the compact network as StableHLO, or as ONNX",
+    "export": "write the compact network as StableHLO, as ONNX, or as a model file",
     "report": "write plots and report.html",
 }
 _COMMANDS = {
@@ -113,7 +113,7 @@ def make_parser() -> Parser:
             _policies_options(command)
         if name == "export":
             command.add_argument(
-                "--format", type=_names, help="stablehlo, onnx, or both with a comma (stablehlo)"
+                "--format", type=_names, help="stablehlo, onnx, model, or several with commas (stablehlo)"
             )
         if name == "report":
             command.add_argument(

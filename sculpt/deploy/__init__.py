@@ -4,6 +4,7 @@ from sculpt.deploy.environment import device_name, versions
 from sculpt.deploy.fold import fold
 from sculpt.deploy.latency import Latency, compare_latency, measure_latency
 from sculpt.deploy.layer_latency import LayerLatency, measure_layers
+from sculpt.deploy.model_file import load_model, save_model
 from sculpt.deploy.onnx_export import export_onnx
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.deploy.stablehlo import ExportedModel, export_stablehlo, load_stablehlo
@@ -18,10 +19,12 @@ __all__ = [
     "export_stablehlo",
     "fold",
     "load_metadata",
+    "load_model",
     "load_params",
     "load_stablehlo",
     "measure_latency",
     "measure_layers",
+    "save_model",
     "save_params",
     "versions",
 ]

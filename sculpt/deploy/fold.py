@@ -13,10 +13,11 @@ from jax import export
 
 from sculpt.arguments import checked
 from sculpt.deploy.chains import Chain, find_chains, folded_arrays
+from sculpt.deploy.open_batch import batch_size, flatten_model
 from sculpt.model import Model, Params, State
-from sculpt.tracing.execute import Executable, as_written, execute
-from sculpt.tracing.program import Equation, Literal, Operand, Program, flatten, inlined, with_known_sizes
-from sculpt.tracing.trace import leaf_paths, shapes_of
+from sculpt.tracing.execute import as_written, execute, execute_at
+from sculpt.tracing.program import Equation, Literal, Operand, Program, inlined
+from sculpt.tracing.trace import leaf_paths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,29 +41,10 @@ class FoldedFunction:
     """Of the arrays."""
 
     def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
-        aval = self.program.avals[self.program.inputs[-1]]
-        shape, dtype = jnp.shape(x), jax.dtypes.result_type(x)
-        size = shape[0] if export.is_symbolic_dim(aval.shape[0]) and shape else aval.shape[0]
-        if shape != (size, *aval.shape[1:]) or dtype != aval.dtype:
-            expected = f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"
-            raise ValueError(f"the folded model takes {expected}, got {dtype}{list(shape)}")
+        size = batch_size("the folded model", self.program.avals[self.program.inputs[-1]], x)
         arrays = [params[name] if name in params else state[name] for name in self.names]
-        program = _with_bodies(with_known_sizes(self.program, size))
-        (result,) = execute(program, [*arrays, x], _bind)
+        (result,) = execute_at(self.program, size, [*arrays, x])
         return result
-
-
-def _with_bodies(program: Program) -> Executable:
-    """The program with its loops and branches run body by body: as functions they know the batch size they were traced for."""
-    bodies = {id(e): tuple(map(_with_bodies, e.bodies)) for e in program.equations if e.bodies}
-    return dataclasses.replace(as_written(program), bodies=bodies)
-
-
-def _bind(eqn: Equation, operands: list[Any], params: dict[str, Any]) -> Any:
-    """Applies a primitive. The batch size as a value is known by now."""
-    if eqn.name == "dim_as_value" and not export.is_symbolic_dim(params["dim"]):
-        return jnp.asarray(params["dim"], eqn.primitive.abstract_eval(dim=1)[0].dtype)
-    return eqn.primitive.bind(*operands, **params)
 
 
 def _no_training(params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
@@ -104,7 +86,7 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
     Raises:
       ValueError: if the model does not take the input, or returns other than one array.
     """
-    program = inlined(_open_program(model, example_input))
+    program = inlined(flatten_model(model, example_input))
     leaves = jax.tree.leaves((model.params, model.state))
     names = [*leaf_paths(model.params), *leaf_paths(model.state)]
     constants = _constants(program, len(leaves))
@@ -131,28 +113,6 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
 
 def _is_number(array: jax.Array) -> bool:
     return array.ndim == 0 and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
-def _open_program(model: Model, example_input: Any) -> Program:
-    x = shapes_of(example_input)
-    if not hasattr(x, "shape") or not x.shape:
-        raise ValueError("expected an example input [batch, ...], one array")
-    (batch,) = export.symbolic_shape("batch")
-    problems = []
-    for size in (batch, x.shape[0]):
-        image = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
-        # What an open batch size trips over is up to the model's code: any exception may come out of it.
-        try:
-            program = flatten(model.apply, shapes_of(model.params), shapes_of(model.state), image)
-        except Exception as error:
-            problems.append(f"{type(error).__name__}: {error}")
-            continue
-        if len(program.outputs) != 1:
-            raise ValueError(
-                f"expected a model that returns one array, this one returns {len(program.outputs)}"
-            )
-        return program
-    raise ValueError(f"the model does not take the example input {x.dtype}{list(x.shape)}: {problems[-1]}")
 
 
 def _read(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,21 +112,41 @@ def load_metadata(path: str | Path) -> dict[str, str]:
     return about["metadata"]
 
 
+def load_checksum(path: str | Path) -> str | None:
+    """The checksum of a file's arrays that `save_params` put beside them; None where another program wrote the file.
+
+    Raises:
+      ValueError: if the file is absent or damaged.
+    """
+    with _opened(Path(path)) as file:
+        return _about(file).get("sha256")
+
+
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with _opened(path) as file:
+        about = _about(file)
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if "sha256" in about and about["sha256"] != _digest(arrays):
+        raise ValueError(f"{path} is damaged: its arrays do not match their checksum; write it again")
+    return arrays, about
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); write it again") from error
-    about = json.loads(metadata[_OWN]) if _OWN in metadata else {"metadata": metadata}
-    if "sha256" in about and about["sha256"] != _digest(arrays):
-        raise ValueError(f"{path} is damaged: its arrays do not match their checksum; write it again")
-    return arrays, about
+
+
+def _about(file: Any) -> dict[str, Any]:
+    metadata = file.metadata() or {}
+    return json.loads(metadata[_OWN]) if _OWN in metadata else {"metadata": metadata}
 
 
 def _names(tree: Any) -> list[str]:

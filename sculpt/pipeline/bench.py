@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sculpt.deploy import compare_latency, export_onnx
+from sculpt.deploy import compare_latency, export_onnx, save_model
 from sculpt.deploy.engines import engine_of
 from sculpt.deploy.environment import cores
 from sculpt.pipeline import closing
@@ -15,8 +15,8 @@ from sculpt.pipeline.stages import Pipeline
 from sculpt.report import RunDirectory
 from sculpt.report.run_directory import write_json
 
-FORMATS = ("stablehlo", "onnx")
-"""What a compact network is exported to."""
+FORMATS = {"stablehlo": "compact.stablehlo", "onnx": "compact.onnx", "model": "model.json"}
+"""What a compact network is exported to, and the file; arrays of "model" stand beside it in `model.safetensors`."""
 _COMPARED_IMAGES = 8
 
 
@@ -107,8 +107,8 @@ def bench_latency(
 
 
 def export_formats(run: RunDirectory, formats: Sequence[str]) -> list[str]:
-    """Writes the compact network of a run in these formats: "stablehlo" as `compact.stablehlo`, which is a stage of the run, "onnx" as
-    `compact.onnx`. Returns the names of the files.
+    """Writes the compact network of a run in these formats: those of `FORMATS`, of which "stablehlo" is a stage of the run.
+    Returns the names of the files.
 
     Raises:
       ValueError: if there is another format, the run is not compacted yet, or the network cannot be exported so.
@@ -119,8 +119,9 @@ def export_formats(run: RunDirectory, formats: Sequence[str]) -> list[str]:
     run.record("compact")  # or an error that says what to run first
     if "stablehlo" in formats:
         Pipeline(run, {}).execute(("export",))
-    if "onnx" in formats:
-        artefacts = Artefacts(run, {})
-        with run.locked():
-            export_onnx(artefacts.small, run.path / "compact.onnx", artefacts.noise(_COMPARED_IMAGES))
-    return [f"compact.{name}" for name in formats]
+    artefacts = Artefacts(run, {})
+    for name, write in (("onnx", export_onnx), ("model", save_model)):
+        if name in formats:
+            with run.locked():
+                write(artefacts.small, run.path / FORMATS[name], artefacts.noise(_COMPARED_IMAGES))
+    return [FORMATS[name] for name in formats]

@@ -24,7 +24,7 @@ from sculpt.pruning.rewrite import Sizes, bind, rewrite, take
 from sculpt.pruning.space import Space
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.execute import Executable, as_written, execute
-from sculpt.tracing.program import flatten, with_known_sizes
+from sculpt.tracing.program import flatten, with_derivatives, with_known_sizes
 from sculpt.tracing.rules import WINDOW
 from sculpt.tracing.trace import Trace, axis_flow, leaf_paths, shapes_of
 from sculpt.tracing.zeros import unsound_atoms
@@ -167,7 +167,7 @@ def _difference(a: jax.Array, b: jax.Array) -> float:
 
 
 def _check(model: Model, small: Model, traced: Trace) -> None:
-    x = jax.tree.map(_drawn, traced.inputs)
+    x = jax.tree.map(drawn, traced.inputs)
     floating = [v.dtype for v in traced.program.avals if jnp.issubdtype(v.dtype, jnp.floating)]
     tolerance = max(TOLERANCE, *(_ROUNDINGS * float(jnp.finfo(dtype).eps) for dtype in floating))
     # Accelerators multiply in fewer digits unless they are told otherwise.
@@ -180,7 +180,8 @@ def _check(model: Model, small: Model, traced: Trace) -> None:
             )
 
 
-def _drawn(array: jax.ShapeDtypeStruct) -> jax.Array:
+def drawn(array: jax.ShapeDtypeStruct) -> jax.Array:
+    """A random array of this shape and dtype that a network may be given."""
     draw = jax.random.normal(jax.random.key(0), array.shape, jnp.float32)
     # Integers are taken for token ids or the like, of which every network knows 0 and 1.
     return (draw if jnp.issubdtype(array.dtype, jnp.inexact) else draw > 0).astype(array.dtype)
@@ -284,11 +285,11 @@ def _rewritten(
     """Traces `function` at full width for these input shapes and rewrites its static shapes."""
     out_tree = jax.tree.structure(jax.eval_shape(function, plan.params, plan.state, *rest))
     program = flatten(function, plan.params, plan.state, *rest)
-    known, symbolic = program, any(not isinstance(n, int) for x in jax.tree.leaves(rest) for n in x.shape)
-    if symbolic:
+    known = program
+    if any(not isinstance(n, int) for x in jax.tree.leaves(rest) for n in x.shape):
+        program = with_derivatives(program)
         known = with_known_sizes(program, 2)
-    # With a symbolic batch a program is exported, not trained: own derivatives are not looked at.
-    flow = axis_flow(known, derivatives=not symbolic)
+    flow = axis_flow(known)
     inputs = [flow.terms[v] for v in known.inputs[: len(plan.keeps)]]
     # New statistics are of the same units as the old ones, whatever the program does with them.
     old_state = inputs[len(jax.tree.leaves(plan.params)) :]

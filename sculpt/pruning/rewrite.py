@@ -89,7 +89,7 @@ def rewrite(flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> Ex
                 bodies[id(eqn)] = tuple(rewrite(f, b, kept) for f, b in zip(inner, eqn.bodies))
                 if id(known) in flow.derivatives:
                     backward = flow.derivatives[id(known)]
-                    derivatives[id(eqn)] = rewrite(backward, backward.program, kept)
+                    derivatives[id(eqn)] = rewrite(backward, eqn.own_derivative or backward.program, kept)
         elif eqn.name in REWRITES and sizes.changes(eqn):
             params[id(eqn)] = {**eqn.params, **REWRITES[eqn.name](sizes, eqn)}
     constants = {

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import float0
 
-from sculpt.tracing.program import Equation, Literal, Program, is_inexact
+from sculpt.tracing.program import Equation, Literal, Program, is_inexact, with_known_sizes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +40,29 @@ def as_written(program: Program) -> Executable:
     return Executable(program, program.constants, {}, {}, {})
 
 
+def by_bodies(program: Program) -> Executable:
+    """The program as written, whose loops, branches and own derivatives (those that `with_derivatives` has noted) are run operation
+    by operation too: as functions they know only the sizes that they were traced with."""
+    inner = [eqn for eqn in program.equations if eqn.bodies]
+    bodies = {id(eqn): tuple(map(by_bodies, eqn.bodies)) for eqn in inner}
+    derivatives = {id(e): by_bodies(e.own_derivative) for e in inner if e.own_derivative is not None}
+    return dataclasses.replace(as_written(program), bodies=bodies, derivatives=derivatives)
+
+
+def execute_at(
+    program: Program, size: Any, arguments: Sequence[Any], observe: Observer | None = None
+) -> list[Any]:
+    """Runs a program of an open batch size (or of this one) on arguments of the batch size `size`, which may be symbolic."""
+    return execute(by_bodies(with_known_sizes(program, size)), arguments, _bind_known, observe)
+
+
+def _bind_known(eqn: Equation, operands: list[Any], params: dict[str, Any]) -> Any:
+    """Applies a primitive. The batch size as a value is known by now."""
+    if eqn.name == "dim_as_value":
+        return jnp.asarray(params["dim"], jax.dtypes.canonicalize_dtype(int))
+    return eqn.primitive.bind(*operands, **params)
+
+
 def execute(
     executable: Executable,
     arguments: Sequence[Any],
@@ -65,7 +89,7 @@ def execute(
 
     for eqn in program.equations:
         operands = [read(o, program.is_table(eqn)) for o in eqn.inputs]
-        if eqn.function is not None:
+        if eqn.bodies:
             results = _structured(eqn, operands, executable, bind)
         else:
             params = executable.params.get(id(eqn), eqn.params)
@@ -81,9 +105,9 @@ def execute(
 
 
 def _structured(eqn: Equation, operands: list[Any], executable: Executable, bind: Binder | None) -> list[Any]:
-    assert eqn.function is not None
     bodies = executable.bodies.get(id(eqn))
     if bodies is None:
+        assert eqn.function is not None
         return eqn.function(*operands)
     functions = [lambda *a, body=body: execute(body, a, bind) for body in bodies]
     if eqn.name == "scan":

@@ -64,7 +64,10 @@ class Equation:
     bodies: tuple[Program, ...] = ()
     """The programs inside a loop, a branch, or a function with its own derivative."""
     function: Callable[..., list[Any]] | None = None
-    """The equation as a function of its operands, own derivatives included; only where there are bodies."""
+    """The equation as a function of its operands, own derivatives included; only where there are bodies. Knows the sizes that it was
+    traced with and no others."""
+    own_derivative: Program | None = None
+    """What `derivative` gives, where `with_derivatives` has asked for it."""
 
     @property
     def name(self) -> str:
@@ -116,6 +119,8 @@ def derivative(program: Program, eqn: Equation) -> Program:
     Inputs are the operands, then the tangents of inexact operands (`custom_jvp_call`) or the cotangents of inexact results
     (`custom_vjp_call`); outputs are the results and their tangents, or the cotangents of inexact operands.
     """
+    if eqn.own_derivative is not None:
+        return eqn.own_derivative
     function = eqn.function
     assert function is not None
     operands = [_abstract(program, o) for o in eqn.inputs]
@@ -141,6 +146,19 @@ def derivative(program: Program, eqn: Equation) -> Program:
     return flatten(backward, operands, others)
 
 
+def with_derivatives(program: Program) -> Program:
+    """The same program, value ids included, that holds the derivative of every equation with a rule of its own: for a program that
+    is to be run at other sizes, which its equations do not know as functions."""
+
+    def known(eqn: Equation) -> Equation:
+        own = derivative(program, eqn) if eqn.name in OWN_DERIVATIVES else None
+        bodies = tuple(map(with_derivatives, eqn.bodies))
+        return dataclasses.replace(eqn, bodies=bodies, own_derivative=own)
+
+    equations = tuple(known(eqn) if eqn.bodies else eqn for eqn in program.equations)
+    return dataclasses.replace(program, equations=equations)
+
+
 def _abstract(program: Program, operand: Operand) -> jax.ShapeDtypeStruct:
     if isinstance(operand, Literal):
         return jax.ShapeDtypeStruct(np.shape(operand.value), np.asarray(operand.value).dtype)
@@ -148,7 +166,9 @@ def _abstract(program: Program, operand: Operand) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-_ONLY_FOR_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
+OWN_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
+"""Primitives with a derivative of their own."""
+_ONLY_FOR_DERIVATIVES = (*OWN_DERIVATIVES, "checkpoint", "remat2")
 """Primitives whose body is all that evaluation needs."""
 
 
@@ -203,6 +223,7 @@ def with_known_sizes(program: Program, size: Any) -> Program:
             eqn,
             params={name: known(value) for name, value in eqn.params.items()},
             bodies=tuple(with_known_sizes(body, size) for body in eqn.bodies),
+            own_derivative=None if eqn.own_derivative is None else with_known_sizes(eqn.own_derivative, size),
         )
         for eqn in program.equations
     )

@@ -107,15 +107,26 @@ class Trace:
         return self.flow.terms[self.program.inputs[index]]
 
 
-def leaf_paths(tree: Any) -> list[str]:
-    """The paths of a pytree's leaves, parts joined by "/" (the `value` of Flax NNX variables left out)."""
+def leaf_parts(tree: Any) -> list[tuple[str | int, ...]]:
+    """The paths of a pytree's leaves, part by part: keys and names as text, places in sequences as numbers (the `value` of Flax
+    NNX variables left out)."""
     paths = []
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        parts = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
+        parts = tuple(
+            p.idx
+            if isinstance(p, jax.tree_util.SequenceKey)
+            else str(getattr(p, "key", getattr(p, "name", p)))
+            for p in path
+        )
         if len(parts) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey):
             parts = parts[:-1]
-        paths.append("/".join(parts))
+        paths.append(parts)
     return paths
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The paths of a pytree's leaves, parts joined by "/"."""
+    return ["/".join(map(str, parts)) for parts in leaf_parts(tree)]
 
 
 def shapes_of(tree: Any) -> Any:
@@ -211,12 +222,11 @@ def _follow_training(
         flow.axes.freeze(((atom,),), "not read in evaluation")
 
 
-def axis_flow(program: Program, derivatives: bool = True) -> Flow:
-    """Runs the axis-flow rules over a whole program, whose inputs are unrelated to begin with; `derivatives`: those of functions
-    with a derivative of their own too."""
+def axis_flow(program: Program) -> Flow:
+    """Runs the axis-flow rules over a whole program, whose inputs are unrelated to begin with."""
     axes = Axes()
     inputs = [tuple(axes.fresh(n) for n in program.shape(value)) for value in program.inputs]
-    return Flow(program, axes, inputs, derivatives)
+    return Flow(program, axes, inputs)
 
 
 def _groups(flow: Flow, leaves: Sequence[Leaf], layers: Sequence[Layer]) -> list[Group]:
