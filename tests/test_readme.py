@@ -8,13 +8,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 import sculpt
 from sculpt.cli import main, make_parser
+from sculpt.deploy import layer_sizes
 from tests.conftest import untrained_digits
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,10 +53,33 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_importance_example_runs() -> None:
-    _, code = blocks("python")
+    (code,) = [block for block in blocks("python") if "sculpt.importance" in block]
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["space"].importance is names["scores"]
+
+
+def test_the_latency_example_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the first example, of whose names it uses some; at fewer sizes of every layer."""
+    monkeypatch.setattr(layer_sizes, "_LEVELS", 2)
+    (code,) = [block for block in blocks("python") if "measure_layers" in block]
+    model, splits = untrained_digits(), sculpt.load_data("digits")
+    images = jax.numpy.asarray(splits.normalise(splits.test.images))
+    space = sculpt.make_space(sculpt.trace(model, images[:1]), families=("channels",))
+    found = SimpleNamespace(policy=np.zeros(space.num_sites, np.int32))
+    names: dict[str, Any] = {
+        "jax": jax,
+        "sculpt": sculpt,
+        "model": model,
+        "space": space,
+        "images": images,
+        "found": found,
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert float(capsys.readouterr().out.split()[0]) == pytest.approx(1.0)
+    assert names["both"].resource.name == "the largest of MACs, parameters"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

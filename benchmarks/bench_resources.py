@@ -1,0 +1,184 @@
+"""Budgets of measured latency against budgets of MACs: the same search, engine and fine-tuning.
+
+    python -m benchmarks.bench_resources --data DATA --tasks digits-resnet8 --seeds 0 1 2
+
+Tasks are those of `tasks`, their dense network trained (or fine-tuned) once, with seed 0. The latency of every layer under every
+option is measured first; then the agent searches channels to remove, for several budgets of either kind. What it finds is
+compacted, its latency measured beside the dense network's, and fine-tuned alike and tested. Everything is kept under --run and
+skipped when it is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sculpt
+from benchmarks.stages import in_words, settle, stage
+from benchmarks.tasks import TASKS, Task, dense_network, parser_of, tuned
+from benchmarks.timing import provenance, write_results
+from sculpt.deploy.layer_latency import LayerLatency, load_layers, save_layers
+from sculpt.model import Model
+from sculpt.pruning import Space
+from sculpt.training import Splits
+
+
+def layers_of(
+    model: Model, space: Space, splits: Splits, options: argparse.Namespace, file: Path
+) -> LayerLatency:
+    """The latency of the layers, measured unless it is kept already."""
+    if not file.exists():
+        x = splits.normalise(splits.train.images[: options.batch])
+        save_layers(
+            sculpt.measure_layers(
+                model, space, x, jax.random.key(0), engine=options.engine, threads=1, networks=12
+            ),
+            file,
+        )
+    return load_layers(file)
+
+
+def searched(
+    model: Model,
+    space: Space,
+    latency: LayerLatency,
+    splits: Splits,
+    task: Task,
+    budget: float,
+    seed: int,
+    folder: Path,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """One search; what it found, measured and fine-tuned."""
+    config = sculpt.SearchConfig(
+        budget=budget, evaluations=options.evaluations, rerank=4, rerank_finetune=task.brief
+    )
+    found = sculpt.search(model, space, splits, config, jax.random.key(seed))
+    masks = sculpt.make_masks(space, model.params, found.policy)
+    small = sculpt.compact(sculpt.apply_masks(model, masks), space, found.policy)
+    x = splits.normalise(splits.train.images[: options.batch])
+    times = sculpt.compare_latency({"dense": model, "small": small}, x, 60, engine=options.engine, threads=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    after = tuned(small, splits, task.finetune, 0, folder / f"seed{seed}", teacher=model)
+    jax.clear_caches()
+    return {
+        "macs": found.macs_ratio,
+        "predicted": float(latency.seconds(space, found.policy)) / latency.resource.total,
+        "measured": times["small"].median / times["dense"].median,
+        "quartiles": [second / times["dense"].median for second in times["small"].spread],
+        "score": found.score,
+        "test": after["test_accuracy"],
+        "policy": found.policy.tolist(),
+    }
+
+
+def rows_of(folder: Path) -> list[str]:
+    """A row for each kind and budget: means over the seeds that are complete."""
+    rows = []
+    for place in sorted(folder.glob("*-*")):
+        results = [json.loads(file.read_text()) for file in sorted(place.glob("seed*.json"))]
+        if not results:
+            continue
+        kind, budget = place.name.rsplit("-", 1)
+        columns = [
+            " / ".join(f"{result[name]:.3f}" for result in results)
+            for name in ("macs", "predicted", "measured")
+        ]
+        tests = [result["test"] for result in results]
+        rows.append(
+            f"| {kind} | {budget} | {' | '.join(columns)} | {1 / np.mean([r['measured'] for r in results]):.2f} | "
+            f"{' / '.join(f'{test:.2f}' for test in tests)} | {np.mean(tests):.2f} |"
+        )
+    return rows
+
+
+def report(options: argparse.Namespace) -> None:
+    """Prints the tables as Markdown and keeps them in benchmarks/results/."""
+    lines = [
+        "# Budgets of measured latency and of MACs",
+        "",
+        *provenance(),
+        f"{options.evaluations} evaluations by the agent, family channels, the best 4 fine-tuned briefly before one is chosen, then "
+        f"fine-tuned with the dense network as its teacher. Latency: {options.engine}, batch {options.batch}, one thread, median of 60 "
+        "interleaved samples, as a share of the dense network's; predicted: from the layers. Values of the seeds apart by /.",
+    ]
+    for name in options.tasks:
+        folder = options.run / name
+        if rows := rows_of(folder):
+            latency = load_layers(folder / "layers.safetensors")
+            lines += [
+                "",
+                f"## {name}",
+                "",
+                f"Prediction of {len(latency.measured)} networks from the others: off by {100 * np.median(latency.error):.1f}% in the "
+                f"median, {100 * latency.error.max():.1f}% at the most; dense {1e3 * latency.measured[0]:.2f} ms. "
+                f"Fine-tuning: {in_words(TASKS[name].finetune)}.",
+                "",
+                "| budget of | budget | MACs kept | latency predicted | latency measured | speed-up | test accuracy | mean |",
+                "| --- | --- | --- | --- | --- | --- | --- | --- |",
+                *rows,
+            ]
+    write_results("bench_resources", lines)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, "bench_resources", ["digits-resnet8"])
+    parser.add_argument("--engine", default="xla")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--latency", type=float, nargs="+", default=[0.5, 0.6, 0.7])
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--evaluations", type=int, default=512)
+    options = parser.parse_args()
+    jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
+    for name in options.tasks:
+        task, folder = TASKS[name], options.run / name
+        settle(
+            folder,
+            {
+                "train": repr(task.train),
+                "finetune": repr(task.finetune),
+                "evaluations": options.evaluations,
+                "engine": options.engine,
+                "batch": options.batch,
+            },
+        )
+        splits = task.load(options.data)
+        dense = dense_network(task, splits, 0, folder, options.data)
+        trace = sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:])))
+        space = sculpt.make_space(trace, families=("channels",))
+        latency = layers_of(dense, space, splits, options, folder / "layers.safetensors")
+        limited = sculpt.with_resource(space, latency.resource)
+        for kind, budgets in (("latency", options.latency), ("macs", options.macs)):
+            for budget in budgets:
+                low = (limited if kind == "latency" else space).reachable[0]
+                if budget < low:
+                    print(f"{name}: {kind} {budget} cannot be reached, {low:.3f} is the least", flush=True)
+                    continue
+                place = folder / f"{kind}-{budget}"
+                for seed in options.seeds:
+                    compute = functools.partial(
+                        searched,
+                        dense,
+                        limited if kind == "latency" else space,
+                        latency,
+                        splits,
+                        task,
+                        budget,
+                        seed,
+                        place,
+                        options,
+                    )
+                    stage(place / f"seed{seed}.json", compute)
+                report(options)
+
+
+if __name__ == "__main__":
+    main()
