@@ -22,7 +22,8 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_page(name: str) -> None:
+def test_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where it leaves its files
     text = (REPOSITORY / "docs" / name).read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (REPOSITORY / "docs" / link).exists(), link

@@ -26,6 +26,7 @@ from sculpt.deploy.layer_sizes import Part, find_parts, grid_of
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model, from_function
 from sculpt.pruning import Lookup, Space, apply_masks, compact, make_masks, random_policies
+from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.rewrite import bind
 from sculpt.tracing.program import Equation, Program, flatten
 from sculpt.tracing.trace import shapes_of
@@ -94,12 +95,19 @@ def measure_layers(
       on_progress: told how many of how many sizes of layers are done.
 
     Raises:
-      ValueError: like `compare_latency`, and for a network of no layers outside loops.
+      ValueError: like `compare_latency`; for a model or an input that is not of the space; for a network of no layers outside loops; where
+        whole networks do not become slower with their layers, as on a machine that is busy with other work.
     """
     for name, value, least in (("networks", networks, 3), ("repeats", repeats, 1)):
         if not is_whole(value, least):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    fitting_leaves(space.trace, model.params)
     x = np.asarray(example_input)
+    if x.ndim == 0 or x.shape[1:] != space.trace.input_shape:
+        raise ValueError(
+            f"expected an example input [batch, {', '.join(map(str, space.trace.input_shape))}], as the network was traced with, "
+            f"got {list(x.shape)}"
+        )
     program = flatten(
         model.apply, shapes_of(model.params), shapes_of(model.state), jax.ShapeDtypeStruct(x.shape, x.dtype)
     )
@@ -125,6 +133,12 @@ def measure_layers(
     )
     fixed, slope = _line(sums, measured)
     total = float(fixed + slope * sums[0])
+    if slope <= 0.0 or total <= 0.0:
+        raise ValueError(
+            f"whole networks took {np.array2string(1e3 * measured, precision=3)} ms where their layers take "
+            f"{np.array2string(1e3 * sums, precision=3)} ms, which do not hang together: leave the machine to the measurement, or ask for "
+            "more repeats"
+        )
     resource = dataclasses.replace(
         layers,
         name=f"latency ({engine}, batch {len(x)})",

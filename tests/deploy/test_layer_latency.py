@@ -93,7 +93,9 @@ def test_a_file_keeps_it(tmp_path: Path) -> None:
         load_layers(tmp_path / "other.safetensors")
 
 
-def test_a_real_clock() -> None:
+def test_a_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So few samples of so small networks may have any slope.
+    monkeypatch.setattr(layer_latency, "_line", lambda sums, seconds: np.asarray([0.0, 1.0]))
     space = sculpt.make_space(traced("function"), ("channels",))
     told: list[tuple[int, int]] = []
     found = measure_layers(
@@ -118,3 +120,18 @@ def test_refusals() -> None:
         measure_layers(network("plain"), space, X, jax.random.key(0), networks=2)
     with pytest.raises(ValueError, match="engine must be one of"):
         measure_layers(network("plain"), space, X, jax.random.key(0), engine="tensorrt")
+    with pytest.raises(ValueError, match=r"expected an example input \[batch, 8, 8, 3\]"):
+        measure_layers(network("plain"), space, X[:, :4], jax.random.key(0))
+    with pytest.raises(ValueError, match="parameters"):
+        measure_layers(network("residual"), space, X, jax.random.key(0))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_machine_that_is_busy_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slower(models: dict[str, sculpt.Model], *_: object, **__: object) -> dict[str, SimpleNamespace]:
+        return {name: SimpleNamespace(median=1.0 / kernel_weights(model)) for name, model in models.items()}
+
+    monkeypatch.setattr(layer_latency, "compare_latency", slower)
+    space = sculpt.make_space(traced("plain"), ("channels",))
+    with pytest.raises(ValueError, match="do not hang together: leave the machine"):
+        measure_layers(network("plain"), space, X, jax.random.key(0), networks=4)
