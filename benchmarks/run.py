@@ -2,7 +2,8 @@
 
     python -m benchmarks.run --data DATA
 
-DATA holds `cifar10/` (parquet files of JPEG images) and `weights/` (safetensors). Without it only what needs no data runs.
+DATA holds `cifar10/` and `tiny_imagenet/` (parquet files of JPEG images) and `weights/` (safetensors). Without it only what needs no
+data runs. All of it takes hours; what trains or searches is kept under runs/, and goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ from pathlib import Path
 
 def commands(data: Path | None) -> list[list[str]]:
     """Arguments of `python -m` for each benchmark."""
-    names = ("trace_networks", "bench_evaluate", "bench_search", "bench_filter_groups")
+    names = (
+        "trace_networks",
+        "bench_evaluate",
+        "bench_search",
+        "bench_filter_groups",
+        "bench_depthwise",
+        "bench_toy",
+    )
     alone = [[f"benchmarks.{name}"] for name in names]
     if data is None:
         return alone
     weights = str(data / "weights" / "cifar10_resnet20.safetensors")
+    on_tasks = ("prune_tasks", "bench_controls", "bench_proxy", "bench_resources")
     return [
         *alone,
         ["benchmarks.prune_cifar_jpeg", "--weights", weights, "--data-dir", str(data / "cifar10")],
         ["benchmarks.bench_engines", "--weights", weights],
+        *([f"benchmarks.{name}", "--data", str(data)] for name in on_tasks),
     ]
 
 

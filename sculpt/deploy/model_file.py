@@ -6,7 +6,6 @@ nothing that a file brings along: no pickle, no code, operations by name from a 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,101 +19,24 @@ import numpy as np
 
 from sculpt.arguments import checked
 from sculpt.deploy.environment import versions
-from sculpt.deploy.json_values import decode_shaped, generator_of, shaped
-from sculpt.deploy.open_batch import batch_size, flatten_model, flatten_open
+from sculpt.deploy.json_values import decode_shaped, shaped
+from sculpt.deploy.loaded_model import LoadedApply, LoadedFunction, LoadedTrain, NoTraining
+from sculpt.deploy.open_batch import flatten_model, flatten_open
 from sculpt.deploy.params import load_checksum, load_params, save_params
 from sculpt.deploy.program_json import Encoder, decode_program
 from sculpt.model import Model, Params, State
 from sculpt.pruning.compact import drawn, max_difference
-from sculpt.tracing.execute import execute_at
 from sculpt.tracing.program import Equation, Program, with_known_sizes
-from sculpt.tracing.trace import leaf_parts, leaf_paths, shapes_of
+from sculpt.tracing.trace import leaf_parts, shapes_of
 
 FORMAT = "sculpt model"
 VERSION = 1
 """Of the JSON. Other versions are refused."""
 TOLERANCE = 1e-5
 """Largest difference between the outputs of a model and of the one rebuilt, relative to the largest output."""
-_WHOLE = "the model"
 
 Parts = tuple[str | int, ...]
 """The path of an array in a tree: keys of mappings, places in sequences."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loaded:
-    """A program read from a file. Equal to what was read from another file of the same programs and constants."""
-
-    digest: str
-    """Of both programs and their constants."""
-    program: Program = dataclasses.field(compare=False, repr=False)
-    """Takes the leaves of the parameters and the state in the order of `order`, then images, then a key if it is for training."""
-    structure: Any = dataclasses.field(compare=False, repr=False)
-    """Of (parameters, state)."""
-    order: tuple[int, ...] = dataclasses.field(compare=False, repr=False)
-    """For every array that the program takes, which leaf of (parameters, state) it is."""
-
-    def run(
-        self, params: Params, state: State, x: jax.Array, *key: jax.Array, observe: Any = None
-    ) -> list[Any]:
-        leaves, structure = jax.tree.flatten((params, state))
-        if structure != self.structure:
-            expected = leaf_paths(jax.tree.unflatten(self.structure, range(self.structure.num_leaves)))
-            found = leaf_paths((params, state))
-            raise ValueError(
-                f"the model takes (parameters, state) as load_model gave them, with {_other(expected, found)}; got {_other(found, expected)}"
-            )
-        avals = [self.program.avals[i] for i in self.program.inputs]
-        arrays = [leaves[leaf] for leaf in self.order]
-        for leaf, array, aval in zip(self.order, arrays, avals):
-            if np.shape(array) != aval.shape or jax.dtypes.result_type(array) != aval.dtype:
-                found = f"{jax.dtypes.result_type(array)}{list(np.shape(array))}"
-                path = leaf_paths((params, state))[leaf].partition("/")[2] or "parameters"
-                raise ValueError(f"the model takes {shaped(aval)} for {path}, got {found}")
-        size = batch_size(_WHOLE, avals[len(arrays)], x)
-        return execute_at(self.program, size, [*arrays, x, *key], observe)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedApply(_Loaded):
-    """The evaluation function of a model read from a file."""
-
-    rows: tuple[str, ...] = dataclasses.field(compare=False, repr=False, default=())
-
-    def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
-        (logits,) = self.run(params, state, x)
-        return logits
-
-    def describe(self) -> tuple[str, ...]:
-        """What compaction did to the model that was saved (`Model.describe`)."""
-        return self.rows
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedTrain(_Loaded):
-    """The training function of a model read from a file."""
-
-    def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
-        expected = self.program.avals[self.program.inputs[-1]].dtype
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.wrap_key_data(key, impl=generator_of(expected))
-        if key.dtype != expected:
-            raise ValueError(f"the model draws from keys {expected}, got {key.dtype}")
-        logits, *new = self.run(params, state, x, key)
-        leaves = jax.tree.leaves((params, state))
-        for leaf, array in zip(self.order[len(self.order) - len(new) :], new, strict=True):
-            leaves[leaf] = array
-        return logits, jax.tree.unflatten(self.structure, leaves)[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class NoTraining:
-    """Stands for the training function of a model that was saved without one."""
-
-    reason: str
-
-    def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
-        raise ValueError(f"the model file has no training mode: {self.reason}")
 
 
 @checked
@@ -205,12 +127,6 @@ def document_checksum(document: Mapping[str, Any]) -> str:
     """The SHA-256 of what a JSON says, but for that itself: against damage, not against forgery."""
     said = {name: value for name, value in document.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _other(paths: Sequence[str], others: Sequence[str]) -> str:
-    """The first of some paths that are not among others."""
-    first = [path for path in paths if path not in others][:3]
-    return ", ".join(first) or "nothing else but in other mappings or sequences"
 
 
 def _line(error: Exception) -> str:
@@ -312,7 +228,7 @@ def _rebuilt(document: Mapping[str, Any], read: Callable[[Any], Any]) -> Model:
     return Model(apply, train, params, state)
 
 
-def _check(function: _Loaded, params: Params, state: State, *rest: jax.ShapeDtypeStruct) -> None:
+def _check(function: LoadedFunction, params: Params, state: State, *rest: jax.ShapeDtypeStruct) -> None:
     """Runs a function on shapes alone and compares those of every operation with what the program says."""
     program = with_known_sizes(function.program, rest[0].shape[0])
 

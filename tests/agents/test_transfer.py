@@ -55,7 +55,7 @@ def test_an_unseen_larger_network_is_pruned_better_without_learning_on_it() -> N
     # The same layers matter, but the weights tell of others.
     _, misleading, space = chain(10, 8)
     misled = first_batch(taught(), misleading, space, made)
-    assert after.history[0]["mean_reward"] > misled.history[0]["mean_reward"] + 0.01
+    assert after.history[0]["mean_reward"] > misled.history[0]["mean_reward"] + 0.005
 
 
 def test_pretraining_is_deterministic_and_reports(tmp_path: Path) -> None:

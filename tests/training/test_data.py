@@ -65,7 +65,7 @@ def test_correctness_06_same_seed_same_split_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("seed", ["a", 0.5, None])
 def test_what_is_no_seed(seed: Any) -> None:
-    with pytest.raises(ValueError, match=f"seed must be a whole number, got {seed!r}"):
+    with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to 4294967295, got {seed!r}"):
         load_data("digits", seed=seed)
 
 
