@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sculpt
-from benchmarks.stages import in_words, settle, stage
-from benchmarks.tasks import TASKS, Task, dense_network, parser_of, tuned
+from benchmarks.stages import in_words, stage
+from benchmarks.tasks import TASKS, Task, begin, parser_of, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.agents import Method
 from sculpt.agents.cma_es import load_evosax
@@ -156,17 +156,8 @@ def main() -> None:
         load_evosax()  # now rather than after hours
     jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
     for name in options.tasks:
-        task, folder = TASKS[name], options.run / name
-        settle(
-            folder,
-            {
-                "train": repr(task.train),
-                "finetune": repr(task.finetune),
-                "evaluations": options.evaluations,
-            },
-        )
-        splits = task.load(options.data)
-        dense = dense_network(task, splits, 0, folder, options.data)
+        folder = options.run / name
+        task, splits, dense = begin(name, folder, options.data, evaluations=options.evaluations)
         space = sculpt.make_space(sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:]))))
         for budget in options.budgets:
             for method in options.methods:

@@ -22,8 +22,8 @@ import numpy as np
 import scipy.stats
 
 import sculpt
-from benchmarks.stages import in_words, settle, stage
-from benchmarks.tasks import TASKS, Task, dense_network, parser_of
+from benchmarks.stages import in_words, stage
+from benchmarks.tasks import Task, begin, parser_of
 from benchmarks.timing import provenance, write_results
 from sculpt.model import Model
 from sculpt.pruning import Space, energy_logits, project
@@ -160,18 +160,10 @@ def main() -> None:
         f"recalibration on {CALIBRATION_IMAGES}. Seconds: of one policy, without compilation.",
     ]
     for name in options.tasks:
-        task, folder = TASKS[name], options.run / name
-        settle(
-            folder,
-            {
-                "train": repr(task.train),
-                "finetune": repr(task.finetune),
-                "policies": options.policies,
-                "budget": options.budget,
-            },
+        folder = options.run / name
+        task, splits, dense = begin(
+            name, folder, options.data, policies=options.policies, budget=options.budget
         )
-        splits = task.load(options.data)
-        dense = dense_network(task, splits, 0, folder, options.data)
         trace = sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:])))
         space = sculpt.make_space(trace, families=("channels",))
         policies = draw(space, dense.params, options.policies, options.budget)

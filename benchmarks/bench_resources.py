@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sculpt
-from benchmarks.stages import in_words, settle, stage
-from benchmarks.tasks import TASKS, Task, dense_network, parser_of, tuned
+from benchmarks.stages import in_words, stage
+from benchmarks.tasks import TASKS, Task, begin, parser_of, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.deploy.layer_latency import LayerLatency, load_layers, save_layers
 from sculpt.model import Model
@@ -109,7 +109,7 @@ def report(options: argparse.Namespace) -> None:
         f"fine-tuned with the dense network as its teacher. Latency: {options.engine}, batch {options.batch}, one thread, median of 60 "
         "interleaved samples, as a share of the dense network's; predicted: from the layers. Values of the seeds apart by /.",
     ]
-    for name in options.tasks:
+    for name in TASKS:
         folder = options.run / name
         if rows := rows_of(folder):
             latency = load_layers(folder / "layers.safetensors")
@@ -139,19 +139,15 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
     for name in options.tasks:
-        task, folder = TASKS[name], options.run / name
-        settle(
+        folder = options.run / name
+        task, splits, dense = begin(
+            name,
             folder,
-            {
-                "train": repr(task.train),
-                "finetune": repr(task.finetune),
-                "evaluations": options.evaluations,
-                "engine": options.engine,
-                "batch": options.batch,
-            },
+            options.data,
+            evaluations=options.evaluations,
+            engine=options.engine,
+            batch=options.batch,
         )
-        splits = task.load(options.data)
-        dense = dense_network(task, splits, 0, folder, options.data)
         trace = sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:])))
         space = sculpt.make_space(trace, families=("channels",))
         latency = layers_of(dense, space, splits, options, folder / "layers.safetensors")

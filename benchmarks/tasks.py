@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import sculpt
-from benchmarks.stages import stage, test_accuracy
+from benchmarks.stages import settle, stage, test_accuracy
 from sculpt.model import Model
 from sculpt.training import Splits, load_parquet
 
@@ -190,6 +190,14 @@ def dense_network(task: Task, splits: Splits, seed: int, folder: Path, data: Pat
     stage(folder / "dense.json", lambda: tuned(start, splits, task.train, seed, folder / "dense"))
     like = {"params": start.params, "state": start.state}
     return start.replace(**sculpt.load_params(folder / "dense.safetensors", like))
+
+
+def begin(name: str, folder: Path, data: Path, **settings: Any) -> tuple[Task, Splits, Model]:
+    """A task, its data, and its dense network of seed 0; ends the program where `folder` was begun with other settings."""
+    task = TASKS[name]
+    settle(folder, {"train": repr(task.train), "finetune": repr(task.finetune), **settings})
+    splits = task.load(data)
+    return task, splits, dense_network(task, splits, 0, folder, data)
 
 
 def parser_of(description: str | None, run: str, tasks: list[str]) -> argparse.ArgumentParser:
