@@ -186,19 +186,19 @@ def learn(
     Returns new parameters, optimizer state and the measurements before the last step, and how many "epochs" there were.
     """
     optimizer = make_optimizer(config)
-    limit = np.inf if config.kl_limit is None else config.kl_limit
 
     def epoch(carry: tuple, _: None) -> tuple[tuple, dict[str, jax.Array]]:
         going, before = carry
         gradients, measured = jax.grad(ppo_loss, has_aux=True)(
             before[0], agent, batch, sites, free, config, entropy
         )
-        going &= measured["kl"] <= limit
         with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes Python floats with an integer count
             updates, optimizer_state = optimizer.update(gradients, before[1], before[0])
         after = optax.apply_updates(before[0], updates), optimizer_state
-        kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, before)
-        return (going, kept), measured | {"epochs": going.astype(jnp.float32)}
+        if config.kl_limit is not None:
+            going &= measured["kl"] <= config.kl_limit
+            after = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, before)
+        return (going, after), measured | {"epochs": going.astype(jnp.float32)}
 
     (_, learnt), measured = jax.lax.scan(
         epoch, (jnp.bool_(True), (params, optimizer_state)), length=config.epochs

@@ -24,7 +24,7 @@ import sculpt
 from benchmarks.stages import in_words, stage
 from benchmarks.tasks import TASKS, Task, begin, parser_of, tuned
 from benchmarks.timing import provenance, write_results
-from sculpt.deploy.layer_latency import LayerLatency, load_layers, save_layers
+from sculpt.deploy import LayerLatency, load_layers, save_layers
 from sculpt.model import Model
 from sculpt.pruning import Space
 from sculpt.training import Splits

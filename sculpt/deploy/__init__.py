@@ -3,7 +3,7 @@
 from sculpt.deploy.environment import device_name, versions
 from sculpt.deploy.fold import fold
 from sculpt.deploy.latency import Latency, compare_latency, measure_latency
-from sculpt.deploy.layer_latency import LayerLatency, measure_layers
+from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
 from sculpt.deploy.model_file import load_model, save_model
 from sculpt.deploy.onnx_export import export_onnx
 from sculpt.deploy.params import load_metadata, load_params, save_params
@@ -18,12 +18,14 @@ __all__ = [
     "export_onnx",
     "export_stablehlo",
     "fold",
+    "load_layers",
     "load_metadata",
     "load_model",
     "load_params",
     "load_stablehlo",
     "measure_latency",
     "measure_layers",
+    "save_layers",
     "save_model",
     "save_params",
     "versions",

@@ -19,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_whole
-from sculpt.deploy.engines import confined, engine_of
-from sculpt.deploy.environment import cores, device_name, version, versions
+from sculpt.deploy.engines import Engine, confined, engine_of
+from sculpt.deploy.environment import cores
 from sculpt.deploy.latency import compare_latency, median_seconds
 from sculpt.deploy.layer_sizes import Part, find_parts, grid_of
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model, from_function
 from sculpt.pruning import Lookup, Space, apply_masks, compact, make_masks, random_policies
 from sculpt.pruning.importance_units import fitting_leaves
+from sculpt.pruning.masks import check_policies
 from sculpt.pruning.rewrite import bind
 from sculpt.tracing.program import Equation, Program, flatten
 from sculpt.tracing.trace import shapes_of
@@ -65,7 +66,7 @@ class LayerLatency:
 
     def seconds(self, space: Space, policies: Any) -> jax.Array:
         """Predicted seconds per call of the networks that policies int32 `[..., sites]` leave: float32 `[...]`."""
-        return self.resource.used(space, jnp.asarray(policies, jnp.int32)) * np.float32(self.resource.total)
+        return self.resource.used(space, check_policies(space, policies)) * np.float32(self.resource.total)
 
 
 @checked
@@ -81,7 +82,7 @@ def measure_layers(
     repeats: int = 7,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LayerLatency:
-    """Measures how long each layer takes under the options of its sites.
+    """Measures how long each layer takes under the options of its sites; `sculpt.deploy.save_layers` keeps it.
 
     Args:
       model: the dense network.
@@ -103,18 +104,18 @@ def measure_layers(
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     fitting_leaves(space.trace, model.params)
     x = np.asarray(example_input)
-    if x.ndim == 0 or x.shape[1:] != space.trace.input_shape:
+    shape, dtype = space.trace.input_shape, space.trace.input_dtype
+    if x.ndim == 0 or x.shape[1:] != shape or x.dtype != dtype:
         raise ValueError(
-            f"expected an example input [batch, {', '.join(map(str, space.trace.input_shape))}], as the network was traced with, "
-            f"got {list(x.shape)}"
+            f"expected an example input {dtype}[batch, {', '.join(map(str, shape))}], as the network was traced with, got "
+            f"{x.dtype}{list(x.shape)}"
         )
     program = flatten(
         model.apply, shapes_of(model.params), shapes_of(model.state), jax.ShapeDtypeStruct(x.shape, x.dtype)
     )
     parts = find_parts(space, program)
-    threads = cores() if threads is None else threads
-    about = versions() | {(package := engine_of(engine).package): version(package)}
-    grids = _measured(space, program, parts, engine, threads, repeats, on_progress)
+    threads, runner = cores() if threads is None else threads, engine_of(engine)
+    grids = _measured(space, program, parts, runner, threads, repeats, on_progress)
     tables = [part.interpolated(grid) for part, grid in zip(parts, grids, strict=True)]
     layers = _lookup(space, parts, tables)
     budgets = np.linspace(*_CALIBRATION_BUDGETS, networks - 1)
@@ -146,14 +147,14 @@ def measure_layers(
         fixed=float(fixed) / total,
         values=(layers.values * (slope / total)).astype(np.float32),
     )
-    device = device_name() if engine == "xla" else device_name("cpu")
+    dense = latencies["0"]
     return LayerLatency(
         resource,
         engine,
         len(x),
         threads,
-        device,
-        about,
+        dense.device,
+        dense.versions,
         policies,
         measured.astype(np.float32),
         predicted.astype(np.float32),
@@ -176,28 +177,28 @@ def _measured(
     space: Space,
     program: Program,
     parts: Sequence[Part],
-    engine: str,
+    runner: Engine,
     threads: int,
     repeats: int,
     on_progress: Callable[[int, int], None],
 ) -> list[np.ndarray]:
     """Seconds of every part on its grid, float64 `[*levels]` each."""
-    layers: dict[Any, tuple[Model, np.ndarray]] = {}
+    layers: dict[Any, tuple[Equation, list[tuple[int, ...]], dict[str, Any]]] = {}
     wanted: list[list[Any]] = []
     for part in parts:
         found = []
         for shapes, params in grid_of(space, program, part):
             # Layers of one size are measured once.
             name = (part.equation.name, *shapes, repr(sorted(params.items(), key=lambda item: item[0])))
-            if name not in layers:
-                layers[name] = _alone(part.equation, shapes, params)
+            layers.setdefault(name, (part.equation, shapes, params))
             found.append(name)
         wanted.append(found)
     seconds: dict[Any, float] = {}
     with confined(threads):
-        for done, (name, (layer, x)) in enumerate(layers.items()):
+        for done, (name, layer) in enumerate(layers.items()):
             on_progress(done, len(layers))
-            seconds[name] = median_seconds(engine_of(engine).prepare(layer, x, threads), repeats)
+            # Its arrays are made here: those of all sizes together may be more than memory holds.
+            seconds[name] = median_seconds(runner.prepare(*_alone(*layer), threads), repeats)
     on_progress(len(layers), len(layers))
     return [
         np.reshape([seconds[name] for name in found], tuple(map(len, part.levels)))

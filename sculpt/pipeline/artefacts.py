@@ -16,8 +16,7 @@ import numpy as np
 from sculpt import nets
 from sculpt.agents import SearchConfig
 from sculpt.agents.transfer import size_of
-from sculpt.deploy import LayerLatency, load_params, measure_layers
-from sculpt.deploy.layer_latency import load_layers, save_layers
+from sculpt.deploy import LayerLatency, load_layers, load_params, measure_layers, save_layers
 from sculpt.model import Model, Params, from_linen
 from sculpt.pipeline.settings import (
     DEFAULT_IMPORTANCE,

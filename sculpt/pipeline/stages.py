@@ -105,8 +105,9 @@ class Pipeline(Artefacts):
                 check_request(model, self.splits, self.train_settings.config(self.splits), None)
         if "search" in stages:
             if "latency" not in self.search_settings.resource:  # which is not known yet
+                space = self.limited(self.space)
                 for budget in self.search_config.budgets:
-                    check_budget(self.limited(self.space), budget)
+                    check_budget(space, budget)
             self.search_settings.check_images(self.splits)
 
     def _perform(self, stage: str) -> None:
@@ -183,8 +184,6 @@ class Pipeline(Artefacts):
             self._watcher.progress(done, total, "sizes of layers measured", "")
 
         space = self.limited(self.ranked_space, on_layers)
-        for budget in config.budgets:
-            check_budget(space, budget)
         found = search(
             self.dense,
             space,

@@ -6,9 +6,10 @@ NumPy arrays too, and then compute on the host.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,21 +18,20 @@ if TYPE_CHECKING:
     from sculpt.pruning.space import Space
 
 
-class Resource(Protocol):
+class Resource(abc.ABC):
     """Something of which a policy uses a share."""
 
-    @property
-    def name(self) -> str:
-        """In words, for messages and plots: "MACs"."""
-        ...
+    name: str
+    """In words, for messages and plots: "MACs"."""
 
+    @abc.abstractmethod
     def used(self, space: Space, policies: Any) -> Any:
         """float32 `[...]`: what policies int32 `[..., sites]` use / what the dense network does; a budget limits it."""
-        ...
 
     def priced(self, space: Space, policies: Any) -> Any:
-        """float32 `[...]`: what the budget projection puts its price on: `used`, or what falls wherever some part of it does."""
-        ...
+        """float32 `[...]`: what the budget projection puts its price on: `used`, unless that does not fall wherever some part of it
+        does."""
+        return self.used(space, policies)
 
 
 def kept_fractions(space: Space, policies: Any) -> Any:
@@ -42,7 +42,7 @@ def kept_fractions(space: Space, policies: Any) -> Any:
     return _module_of(policies).asarray(space.fractions)[columns, policies[..., sites]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Polynomial:
     """A cost as a sum of products of kept fractions: `sum_m share[m] * prod_d fraction[atoms[m, d]]`."""
 
@@ -65,8 +65,8 @@ class Polynomial:
         return dataclasses.replace(self, atoms=np.where(compacts[self.atoms], self.atoms, last))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Counted:
+@dataclasses.dataclass(frozen=True)
+class Counted(Resource):
     """What can be counted: MACs or parameters."""
 
     name: str
@@ -75,12 +75,9 @@ class Counted:
     def used(self, space: Space, policies: Any) -> Any:
         return self.polynomial.evaluate(kept_fractions(space, policies))
 
-    def priced(self, space: Space, policies: Any) -> Any:
-        return self.used(space, policies)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Lookup:
+class Lookup(Resource):
     """What was measured part by part: a part depends on the options of a few sites, and its amount is looked up.
 
     The amount of part p under a policy is `values[start[p] + sum_d stride[p, d] * policy[sites[p, d]]]`.
@@ -109,12 +106,9 @@ class Lookup:
         place = steps + module.broadcast_to(self.start, steps.shape)
         return module.asarray(self.values)[place].sum(axis=-1) + np.float32(self.fixed)
 
-    def priced(self, space: Space, policies: Any) -> Any:
-        return self.used(space, policies)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Several:
+class Several(Resource):
     """The one of several resources that is used most, each measured by its allowance."""
 
     parts: tuple[Resource, ...]
@@ -122,7 +116,7 @@ class Several:
     """How much more than the budget each may use: with 1.5 a budget of 0.5 allows 0.75. The smallest is 1."""
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         named = (
             part.name if allowance == 1.0 else f"{part.name} / {allowance:g}"
             for part, allowance in zip(self.parts, self.allowances)

@@ -162,14 +162,14 @@ def make_space(
         trace, families, sites, atoms, fractions, compacts, atom_site, num_options, macs, params,
         Counted("MACs", macs), np.ones((len(sites), options), np.float32), (1.0, 1.0), site_nodes, importance,
     )  # fmt: skip
-    return with_resource(space, "macs")
+    return _limited(space, space.resource)
 
 
 @checked
 def with_resource(
     space: Space, resource: str | Resource | Sequence[str | Resource] | Mapping[str | Resource, float]
 ) -> Space:
-    """The same space with budgets of something else than MACs.
+    """The same space with budgets of something else than MACs; the space itself, if its budgets are of that already.
 
     Args:
       space: the space.
@@ -181,13 +181,19 @@ def with_resource(
       ValueError: for an unknown name, none at all, or allowances of which the smallest is not 1.
     """
     found = _resource(space, resource)
+    # Compiled code is kept by the identity of the space.
+    return space if found == space.resource else _limited(space, found)
+
+
+def _limited(space: Space, resource: Resource) -> Space:
+    """The space with what follows from its resource."""
     single = np.zeros((space.num_sites, space.max_options, space.num_sites), np.int32)
     for site in space.sites:
         single[site.index, : len(site.options), site.index] = np.arange(len(site.options))
-    option_cost = np.asarray(found.priced(space, single), np.float32)
+    option_cost = np.asarray(resource.priced(space, single), np.float32)
     cheapest = np.where(space.valid, option_cost, np.inf).argmin(axis=1).astype(np.int32)
-    lowest = float(found.used(space, cheapest))
-    return dataclasses.replace(space, resource=found, option_cost=option_cost, reachable=(lowest, 1.0))
+    lowest = float(resource.used(space, cheapest))
+    return dataclasses.replace(space, resource=resource, option_cost=option_cost, reachable=(lowest, 1.0))
 
 
 def _resource(space: Space, given: Any) -> Resource:

@@ -29,6 +29,11 @@ def left(name: str, space: sculpt.Space, policy: np.ndarray) -> sculpt.Model:
     return sculpt.compact(masked, space, policy, check=False)
 
 
+def taking(seconds: float) -> SimpleNamespace:
+    """A latency."""
+    return SimpleNamespace(median=seconds, device="a machine", versions={"jaxlib": "1"})
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which time is proportional to weights, but for each call of a whole network."""
@@ -42,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def whole(models: dict[str, sculpt.Model], *_: object, **__: object) -> dict[str, SimpleNamespace]:
         return {
-            name: SimpleNamespace(median=OVERHEAD + 2 * SECONDS_PER_WEIGHT * kernel_weights(model))
+            name: taking(OVERHEAD + 2 * SECONDS_PER_WEIGHT * kernel_weights(model))
             for name, model in models.items()
         }
 
@@ -120,8 +125,10 @@ def test_refusals() -> None:
         measure_layers(network("plain"), space, X, jax.random.key(0), networks=2)
     with pytest.raises(ValueError, match="engine must be one of"):
         measure_layers(network("plain"), space, X, jax.random.key(0), engine="tensorrt")
-    with pytest.raises(ValueError, match=r"expected an example input \[batch, 8, 8, 3\]"):
+    with pytest.raises(ValueError, match=r"expected an example input float32\[batch, 8, 8, 3\].*got float32"):
         measure_layers(network("plain"), space, X[:, :4], jax.random.key(0))
+    with pytest.raises(ValueError, match="got float64"):
+        measure_layers(network("plain"), space, X.astype(np.float64), jax.random.key(0))
     with pytest.raises(ValueError, match="parameters"):
         measure_layers(network("residual"), space, X, jax.random.key(0))
 
@@ -129,7 +136,7 @@ def test_refusals() -> None:
 @pytest.mark.usefixtures("clock")
 def test_a_machine_that_is_busy_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     def slower(models: dict[str, sculpt.Model], *_: object, **__: object) -> dict[str, SimpleNamespace]:
-        return {name: SimpleNamespace(median=1.0 / kernel_weights(model)) for name, model in models.items()}
+        return {name: taking(1.0 / kernel_weights(model)) for name, model in models.items()}
 
     monkeypatch.setattr(layer_latency, "compare_latency", slower)
     space = sculpt.make_space(traced("plain"), ("channels",))

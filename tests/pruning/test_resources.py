@@ -140,6 +140,14 @@ def test_refusals(wrong: Any, says: str) -> None:
         sculpt.with_resource(space(), wrong)
 
 
+def test_a_space_of_that_resource_is_left_alone() -> None:
+    """What was compiled for it is used again."""
+    assert sculpt.with_resource(space(), "macs") is space()
+    limited = sculpt.with_resource(space(), "params")
+    assert limited is not space() and sculpt.with_resource(limited, "params") is limited
+    assert sculpt.with_resource(limited, "macs").option_cost.tolist() == space().option_cost.tolist()
+
+
 def test_messages_name_the_resource() -> None:
     limited = sculpt.with_resource(space(), "params")
     with pytest.raises(ValueError, match="of its parameters; raise the budget"):
