@@ -29,8 +29,7 @@ from sculpt.pruning import Lookup, Space, apply_masks, compact, make_masks, rand
 from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.rewrite import bind
-from sculpt.tracing.program import Equation, Program, flatten
-from sculpt.tracing.trace import shapes_of
+from sculpt.tracing.program import Equation
 
 _CALIBRATION_BUDGETS = (0.2, 0.8)
 """Between these shares of MACs the networks lie that the fit is made on."""
@@ -110,12 +109,9 @@ def measure_layers(
             f"expected an example input {dtype}[batch, {', '.join(map(str, shape))}], as the network was traced with, got "
             f"{x.dtype}{list(x.shape)}"
         )
-    program = flatten(
-        model.apply, shapes_of(model.params), shapes_of(model.state), jax.ShapeDtypeStruct(x.shape, x.dtype)
-    )
-    parts = find_parts(space, program)
+    parts = find_parts(space)
     threads, runner = cores() if threads is None else threads, engine_of(engine)
-    grids = _measured(space, program, parts, runner, threads, repeats, on_progress)
+    grids = _measured(space, parts, len(x), runner, threads, repeats, on_progress)
     tables = [part.interpolated(grid) for part, grid in zip(parts, grids, strict=True)]
     layers = _lookup(space, parts, tables)
     budgets = np.linspace(*_CALIBRATION_BUDGETS, networks - 1)
@@ -175,8 +171,8 @@ def _line(sums: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 
 def _measured(
     space: Space,
-    program: Program,
     parts: Sequence[Part],
+    batch: int,
     runner: Engine,
     threads: int,
     repeats: int,
@@ -187,7 +183,7 @@ def _measured(
     wanted: list[list[Any]] = []
     for part in parts:
         found = []
-        for shapes, params in grid_of(space, program, part):
+        for shapes, params in grid_of(space, part, batch):
             # Layers of one size are measured once.
             name = (part.equation.name, *shapes, repr(sorted(params.items(), key=lambda item: item[0])))
             layers.setdefault(name, (part.equation, shapes, params))

@@ -13,7 +13,7 @@ from scipy import interpolate
 from sculpt.pruning import Space
 from sculpt.pruning.rewrite import REWRITES, Sizes
 from sculpt.tracing.axes import Atom, Axis
-from sculpt.tracing.program import Equation, Literal, Program
+from sculpt.tracing.program import Equation, Literal
 
 _LAYERS = ("conv_general_dilated", "dot_general")
 _LEVELS = 8
@@ -27,7 +27,6 @@ class Part:
     """A contraction, and the sites that its size depends on."""
 
     equation: Equation
-    """At the batch size that is measured."""
     sites: tuple[int, ...]
     options: np.ndarray
     """int32 `[combinations, sites]`: every combination of their options, the last site's changing fastest."""
@@ -47,10 +46,14 @@ class Part:
 
 
 class _GridSizes(Sizes):
-    """What is kept where every dimension has a size of its own, whether or not one policy gives them all."""
+    """What is kept where every dimension has a size of its own, whether or not one policy gives them all, and of so many images."""
 
-    def __init__(self, space: Space, program: Program, part: Part, place: Sequence[int]) -> None:
-        super().__init__(space.trace.flow, program, {})
+    def __init__(self, space: Space, part: Part, place: Sequence[int], batch: int) -> None:
+        flow = space.trace.flow
+        super().__init__(flow, flow.program, {})
+        self._batch = batch
+        images = flow.terms[flow.program.inputs[-1]][0]
+        self._images, self._traced_batch = set(flow.axes.atoms(images)), flow.axes.size(images)
         self._dimensions = part.dimensions
         self._kept = []
         for column, levels, level in zip(part.sizes.T, part.levels, place):
@@ -60,13 +63,19 @@ class _GridSizes(Sizes):
     def shrinks(self, axis: Axis) -> bool:
         return axis in self._dimensions
 
+    def count(self, axis: Axis, dense: int) -> int:
+        count = super().count(axis, dense)
+        if self._images.issubset(self.flow.axes.atoms(axis)):
+            return count * self._batch // self._traced_batch
+        return count
+
     def units(self, axis: Axis) -> np.ndarray:
         kept = self._kept[self._dimensions[axis]] if axis in self._dimensions else {}
         return np.asarray(self.flow.axes.keep(axis, kept))
 
 
-def find_parts(space: Space, program: Program) -> list[Part]:
-    """The contractions of a program, which is that of the space's trace at another batch size.
+def find_parts(space: Space) -> list[Part]:
+    """The contractions of a network.
 
     Raises:
       ValueError: if there is none outside loops.
@@ -78,12 +87,10 @@ def find_parts(space: Space, program: Program) -> list[Part]:
         if compacts
     }
     parts = []
-    for known, eqn in zip(flow.program.equations, program.equations, strict=True):
-        if eqn.name not in _LAYERS or program.is_table(eqn):
+    for eqn in flow.program.equations:
+        if eqn.name not in _LAYERS or flow.program.is_table(eqn):
             continue
-        axes = [
-            axis for value in known.inputs if not isinstance(value, Literal) for axis in flow.terms[value]
-        ]
+        axes = [axis for value in eqn.inputs if not isinstance(value, Literal) for axis in flow.terms[value]]
         atoms = {atom for axis in axes for atom in flow.axes.atoms(axis)}
         sites = tuple(sorted({site_of[atom] for atom in atoms if atom in site_of}))
         counts = [len(space.sites[site].options) for site in sites]
@@ -96,13 +103,12 @@ def find_parts(space: Space, program: Program) -> list[Part]:
     return parts
 
 
-def grid_of(
-    space: Space, program: Program, part: Part
-) -> Iterator[tuple[list[tuple[int, ...]], dict[str, Any]]]:
-    """Shapes of a part's operands, and its parameters, at every point of its grid, the last dimension changing fastest."""
+def grid_of(space: Space, part: Part, batch: int) -> Iterator[tuple[list[tuple[int, ...]], dict[str, Any]]]:
+    """Shapes of a part's operands for so many images, and its parameters, at every point of its grid, the last dimension changing
+    fastest."""
     eqn = part.equation
     for place in np.ndindex(*map(len, part.levels)):
-        sizes = _GridSizes(space, program, part, place)
+        sizes = _GridSizes(space, part, place, batch)
         shapes = [np.shape(i.value) if isinstance(i, Literal) else sizes.shape(i) for i in eqn.inputs]
         rewritten = REWRITES[eqn.name](sizes, eqn) if eqn.name in REWRITES and part.levels else {}
         yield shapes, {**eqn.params, **rewritten}

@@ -6,12 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sculpt
 from sculpt.deploy import layer_latency
 from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
+from sculpt.deploy.layer_sizes import find_parts, grid_of
+from sculpt.tracing.program import flatten
 from tests.networks import network, traced
 
 X = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -81,6 +84,19 @@ def test_layers_add_up_to_networks(name: str, families: tuple[str, ...], within:
     assert float(sculpt.cost(limited, np.zeros(space.num_sites, np.int32)).used) == pytest.approx(
         1.0, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_layers_are_those_of_the_batch(batch: int) -> None:
+    """Even where one image makes another program, as in a transformer: its class token is then not spread over the batch."""
+    module = sculpt.nets.create("vit_tiny_patch2", 5, depth=1, width=16, heads=2, hidden=24)
+    x = jnp.zeros((batch, 8, 8, 3))
+    model = sculpt.from_linen(module, jax.eval_shape(module.init, jax.random.key(0), x))
+    program = flatten(model.apply, model.params, model.state, jax.eval_shape(lambda: x))
+    space = sculpt.make_space(sculpt.trace(model, x), ("channels",))
+    dense = [list(grid_of(space, part, batch))[-1][0] for part in find_parts(space)]
+    layers = [e for e in program.equations if e.name in ("conv_general_dilated", "dot_general")]
+    assert dense == [[program.shape(i) for i in layer.inputs] for layer in layers]
 
 
 @pytest.mark.usefixtures("clock")
