@@ -55,7 +55,7 @@ def find_chains(program: Program, constants: set[int]) -> tuple[Chain, ...]:
     chains: list[Chain] = []
     fresh = len(program.avals)
     for place, eqn in enumerate(program.equations):
-        found = None if eqn.outputs[0] in constants else _kernel(program, eqn, constants)
+        found = None if eqn.outputs[0] in constants else kernel_of(program, eqn, constants)
         if found is None or program.avals[eqn.outputs[0]].dtype not in _DTYPES:
             continue
         operand, axes = found
@@ -63,7 +63,7 @@ def find_chains(program: Program, constants: set[int]) -> tuple[Chain, ...]:
         value = eqn.outputs[0]
         while value not in results and len(readers.get(value, ())) == 1:
             (reader,) = readers[value]
-            if not _is_step(program, program.equations[reader], value, axes, constants):
+            if not is_step(program, program.equations[reader], value, axes, constants):
                 break
             steps.append(reader)
             value = program.equations[reader].outputs[0]
@@ -76,7 +76,7 @@ def find_chains(program: Program, constants: set[int]) -> tuple[Chain, ...]:
     return tuple(chains)
 
 
-def _kernel(
+def kernel_of(
     program: Program, eqn: Equation, constants: set[int]
 ) -> tuple[int, tuple[int | None, ...]] | None:
     """Which operand of a layer is constant, and the output's axis that each of its axes becomes."""
@@ -105,7 +105,7 @@ def _kernel(
     return operand, tuple(axes)
 
 
-def _is_step(
+def is_step(
     program: Program, eqn: Equation, value: int, axes: Sequence[int | None], constants: set[int]
 ) -> bool:
     """Whether an equation scales or shifts `value` by a constant that differs along the kernel's own axes only."""

@@ -13,6 +13,7 @@ from jax import export
 
 from sculpt.arguments import checked
 from sculpt.deploy.chains import Chain, find_chains, folded_arrays
+from sculpt.deploy.joined import before_joins
 from sculpt.deploy.open_batch import batch_size, flatten_model
 from sculpt.model import Model, Params, State
 from sculpt.tracing.execute import as_written, execute, execute_at
@@ -89,6 +90,11 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
     program = inlined(flatten_model(model, example_input))
     leaves = jax.tree.leaves((model.params, model.state))
     names = [*leaf_paths(model.params), *leaf_paths(model.state)]
+    program = before_joins(
+        program,
+        lambda p: _constants(p, len(leaves)),
+        lambda p, ids: _evaluated(p, _constants(p, len(leaves)), leaves, ids),
+    )
     constants = _constants(program, len(leaves))
     chains = find_chains(program, constants)
     read, factors = _read(program, constants, chains)

@@ -8,7 +8,7 @@ size is one of those constants, so the program is traced anew for every input sh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,11 +18,17 @@ from jax.typing import ArrayLike
 
 from sculpt.arguments import checked
 from sculpt.model import Model, Params, State
-from sculpt.pruning.filter_groups import FilterGroup, bind_in_groups, group_filters, split_convolutions
+from sculpt.pruning.filter_groups import (
+    FilterGroup,
+    bind_in_groups,
+    group_filters,
+    in_order,
+    split_convolutions,
+)
 from sculpt.pruning.masks import check_masks, make_masks
 from sculpt.pruning.rewrite import Sizes, bind, rewrite, take
 from sculpt.pruning.space import Space
-from sculpt.tracing.axes import Atom
+from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.execute import Executable, as_written, execute
 from sculpt.tracing.program import flatten, with_derivatives, with_known_sizes
 from sculpt.tracing.rules import WINDOW
@@ -46,22 +52,22 @@ class _Plan:
     """Tree of `ShapeDtypeStruct`: the dense parameters."""
     state: Any
     """Likewise, the dense state."""
-    keeps: tuple[tuple[np.ndarray, ...], ...]
-    """For every leaf of (params, state), per axis: boolean `[dense size]`."""
+    places: tuple[tuple[np.ndarray, ...], ...]
+    """For every leaf of (params, state), per axis: the units that stay, in their new order."""
     groups: dict[int, tuple[FilterGroup, ...]]
     """For the leaf of a kernel whose filters keep windows of their own, those that are computed together."""
     rows: tuple[str, ...]
 
     def slice(self, tree: tuple[Params, State]) -> tuple[Params, State]:
         leaves, treedef = jax.tree.flatten(tree)
-        return jax.tree.unflatten(treedef, map(_sliced, leaves, self.keeps))
+        return jax.tree.unflatten(treedef, map(_sliced, leaves, self.places))
 
 
-def _sliced(leaf: ArrayLike, keep: tuple[np.ndarray, ...]) -> jax.Array:
-    """The kept units of every axis, where the leaf was. On the host: on a device each shape would be compiled for."""
-    if all(units.all() for units in keep):
+def _sliced(leaf: ArrayLike, places: tuple[np.ndarray, ...]) -> jax.Array:
+    """The units that stay along every axis, where the leaf was. On the host: on a device each shape would be compiled for."""
+    if all(np.array_equal(units, np.arange(n)) for units, n in zip(places, np.shape(leaf))):
         return jnp.asarray(leaf)
-    small = np.asarray(leaf)[np.ix_(*map(np.flatnonzero, keep))]
+    small = np.asarray(leaf)[np.ix_(*places)]
     replicated = isinstance(leaf, jax.Array) and leaf.sharding.is_fully_replicated
     return jax.device_put(small, leaf.sharding if replicated else None)  # type: ignore[union-attr]
 
@@ -226,12 +232,13 @@ def _make_plan(model: Model, space: Space, masks: Any) -> _Plan:
     kept = _kept_atoms(traced, space, masks)
     arrays = len(jax.tree.leaves((model.params, model.state)))
     terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
-    keeps = tuple(tuple(np.asarray(axes.keep(axis, kept)) for axis in term) for term in terms)
-    groups = _filter_groups(space, masks, keeps)
+    groups, orders = _filter_groups(space, masks, kept)
+    left = {**{atom: np.flatnonzero(units) for atom, units in kept.items()}, **orders}
+    places = tuple(tuple(axes.places(axis, left) for axis in term) for term in terms)
     rows = []
     for layer in traced.layers:
         leaf = traced.leaves[layer.leaf]
-        small = [int(k.sum()) for k in keeps[layer.leaf]]
+        small = [len(units) for units in places[layer.leaf]]
         notes = [
             f"axis {f.axis} stays: {f.reason}"
             for f in traced.frozen
@@ -240,23 +247,46 @@ def _make_plan(model: Model, space: Space, masks: Any) -> _Plan:
         if layer.leaf in groups:
             notes.append(f"in groups: {', '.join(map(str, groups[layer.leaf]))}")
         rows.append("; ".join([f"{leaf.path} {list(leaf.shape)} -> {small}", *notes]))
-    return _Plan(shapes_of(model.params), shapes_of(model.state), keeps, groups, tuple(rows))
+    return _Plan(shapes_of(model.params), shapes_of(model.state), places, groups, tuple(rows))
 
 
 def _filter_groups(
-    space: Space, masks: Any, keeps: Sequence[tuple[np.ndarray, ...]]
-) -> dict[int, tuple[FilterGroup, ...]]:
-    """Groups of the filters that stay, for every kernel whose filters have windows of their own."""
-    leaves, groups = jax.tree.leaves(masks), {}
+    space: Space, masks: Any, kept: Mapping[Atom, np.ndarray]
+) -> tuple[dict[int, tuple[FilterGroup, ...]], dict[Atom, np.ndarray]]:
+    """Groups of the filters that stay, for every kernel whose filters have windows of their own, and the units that stay of channels
+    that are put in the order of the groups: then nothing has to be put back in order when the network runs."""
+    traced, leaves = space.trace, jax.tree.leaves(masks)
+    groups: dict[int, tuple[FilterGroup, ...]] = {}
+    orders: dict[Atom, np.ndarray] = {}
     for site in space.sites:
-        if site.family == "rect_grouped" and site.kernel is not None:
-            leaf, layer = site.kernel.leaf, space.trace.layers[site.owner]
-            mask = leaves[leaf][np.ix_(*map(np.flatnonzero, keeps[leaf]))]
-            (outputs,) = layer.out_axes
-            others = tuple(d for d in range(mask.ndim) if d not in (outputs, *layer.window_axes))
-            used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *layer.window_axes, *others))
-            groups[leaf] = group_filters(used.reshape(used.shape[: 1 + len(layer.window_axes)]))
-    return {leaf: found for leaf, found in groups.items() if found}
+        if site.family != "rect_grouped" or site.kernel is None:
+            continue
+        leaf, layer = site.kernel.leaf, traced.layers[site.owner]
+        term, (outputs,) = traced.leaf_term(leaf), layer.out_axes
+        left = {**{atom: np.flatnonzero(units) for atom, units in kept.items()}, **orders}
+        mask = leaves[leaf][np.ix_(*(traced.axes.places(axis, left) for axis in term))]
+        others = tuple(d for d in range(mask.ndim) if d not in (outputs, *layer.window_axes))
+        used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *layer.window_axes, *others))
+        found = group_filters(used.reshape(used.shape[: 1 + len(layer.window_axes)]))
+        atom = _movable(traced, term[outputs])
+        if found and atom is not None and atom not in orders:
+            first = traced.axes.places(term[outputs], left)
+            orders[atom] = first[[index for group in found for index in group.filters]]
+            found = in_order(found)
+        groups[leaf] = found
+    return {leaf: found for leaf, found in groups.items() if found}, orders
+
+
+def _movable(traced: Trace, axis: Axis) -> Atom | None:
+    """The atom of an axis, if its units may change places: if no array joins it with others into an axis."""
+    atoms = traced.axes.atoms(axis)
+    if len(atoms) != 1 or traced.axes.frozen(atoms[0]) is not None:
+        return None
+    mentions = [
+        traced.axes.resolve(other) for leaf in traced.leaves for other in traced.leaf_term(leaf.index)
+    ]
+    alone = all(other == ((atoms[0],),) for other in mentions if atoms[0] in traced.axes.atoms(other))
+    return atoms[0] if alone else None
 
 
 def _kept_atoms(traced: Trace, space: Space, masks: Any) -> dict[Atom, np.ndarray]:
@@ -290,7 +320,7 @@ def _rewritten(
         program = with_derivatives(program)
         known = with_known_sizes(program, 2)
     flow = axis_flow(known)
-    inputs = [flow.terms[v] for v in known.inputs[: len(plan.keeps)]]
+    inputs = [flow.terms[v] for v in known.inputs[: len(plan.places)]]
     # New statistics are of the same units as the old ones, whatever the program does with them.
     old_state = inputs[len(jax.tree.leaves(plan.params)) :]
     if training:
@@ -298,12 +328,18 @@ def _rewritten(
         for output, term in zip(new_state, old_state, strict=True):
             flow.unify(flow.term(output), term, "new state and old state differ in structure")
     kept: dict[Atom, np.ndarray] = {}
-    for term, keep in zip(inputs, plan.keeps):
-        for axis, units in zip(term, keep):
-            flow.axes.infer(axis, units, kept)
-    for term, keep in zip(inputs, plan.keeps):
-        for axis, units in zip(term, keep):
-            if not np.array_equal(flow.axes.keep(axis, kept), units):
+    orders: dict[Atom, np.ndarray] = {}
+    for term, places in zip(inputs, plan.places):
+        for axis, units in zip(term, places):
+            stays = np.zeros(flow.axes.size(axis), bool)
+            stays[units] = True
+            flow.axes.infer(axis, stays, kept)
+            if (np.diff(units) < 0).any():
+                orders |= dict.fromkeys(flow.axes.atoms(axis), units)  # there is only one
+    sizes = Sizes(flow, program, kept, orders)
+    for term, places in zip(inputs, plan.places):
+        for axis, units in zip(term, places):
+            if not np.array_equal(sizes.places(axis), units):
                 raise ValueError("the training program couples axes otherwise than the evaluation program")
     lost = [atom for atom, units in kept.items() if not units.all()]
     reasons = [flow.axes.frozen(atom) for atom in kept]
@@ -314,5 +350,5 @@ def _rewritten(
         if reason is not None and not reason.startswith(WINDOW):
             raise ValueError(f"an axis that lost units cannot do so in training mode: {reason}")
     groups = {program.inputs[leaf]: found for leaf, found in plan.groups.items()}
-    executable = split_convolutions(rewrite(flow, program, kept), groups)
-    return _Rewritten(executable, out_tree, Sizes(flow, program, kept))
+    executable = split_convolutions(rewrite(flow, program, kept, orders), groups)
+    return _Rewritten(executable, out_tree, sizes)

@@ -1,7 +1,7 @@
 """A convolution whose filters keep windows of their own, as several smaller ones: what `rect_grouped` leaves, made small.
 
-Filters are sorted by window; each group is a convolution with a smaller kernel and less padding; the results are concatenated and put
-back in order. Kernels stay one array of the dense window, of which the program reads the parts: zeros outside are never read.
+Filters are sorted by window; each group is a convolution with a smaller kernel and less padding; the results are concatenated and,
+where the channels could not be put in that order for good, put back in order. Kernels stay one array of the dense window, of which the program reads the parts: zeros outside are never read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sculpt.tracing.program import Equation
 
 MIN_GROUP = 16
 """Filters that share a window are computed by themselves in multiples of it: what engines compute as fast as fewer."""
-OVERHEAD = 48
+OVERHEAD = 16
 """A group costs as much as this many filters of its window more: every group reads the whole image. Measured on CPUs by
 `benchmarks/bench_filter_groups.py`."""
 _PARAMETER = "filter_groups"
@@ -76,6 +76,15 @@ def group_filters(used: np.ndarray, overhead: int = OVERHEAD) -> tuple[FilterGro
     if _cost(found, overhead) >= _cost({whole: range(len(used))}, overhead):
         return ()
     return tuple(FilterGroup(w, tuple(sorted(found[w]))) for w in by_area if w in found)
+
+
+def in_order(groups: Sequence[FilterGroup]) -> tuple[FilterGroup, ...]:
+    """The groups of filters that have been put in the order of the groups."""
+    stops = list(itertools.accumulate(len(group.filters) for group in groups))
+    return tuple(
+        dataclasses.replace(group, filters=tuple(range(stop - len(group.filters), stop)))
+        for group, stop in zip(groups, stops)
+    )
 
 
 def _merged(windows: dict[Window, list[int]], overhead: int) -> dict[Window, list[int]]:
@@ -160,7 +169,7 @@ def _in_groups(
     numbers, shape = params["dimension_numbers"], kernel.shape
     parts = []
     for group in groups:
-        own = jnp.take(kernel, np.asarray(group.filters, np.int32), axis=numbers.rhs_spec[0], mode="clip")
+        own = _picked(kernel, group.filters, numbers.rhs_spec[0])
         if not _area(group.window):
             dense = jax.eval_shape(lambda x, k: bind(eqn, [x, k], params), image, own)
             parts.append(jnp.zeros(dense.shape, dense.dtype))
@@ -175,4 +184,12 @@ def _in_groups(
         parts.append(bind(eqn, [image, own], {**params, "padding": tuple(padding)}))
     order = np.concatenate([group.filters for group in groups])
     joined = jnp.concatenate(parts, axis=numbers.out_spec[1])
-    return jnp.take(joined, np.argsort(order).astype(np.int32), axis=numbers.out_spec[1], mode="clip")
+    return _picked(joined, np.argsort(order), numbers.out_spec[1])
+
+
+def _picked(array: Any, places: Sequence[int] | np.ndarray, axis: int) -> Any:
+    """These places along an axis; neighbours as a slice, which costs less."""
+    first, last = int(places[0]), int(places[0]) + len(places)
+    if not np.array_equal(places, np.arange(first, last)):
+        return jnp.take(array, np.asarray(places, np.int32), axis=axis, mode="clip")
+    return array if len(places) == array.shape[axis] else jax.lax.slice_in_dim(array, first, last, axis=axis)

@@ -19,11 +19,29 @@ from sculpt.tracing.program import Equation, Literal, Program
 class Sizes:
     """What is kept of every value of a program."""
 
-    def __init__(self, flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        program: Program,
+        kept: Mapping[Atom, np.ndarray],
+        orders: Mapping[Atom, np.ndarray] | None = None,
+    ) -> None:
         self.flow = flow
         self.program = program
         """The program to be run: that of `flow`, or the same one with symbolic sizes."""
         self.kept = kept
+        """Boolean `[atom size]` of every atom that lost units."""
+        self.orders = orders or {}
+        """The units that stay, in their new order, of every atom whose units changed places."""
+
+    def moves(self, axis: Axis) -> bool:
+        """Whether units are lost or change places."""
+        return any(atom in self.kept or atom in self.orders for atom in self.flow.axes.atoms(axis))
+
+    def places(self, axis: Axis) -> np.ndarray:
+        """int `[left]`: the units of an axis that stay, in their new order."""
+        left = {atom: np.flatnonzero(units) for atom, units in self.kept.items()}
+        return self.flow.axes.places(axis, {**left, **self.orders})
 
     def shrinks(self, axis: Axis) -> bool:
         return any(atom in self.kept for atom in self.flow.axes.atoms(axis))
@@ -66,15 +84,21 @@ def rewrite_rule(*names: str) -> Callable[[Rewrite], Rewrite]:
     return register
 
 
-def rewrite(flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> Executable:
+def rewrite(
+    flow: Flow,
+    program: Program,
+    kept: Mapping[Atom, np.ndarray],
+    orders: Mapping[Atom, np.ndarray] | None = None,
+) -> Executable:
     """The program at the sizes that are left.
 
     Args:
       flow: axes of the program at known sizes.
       program: the program itself, or the same one traced with symbolic sizes.
       kept: boolean `[atom size]` of every atom that lost units.
+      orders: the units that stay, in their new order, of every atom whose units change places.
     """
-    sizes = Sizes(flow, program, kept)
+    sizes = Sizes(flow, program, kept, orders)
     params: dict[int, dict[str, Any]] = {}
     bodies: dict[int, tuple[Executable, ...]] = {}
     derivatives: dict[int, Executable] = {}
@@ -85,11 +109,13 @@ def rewrite(flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> Ex
             whole.update(eqn.inputs)
         elif eqn.bodies:
             inner = flow.bodies[id(known)]
-            if sizes.changes(eqn) or any(_has_smaller_constants(body, kept) for body in inner):
-                bodies[id(eqn)] = tuple(rewrite(f, b, kept) for f, b in zip(inner, eqn.bodies))
+            if sizes.changes(eqn) or any(_has_other_constants(body, kept, orders) for body in inner):
+                bodies[id(eqn)] = tuple(rewrite(f, b, kept, orders) for f, b in zip(inner, eqn.bodies))
                 if id(known) in flow.derivatives:
                     backward = flow.derivatives[id(known)]
-                    derivatives[id(eqn)] = rewrite(backward, eqn.own_derivative or backward.program, kept)
+                    derivatives[id(eqn)] = rewrite(
+                        backward, eqn.own_derivative or backward.program, kept, orders
+                    )
         elif eqn.name in REWRITES and sizes.changes(eqn):
             params[id(eqn)] = {**eqn.params, **REWRITES[eqn.name](sizes, eqn)}
     constants = {
@@ -100,22 +126,24 @@ def rewrite(flow: Flow, program: Program, kept: Mapping[Atom, np.ndarray]) -> Ex
         value: functools.partial(take, sizes=sizes, term=flow.terms[value])
         for value in program.tables
         if value in whole or value not in constants
-        if any(map(sizes.shrinks, flow.terms[value]))
+        if any(map(sizes.moves, flow.terms[value]))
     }
     return Executable(program, constants, params, bodies, derivatives, tables)
 
 
-def _has_smaller_constants(flow: Flow, kept: Mapping[Atom, np.ndarray]) -> bool:
-    sizes = Sizes(flow, flow.program, kept)
-    return any(sizes.shrinks(axis) for value in flow.program.constants for axis in flow.terms[value])
+def _has_other_constants(
+    flow: Flow, kept: Mapping[Atom, np.ndarray], orders: Mapping[Atom, np.ndarray] | None
+) -> bool:
+    sizes = Sizes(flow, flow.program, kept, orders)
+    return any(sizes.moves(axis) for value in flow.program.constants for axis in flow.terms[value])
 
 
 def take(array: Any, sizes: Sizes, term: Term) -> Any:
-    """The units of an array that stay."""
+    """The units of an array that stay, in their new order."""
     for dim, axis in enumerate(term):
-        if sizes.shrinks(axis):
+        if sizes.moves(axis):
             # Clipped, not filled: nothing is out of bounds, and what is zero everywhere is seen to stay so.
-            array = jnp.take(array, np.flatnonzero(sizes.units(axis)), axis=dim, mode="clip")
+            array = jnp.take(array, sizes.places(axis), axis=dim, mode="clip")
     return array
 
 

@@ -287,6 +287,22 @@ class Axes:
             parts.append(unit)
         return xp.concatenate(parts) if len(parts) != 1 else parts[0]
 
+    def places(self, axis: Axis, orders: Mapping[Atom, np.ndarray]) -> np.ndarray:
+        """int `[left]`: which units of an axis stay, in their new order, given those of free atoms (`[left]`; all as they were where
+        not named)."""
+        parts, first = [np.zeros(0, np.int64)], 0
+        for segment in self.resolve(axis):
+            unit = np.zeros(1, np.int64)
+            for atom in segment:
+                binding, size = self._bindings[atom], self._sizes[atom]
+                inner = (
+                    self.places(binding, orders) if binding is not None else orders.get(atom, np.arange(size))
+                )
+                unit = (unit[:, None] * size + inner[None, :]).reshape(-1)
+            parts.append(first + unit)
+            first += self._segment_size(segment)
+        return np.concatenate(parts)
+
     def infer(self, axis: Axis, keep: np.ndarray, kept: dict[Atom, np.ndarray]) -> None:
         """The inverse of `keep`: adds to `kept` the units of free atoms that are named by `keep` `[size]`.
 

@@ -182,3 +182,52 @@ def test_errors() -> None:
     two = sculpt.from_function(lambda p, x: (x @ p, x), jnp.ones((3, 3)))
     with pytest.raises(ValueError, match="returns one array"):
         sculpt.fold(two, jnp.ones((2, 3)))
+
+
+class Blocks(nn.Module):
+    """Two residual blocks of convolutions wide enough for groups."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        def normed(x: jax.Array) -> jax.Array:
+            x = nn.Conv(32, (3, 3), use_bias=False)(x)
+            return nn.BatchNorm(use_running_average=not train)(x)
+
+        x = normed(x)
+        for _ in range(2):
+            x = nn.relu(x + normed(nn.relu(normed(x))))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+def test_batch_norm_behind_groups_of_filters() -> None:
+    """It goes into each group. Channels stand in the order of the groups, where only the second block's sum has one already."""
+    model = from_linen(Blocks())(jax.random.key(0))
+    space = sculpt.make_space(sculpt.trace(model, IMAGES), "rect_grouped")
+    policy = np.asarray([0, *[4] * (space.num_sites - 1)], np.int32)
+    masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
+    small = sculpt.compact(masked, space, policy)
+    before = operations(small)
+    assert before.count("concatenate") == before.count("conv_general_dilated") - 5 == 4
+    after = sculpt.fold(small, IMAGES)
+    found = operations(after)
+    assert not {"rsqrt", "mul", "sub"} & set(found) and found.count("gather") == 1
+    assert found.count("add") == 9 + 2 + 1  # a bias for each convolution, the sums, the head's
+    assert distance(outputs(masked, IMAGES), outputs(after, IMAGES)) <= 1e-5
+
+
+def test_what_others_read_stays_behind_a_concatenation() -> None:
+    """Scales go no further than they may: not into a layer whose output is read twice, nor into anything but a layer."""
+
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        first, second = x @ params["first"], x @ params["second"]
+        joined = jnp.concatenate([first, second], 1) * params["scale"] + params["shift"]
+        other = jnp.concatenate([x @ params["third"], jnp.tanh(x)], 1) * params["scale"]
+        return joined + other + jnp.concatenate([first, x], 1)
+
+    shapes = {"first": (6, 6), "second": (6, 6), "third": (6, 6), "scale": (1, 12), "shift": (1, 12)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items())}
+    model, x = sculpt.from_function(apply, params), jax.random.normal(jax.random.key(1), (4, 6))
+    after = sculpt.fold(model, x)
+    assert operations(after, x).count("mul") == 2
+    assert distance(outputs(model, x), outputs(after, x)) <= 1e-5
