@@ -1,16 +1,17 @@
 """Latency of dense networks and of what compaction leaves of them, in XLA, onnxruntime, OpenVINO and LiteRT.
 
-    taskset -c 1 python -m benchmarks.bench_engines --weights cifar10_resnet20.safetensors
+    taskset -c 1 python -m benchmarks.bench_engines --data DATA
 
-ResNet-20 (CIFAR-10 weights) loses the same share of every group of channels, which leaves about half of its multiply-accumulates, once
-to any number of channels, once to multiples of 8; ViT-Ti (weights drawn at random) loses half of every MLP and one head of three. Neither is fine-tuned: only time is measured here. Dense and
-compact networks alternate; what an engine computes is compared with the model before it is timed.
+ResNet-20 and ResNet-56 (CIFAR-10 weights) lose about half of their multiply-accumulates, by channels, by multiples of 8 channels or by
+smaller windows of all kernels; ResNet-18 (weights drawn at random) has filters of four or of two kinds of window; ViT-Ti (likewise)
+loses half of every MLP and one head of three. None is fine-tuned: only time is measured here. Dense and compact networks alternate; what
+an engine computes is compared with the model before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -25,21 +26,46 @@ from sculpt.pruning import Space
 
 BATCHES = (1, 32)
 
+Case = tuple[str, Model, Model, jax.ShapeDtypeStruct]
+"""A title, the dense network, the compact one, and an image."""
 
-def resnet20(weights: Path, round_to: int) -> tuple[Model, Model, jax.ShapeDtypeStruct]:
-    """Dense and compact: every group keeps the same share of its channels, rounded to multiples, half of the
-    multiply-accumulates altogether at the most."""
+
+def cases(data: Path) -> Iterator[Case]:
+    """The networks, made one after the other."""
+    for name, depth in (("resnet20", 20), ("resnet56", 56)):
+        for family, round_to, words in (
+            ("channels", 1, "the same share of every group of channels"),
+            ("channels", 8, "the same in multiples of 8 channels"),
+            ("rect", 1, "the same smaller window in every kernel"),
+        ):
+            dense, small, image = cifar_resnet(data / "weights", name, family, round_to)
+            yield f"ResNet-{depth}, 32x32, {words} (uniform policy, budget 0.5)", dense, small, image
+    for label, words in (("3/6", "two rows, two columns, a row or a column"), ("2/6", "a row or a column")):
+        yield f"ResNet-18, 224x224, 3x3 filters of {words} (rect_grouped, {label})", *grouped_resnet(label)
+    yield "ViT-Ti/16, 224x224, half of every MLP and one head of three removed", *vit_tiny()
+
+
+def cifar_resnet(
+    weights: Path, name: str, family: str, round_to: int
+) -> tuple[Model, Model, jax.ShapeDtypeStruct]:
+    """Dense and compact: every site keeps the same share, half of the multiply-accumulates altogether at the most."""
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    model = sculpt.from_linen(*sculpt.nets.load("resnet20", weights, 10))
-    space = sculpt.make_space(sculpt.trace(model, image), ("channels",), round_to)
+    model = sculpt.from_linen(*sculpt.nets.load(name, weights / f"cifar10_{name}.safetensors", 10))
+    space = sculpt.make_space(sculpt.trace(model, image), (family,), round_to)
     return model, _compacted(model, space, np.asarray(sculpt.uniform_policy(space, 0.5))), image
+
+
+def grouped_resnet(label: str) -> tuple[Model, Model, jax.ShapeDtypeStruct]:
+    """Dense and compact: an option of `rect_grouped` for every 3x3 convolution."""
+    model, image = _drawn("resnet18")
+    space = sculpt.make_space(sculpt.trace(model, image), ("rect_grouped",))
+    option = [option.label for option in space.sites[0].options].index(label)
+    return model, _compacted(model, space, np.full(space.num_sites, option, np.int32)), image
 
 
 def vit_tiny() -> tuple[Model, Model, jax.ShapeDtypeStruct]:
     """Dense and compact: every MLP keeps half of its units, every attention two of three heads; the rest stays."""
-    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    module = sculpt.nets.create("vit_tiny_patch16", 1000)
-    model = sculpt.from_linen(module, jax.jit(module.init)(jax.random.key(0), jnp.zeros(image.shape)))
+    model, image = _drawn("vit_tiny_patch16")
     space = sculpt.make_space(sculpt.trace(model, image), ("channels",))
     kept = {3: 2, 768: 384}
     policy = np.zeros(space.num_sites, np.int32)
@@ -50,6 +76,13 @@ def vit_tiny() -> tuple[Model, Model, jax.ShapeDtypeStruct]:
                 i for i, option in enumerate(site.options) if option.counts[0] == wanted
             )
     return model, _compacted(model, space, policy), image
+
+
+def _drawn(name: str) -> tuple[Model, jax.ShapeDtypeStruct]:
+    """A network for ImageNet with weights drawn at random, and its image."""
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    module = sculpt.nets.create(name, 1000)
+    return sculpt.from_linen(module, jax.jit(module.init)(jax.random.key(0), jnp.zeros(image.shape))), image
 
 
 def _compacted(model: Model, space: Space, policy: np.ndarray) -> Model:
@@ -80,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, required=True, help="ResNet-20 for CIFAR-10, safetensors")
+    parser.add_argument("--data", type=Path, required=True, help="holds weights/")
     parser.add_argument(
         "--engines", default=",".join(ENGINES), help="with commas; those not installed are left out"
     )
@@ -96,16 +129,7 @@ def main() -> None:
         f"Milliseconds per call, one thread, float32: median of {options.repeats} samples (first to third quartile), dense and compact in turn.",
         "Policies are not searched and nothing is fine-tuned: these tables are about time alone.",
     ]
-    networks = {
-        "ResNet-20, 32x32, every group of channels at the same share (uniform policy, budget 0.5)": resnet20(
-            options.weights, 1
-        ),
-        "ResNet-20, 32x32, the same with multiples of 8 channels (uniform policy, budget 0.5)": resnet20(
-            options.weights, 8
-        ),
-        "ViT-Ti/16, 224x224, half of every MLP and one head of three removed": vit_tiny(),
-    }
-    for title, (model, small, image) in networks.items():
+    for title, model, small, image in cases(options.data):
         macs = [sculpt.count_cost(m, image)[0] for m in (model, small)]
         lines += [
             "",
@@ -123,6 +147,7 @@ def main() -> None:
                 absent.append(f"{engine}: {error}")
                 continue
             lines += rows_of({"dense": model, "compact": small}, image, engine, options.repeats)
+        jax.clear_caches()
     if absent:
         lines += ["", *(f"Not measured: {reason}." for reason in dict.fromkeys(absent))]
     write_results("bench_engines", lines)

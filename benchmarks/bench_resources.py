@@ -29,7 +29,6 @@ from sculpt.model import Model
 from sculpt.pruning import Space
 from sculpt.training import Splits
 
-
 ALLOWANCE = 1.4
 """Where both are limited, the share of the latency may be so many times that of MACs."""
 

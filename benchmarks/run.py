@@ -28,11 +28,10 @@ def commands(data: Path | None) -> list[list[str]]:
     if data is None:
         return alone
     weights = str(data / "weights" / "cifar10_resnet20.safetensors")
-    on_tasks = ("prune_tasks", "bench_controls", "bench_proxy", "bench_resources")
+    on_tasks = ("prune_tasks", "bench_controls", "bench_proxy", "bench_resources", "bench_engines")
     return [
         *alone,
         ["benchmarks.prune_cifar_jpeg", "--weights", weights, "--data-dir", str(data / "cifar10")],
-        ["benchmarks.bench_engines", "--weights", weights],
         *([f"benchmarks.{name}", "--data", str(data)] for name in on_tasks),
     ]
 
