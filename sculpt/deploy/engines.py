@@ -35,6 +35,11 @@ class Engine(Protocol):
         """Distribution whose version says which engine it was."""
         ...
 
+    @property
+    def channels_first(self) -> bool:
+        """Whether it computes on images whose channels come before height and width, as `export_onnx` writes them."""
+        ...
+
     def require(self) -> None:
         """Raises ValueError, which names the extra, if the engine is not installed."""
         ...
@@ -57,6 +62,7 @@ class Xla:
     """JAX's own compiler, on JAX's default device."""
 
     package = "jaxlib"
+    channels_first = False
 
     def require(self) -> None:
         pass
@@ -72,6 +78,7 @@ class OnnxRuntime:
     """onnxruntime on the CPU, from the file of `export_onnx`, with all of its optimisations."""
 
     package = "onnxruntime"
+    channels_first = True
 
     def require(self) -> None:
         required("onnx", "onnx")
@@ -96,6 +103,7 @@ class OpenVino:
     """OpenVINO on the CPU, from the file of `export_onnx`. Held to float32: by itself it computes in bfloat16 where it can."""
 
     package = "openvino"
+    channels_first = True
 
     def require(self) -> None:
         # Its telemetry forks a process that sends word of every import; without the module there is none.
@@ -123,6 +131,7 @@ class LiteRt:
     """LiteRT (TensorFlow Lite) on the CPU, converted from the StableHLO of the folded model."""
 
     package = "ai-edge-litert"
+    channels_first = False
 
     def require(self) -> None:
         required("litert_converter", "litert")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
     program = before_joins(
         program,
         lambda p: _constants(p, len(leaves)),
-        lambda p, ids: _evaluated(p, _constants(p, len(leaves)), leaves, ids),
+        functools.partial(_evaluated, program, _constants(program, len(leaves)), leaves),
     )
     constants = _constants(program, len(leaves))
     chains = find_chains(program, constants)

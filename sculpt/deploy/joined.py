@@ -20,21 +20,21 @@ from sculpt.tracing.program import Equation, Literal, Operand, Program
 def before_joins(
     program: Program,
     constants_of: Callable[[Program], set[int]],
-    values_of: Callable[[Program, Sequence[int]], Mapping[int, Any]],
+    values_of: Callable[[Sequence[int]], Mapping[int, Any]],
 ) -> Program:
     """The same program with scales and shifts by constants brought before the concatenations and permutations of layers that they
     follow.
 
     Args:
       program: a flat program without bodies.
-      constants_of: the ids of the values that depend on no image.
-      values_of: works such values out.
+      constants_of: the ids of the values of a program that depend on no image.
+      values_of: works such values of this program out.
     """
+    constants = constants_of(program)
+    indices = [eqn.inputs[1] for eqn in program.equations if eqn.name == "gather"]
+    known = values_of([i for i in indices if not isinstance(i, Literal) and i in constants])
     while True:
-        constants = constants_of(program)
-        indices = [eqn.inputs[1] for eqn in program.equations if eqn.name == "gather"]
-        known = values_of(program, [i for i in indices if not isinstance(i, Literal) and i in constants])
-        joins = _Joins(program, constants, known)
+        joins = _Joins(program, constants_of(program), known)
         found = next(filter(None, map(joins.step_behind, range(len(program.equations)))), None)
         if found is None:
             return program
@@ -71,69 +71,58 @@ class _Joins:
     def swapped(self, place: int, step: int) -> Program:
         """The program with the scale or shift before the join."""
         program, join, after = self._program, *(self._program.equations[i] for i in (place, step))
-        value, avals, constants = join.outputs[0], list(program.avals), dict(program.constants)
-        axis = self._axis(join)
+        (value,), axis = join.outputs, self._axis(join)
         assert axis is not None
-        new: list[Equation] = []
-
-        def fresh(shape: Sequence[Any], dtype: Any) -> int:
-            avals.append(program.avals[value].update(shape=tuple(shape), dtype=dtype))
-            return len(avals) - 1
-
-        def scaled(part: int, other: Operand | None) -> int:
-            aval = program.avals[part]
-            out = fresh(aval.shape, aval.dtype)
-            inputs = tuple(part if i == value else other for i in after.inputs)
-            new.append(dataclasses.replace(after, inputs=inputs, outputs=(out,)))
-            return out
-
-        other = next((i for i in after.inputs if i != value), None)
-        along = other is not None and self._varies(other, axis)
+        constant = next((i for i in after.inputs if i != value), None)
+        new = _Additions(program)
         if join.name == "concatenate":
-            parts, start = [], 0
-            for part in join.inputs:
-                assert isinstance(part, int)
-                stop = start + program.shape(part)[axis]
-                own = other
-                if along:
-                    assert isinstance(other, int)
-                    shape = program.shape(other)
-                    starts = [start if d == axis else 0 for d in range(len(shape))]
-                    limits = [stop if d == axis else n for d, n in enumerate(shape)]
-                    own = fresh(np.subtract(limits, starts).tolist(), program.avals[other].dtype)
-                    params = {"start_indices": tuple(starts), "limit_indices": tuple(limits), "strides": None}
-                    new.append(Equation(jax.lax.slice_p, (other,), (own,), params, after.source))
-                parts.append(scaled(part, own))
-                start = stop
-            inputs = tuple(parts)
+            parts, constants, stop = join.inputs, [], 0
+            for part in parts:
+                start, stop = stop, stop + program.shape(part)[axis]
+                constants.append(self._cut(new, constant, axis, start, stop))
         else:
-            own = other
-            if along:
-                assert isinstance(other, int)
-                indices = np.asarray(self._known[join.inputs[1]])  # type: ignore[index]
-                shape, dtype = program.shape(other), program.avals[other].dtype
-                inverse = fresh(indices.shape, indices.dtype)
-                constants[inverse] = np.argsort(indices[:, 0]).astype(indices.dtype)[:, None]
-                own = fresh(shape, dtype)
-                sizes = tuple(1 if d == axis else n for d, n in enumerate(shape))
-                new.append(
-                    dataclasses.replace(
-                        join,
-                        inputs=(other, inverse),
-                        outputs=(own,),
-                        params={**join.params, "slice_sizes": sizes},
-                    )
-                )
-            assert isinstance(join.inputs[0], int)
-            inputs = (scaled(join.inputs[0], own), *join.inputs[1:])
-        new.append(dataclasses.replace(join, inputs=inputs, outputs=after.outputs))
+            parts, constants = join.inputs[:1], [self._put_back(new, constant, axis, join)]
+        scaled = []
+        for part, own in zip(parts, constants, strict=True):
+            inputs = tuple(part if i == value else own for i in after.inputs)
+            scaled.append(new.add(after, inputs, program.shape(part), value, after.params))
+        inputs = (*scaled, *join.inputs[len(parts) :])
         # All that the step reads is there where the step was.
         equations = list(program.equations)
-        equations[step : step + 1] = new
+        equations[step : step + 1] = [
+            *new.equations,
+            dataclasses.replace(join, inputs=inputs, outputs=after.outputs),
+        ]
         del equations[place]
         return dataclasses.replace(
-            program, equations=tuple(equations), avals=tuple(avals), constants=constants
+            program, equations=tuple(equations), avals=tuple(new.avals), constants=new.constants
         )
+
+    def _cut(
+        self, new: _Additions, constant: Operand | None, axis: int, start: int, stop: int
+    ) -> Operand | None:
+        """What of a constant goes with one part of a concatenation."""
+        if not isinstance(constant, int) or not self._varies(constant, axis):
+            return constant
+        limits = list(self._program.shape(constant))
+        starts = [0] * len(limits)
+        starts[axis], limits[axis] = start, stop
+        params = {"start_indices": tuple(starts), "limit_indices": tuple(limits), "strides": None}
+        shape = tuple(limit - first for first, limit in zip(starts, limits))
+        eqn = Equation(jax.lax.slice_p, (constant,), (), params, "")
+        return new.add(eqn, (constant,), shape, constant, params)
+
+    def _put_back(
+        self, new: _Additions, constant: Operand | None, axis: int, permutation: Equation
+    ) -> Operand | None:
+        """A constant in the order that there was before a permutation."""
+        if not isinstance(constant, int) or not self._varies(constant, axis):
+            return constant
+        indices, shape = permutation.inputs[1], self._program.shape(constant)
+        assert isinstance(indices, int)
+        inverse = new.constant(np.argsort(np.asarray(self._known[indices]), axis=0), indices)
+        params = {**permutation.params, "slice_sizes": (*shape[:axis], 1, *shape[axis + 1 :])}
+        return new.add(permutation, (constant, inverse), shape, constant, params)
 
     def _axis(self, eqn: Equation) -> int | None:
         """The axis along which an equation joins or permutes; None where it does not."""
@@ -162,6 +151,8 @@ class _Joins:
         if value not in self._made:
             return False
         eqn = self._program.equations[self._made[value]]
+        if all(isinstance(i, Literal) or i in self._constants for i in eqn.inputs):
+            return True  # the zeros, for any batch size, of filters that keep nothing
         kernel = kernel_of(self._program, eqn, self._constants)
         if kernel is not None:
             return axis in kernel[1]
@@ -184,3 +175,34 @@ class _Joins:
     def _varies(self, constant: Operand, axis: int) -> bool:
         shape = self._program.shape(constant)
         return bool(shape) and shape[axis] != 1
+
+
+class _Additions:
+    """Equations and values that a program gets."""
+
+    def __init__(self, program: Program) -> None:
+        self.equations: list[Equation] = []
+        self.avals = list(program.avals)
+        self.constants = dict(program.constants)
+
+    def add(
+        self,
+        eqn: Equation,
+        inputs: tuple[Operand | None, ...],
+        shape: Sequence[Any],
+        like: int,
+        params: dict[str, Any],
+    ) -> int:
+        """Another equation of that operation; its value, of the dtype of the value `like`."""
+        self.avals.append(self.avals[like].update(shape=tuple(shape)))
+        value = len(self.avals) - 1
+        self.equations.append(
+            dataclasses.replace(eqn, inputs=inputs, outputs=(value,), params=params)  # type: ignore[arg-type]
+        )
+        return value
+
+    def constant(self, array: np.ndarray, like: int) -> int:
+        """An array that the program holds, of the shape and dtype of the value `like`."""
+        self.avals.append(self.avals[like])
+        self.constants[len(self.avals) - 1] = array.astype(self.avals[like].dtype)
+        return len(self.avals) - 1

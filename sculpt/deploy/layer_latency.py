@@ -194,7 +194,8 @@ def _measured(
         for done, (name, layer) in enumerate(layers.items()):
             on_progress(done, len(layers))
             # Its arrays are made here: those of all sizes together may be more than memory holds.
-            seconds[name] = median_seconds(runner.prepare(*_alone(*layer), threads), repeats)
+            alone = _alone(*layer, runner.channels_first)
+            seconds[name] = median_seconds(runner.prepare(*alone, threads), repeats)
     on_progress(len(layers), len(layers))
     return [
         np.reshape([seconds[name] for name in found], tuple(map(len, part.levels)))
@@ -203,7 +204,7 @@ def _measured(
 
 
 def _alone(
-    eqn: Equation, shapes: Sequence[tuple[int, ...]], params: dict[str, Any]
+    eqn: Equation, shapes: Sequence[tuple[int, ...]], params: dict[str, Any], channels_first: bool
 ) -> tuple[Model, np.ndarray]:
     """A network of that layer alone, a bias and a rectifier behind it, and what goes into it."""
     first, second = (
@@ -211,9 +212,16 @@ def _alone(
     )
     out = jax.eval_shape(lambda a, b: bind(eqn, [a, b], params), first, second)
     bias = np.zeros((1,) * (len(out.shape) - 1) + out.shape[-1:], np.float32)
+    into, outof = tuple(range(first.ndim)), tuple(range(len(out.shape)))
+    if channels_first and eqn.name == "conv_general_dilated":
+        # A network turns its images round once, not before and behind every layer.
+        numbers = params["dimension_numbers"]
+        first = first.transpose(numbers.lhs_spec)
+        into, outof = tuple(np.argsort(numbers.lhs_spec).tolist()), tuple(numbers.out_spec)
 
     def apply(params_: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        return jax.nn.relu(bind(eqn, [x, params_["kernel"]], params) + params_["bias"])
+        y = bind(eqn, [x.transpose(into), params_["kernel"]], params) + params_["bias"]
+        return jax.nn.relu(y).transpose(outof)
 
     return from_function(apply, {"kernel": jnp.asarray(second), "bias": jnp.asarray(bias)}), first
 

@@ -199,13 +199,18 @@ class Blocks(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-def test_batch_norm_behind_groups_of_filters() -> None:
-    """It goes into each group. Channels stand in the order of the groups, where only the second block's sum has one already."""
+def in_groups(option: int) -> tuple[Model, Model]:
+    """Masked and compact: an option of `rect_grouped` for all convolutions but the first."""
     model = from_linen(Blocks())(jax.random.key(0))
     space = sculpt.make_space(sculpt.trace(model, IMAGES), "rect_grouped")
-    policy = np.asarray([0, *[4] * (space.num_sites - 1)], np.int32)
+    policy = np.asarray([0, *[option] * (space.num_sites - 1)], np.int32)
     masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
-    small = sculpt.compact(masked, space, policy)
+    return masked, sculpt.compact(masked, space, policy)
+
+
+def test_batch_norm_behind_groups_of_filters() -> None:
+    """It goes into each group. Channels stand in the order of the groups, where only the second block's sum has one already."""
+    masked, small = in_groups(4)
     before = operations(small)
     assert before.count("concatenate") == before.count("conv_general_dilated") - 5 == 4
     after = sculpt.fold(small, IMAGES)
@@ -213,6 +218,16 @@ def test_batch_norm_behind_groups_of_filters() -> None:
     assert not {"rsqrt", "mul", "sub"} & set(found) and found.count("gather") == 1
     assert found.count("add") == 9 + 2 + 1  # a bias for each convolution, the sums, the head's
     assert distance(outputs(masked, IMAGES), outputs(after, IMAGES)) <= 1e-5
+
+
+def test_batch_norm_behind_filters_that_keep_nothing() -> None:
+    masked, small = in_groups(5)
+    after = sculpt.fold(small, IMAGES)
+    for x in (IMAGES, IMAGES[:1]):
+        assert distance(outputs(masked, x), outputs(after, x)) <= 1e-5
+    program = flatten(after.apply, after.params, after.state, IMAGES)
+    scaled = [program.shape(eqn.outputs[0])[-1] for eqn in program.equations if eqn.name == "mul"]
+    assert scaled == [16] * 4  # zeros alone
 
 
 def test_what_others_read_stays_behind_a_concatenation() -> None:

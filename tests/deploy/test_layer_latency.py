@@ -43,6 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Engine:
         package = "jaxlib"
+        channels_first = True
 
         def prepare(self, model: sculpt.Model, x: np.ndarray, threads: int) -> float:
             assert jax.eval_shape(model, x).shape  # a layer that runs at that size
