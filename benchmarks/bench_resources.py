@@ -5,7 +5,7 @@
 Tasks are those of `tasks`, their dense network trained (or fine-tuned) once, with seed 0. The latency of every layer under every
 option is measured first; then the agent searches channels and windows, for several budgets of either kind, and of both at once. What
 it finds is compacted, its latency measured beside the dense network's, and fine-tuned alike and tested. Everything is kept under --run
-and skipped when it is there already.
+and skipped when it is there already. `--also onnxruntime openvino litert` measures what was found in other engines too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.stages import in_words, stage
 from benchmarks.tasks import TASKS, Task, begin, parser_of, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.deploy import LayerLatency, load_layers, save_layers
+from sculpt.deploy.engines import ENGINES
 from sculpt.model import Model
 from sculpt.pruning import Space
 from sculpt.training import Splits
@@ -82,7 +84,19 @@ def searched(
     }
 
 
-def rows_of(folder: Path) -> list[str]:
+def elsewhere(
+    model: Model, space: Space, splits: Splits, file: Path, engine: str, batch: int
+) -> dict[str, Any]:
+    """How much faster than the dense network what a search has found is in another engine."""
+    policy = np.asarray(json.loads(file.read_text())["policy"], np.int32)
+    masks = sculpt.make_masks(space, model.params, policy)
+    small = sculpt.compact(sculpt.apply_masks(model, masks), space, policy)
+    x = splits.normalise(splits.train.images[:batch])
+    times = sculpt.compare_latency({"dense": model, "small": small}, x, 30, engine=engine, threads=1)
+    return {"speed_up": times["dense"].median / times["small"].median}
+
+
+def rows_of(folder: Path, engines: Sequence[str]) -> list[str]:
     """A row for each kind and budget: means over the seeds that are complete."""
     rows = []
     for place in sorted(folder.glob("*-*")):
@@ -95,8 +109,12 @@ def rows_of(folder: Path) -> list[str]:
             for name in ("macs", "predicted", "measured")
         ]
         tests = [result["test"] for result in results]
+        for engine in engines:
+            found = [json.loads(file.read_text()) for file in sorted(place.glob(f"{engine}-seed*.json"))]
+            columns.append(" / ".join(f"{other['speed_up']:.2f}" for other in found) or "-")
         rows.append(
-            f"| {kind} | {budget} | {' | '.join(columns)} | {1 / np.mean([r['measured'] for r in results]):.2f} | "
+            f"| {kind} | {budget} | {' | '.join(columns[:3])} | {1 / np.mean([r['measured'] for r in results]):.2f} | "
+            f"{''.join(f'{column} | ' for column in columns[3:])}"
             f"{' / '.join(f'{test:.2f}' for test in tests)} | {np.mean(tests):.2f} |"
         )
     return rows
@@ -115,7 +133,7 @@ def report(options: argparse.Namespace) -> None:
     ]
     for name in TASKS:
         folder = options.run / name
-        if rows := rows_of(folder):
+        if rows := rows_of(folder, options.also):
             latency = load_layers(folder / "layers.safetensors")
             lines += [
                 "",
@@ -125,8 +143,9 @@ def report(options: argparse.Namespace) -> None:
                 f"median, {100 * latency.error.max():.1f}% at the most; dense {1e3 * latency.measured[0]:.2f} ms. "
                 f"Fine-tuning: {in_words(TASKS[name].finetune)}.",
                 "",
-                "| budget of | budget | MACs kept | latency predicted | latency measured | speed-up | test accuracy | mean |",
-                "| --- | --- | --- | --- | --- | --- | --- | --- |",
+                "| budget of | budget | MACs kept | latency predicted | latency measured | speed-up | "
+                f"{''.join(f'in {engine} | ' for engine in options.also)}test accuracy | mean |",
+                f"| --- | --- | --- | --- | --- | --- |{' --- |' * len(options.also)} --- | --- |",
                 *rows,
             ]
     write_results("bench_resources", lines)
@@ -135,6 +154,7 @@ def report(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = parser_of(__doc__, "bench_resources", ["digits-resnet8"])
     parser.add_argument("--engine", default="xla")
+    parser.add_argument("--also", nargs="+", default=[], choices=list(ENGINES), metavar="ENGINE")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--latency", type=float, nargs="+", default=[0.5, 0.6, 0.7])
     parser.add_argument("--macs", type=float, nargs="+", default=[0.2, 0.3, 0.5])
@@ -183,7 +203,13 @@ def main() -> None:
                         place,
                         options,
                     )
-                    stage(place / f"seed{seed}.json", compute)
+                    file = place / f"seed{seed}.json"
+                    stage(file, compute)
+                    for engine in options.also:
+                        measure = functools.partial(
+                            elsewhere, dense, space, splits, file, engine, options.batch
+                        )
+                        stage(place / f"{engine}-seed{seed}.json", measure)
                 report(options)
 
 
