@@ -18,7 +18,7 @@ from sculpt.tracing.program import Equation, Literal, Operand, Program
 
 _SHIFTS = ("add", "sub")
 _SCALES = ("mul", "div", "neg")
-_DTYPES = (jnp.float32, jnp.float64)
+FOLDED_DTYPES = (jnp.float32, jnp.float64)
 """Half precision is left as it is: a scaled weight would be rounded again."""
 
 
@@ -56,7 +56,7 @@ def find_chains(program: Program, constants: set[int]) -> tuple[Chain, ...]:
     fresh = len(program.avals)
     for place, eqn in enumerate(program.equations):
         found = None if eqn.outputs[0] in constants else kernel_of(program, eqn, constants)
-        if found is None or program.avals[eqn.outputs[0]].dtype not in _DTYPES:
+        if found is None or program.avals[eqn.outputs[0]].dtype not in FOLDED_DTYPES:
             continue
         operand, axes = found
         steps: list[int] = []

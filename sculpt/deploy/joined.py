@@ -7,13 +7,14 @@ follows. Per channel, `scale(concatenate(a, b))` is `concatenate(scale_a(a), sca
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from sculpt.deploy.chains import is_step, kernel_of
+from sculpt.deploy.chains import FOLDED_DTYPES, is_step, kernel_of
 from sculpt.tracing.program import Equation, Literal, Operand, Program
 
 
@@ -35,10 +36,10 @@ def before_joins(
     known = values_of([i for i in indices if not isinstance(i, Literal) and i in constants])
     while True:
         joins = _Joins(program, constants_of(program), known)
-        found = next(filter(None, map(joins.step_behind, range(len(program.equations)))), None)
-        if found is None:
+        pairs = [pair for place in range(len(program.equations)) if (pair := joins.step_behind(place))]
+        if not pairs:
             return program
-        program = joins.swapped(*found)
+        program = joins.swapped(pairs)
 
 
 class _Joins:
@@ -60,7 +61,9 @@ class _Joins:
         """The positions of a join and of the scale or shift behind it, if this is one of layers and is followed by one."""
         eqn = self._program.equations[place]
         axis, value = self._axis(eqn), eqn.outputs[0]
-        if axis is None or value in self._constants or not self._of_layers(value, axis):
+        if self._program.avals[value].dtype not in FOLDED_DTYPES or value in self._constants:
+            return None
+        if axis is None or not self._of_layers(value, axis):
             return None
         step = self._only_reader(value)
         if step is None:
@@ -68,35 +71,40 @@ class _Joins:
         after = self._program.equations[step]
         return (place, step) if is_step(self._program, after, value, (axis,), self._constants) else None
 
-    def swapped(self, place: int, step: int) -> Program:
-        """The program with the scale or shift before the join."""
-        program, join, after = self._program, *(self._program.equations[i] for i in (place, step))
+    def swapped(self, pairs: Sequence[tuple[int, int]]) -> Program:
+        """The program with these scales and shifts before these joins."""
+        new = _Additions(self._program)
+        equations: list[Sequence[Equation]] = [(eqn,) for eqn in self._program.equations]
+        for place, step in pairs:
+            # All that the step reads is there where the step was.
+            equations[place], equations[step] = (), self._before(new, place, step)
+        return dataclasses.replace(
+            self._program,
+            equations=tuple(itertools.chain.from_iterable(equations)),
+            avals=tuple(new.avals),
+            constants=new.constants,
+        )
+
+    def _before(self, new: _Additions, place: int, step: int) -> list[Equation]:
+        """The equations of a scale or shift of every part of a join, and of the join."""
+        join, after = (self._program.equations[i] for i in (place, step))
         (value,), axis = join.outputs, self._axis(join)
         assert axis is not None
         constant = next((i for i in after.inputs if i != value), None)
-        new = _Additions(program)
+        begun = len(new.equations)
         if join.name == "concatenate":
             parts, constants, stop = join.inputs, [], 0
             for part in parts:
-                start, stop = stop, stop + program.shape(part)[axis]
+                start, stop = stop, stop + self._program.shape(part)[axis]
                 constants.append(self._cut(new, constant, axis, start, stop))
         else:
             parts, constants = join.inputs[:1], [self._put_back(new, constant, axis, join)]
         scaled = []
         for part, own in zip(parts, constants, strict=True):
             inputs = tuple(part if i == value else own for i in after.inputs)
-            scaled.append(new.add(after, inputs, program.shape(part), value, after.params))
+            scaled.append(new.add(after, inputs, self._program.shape(part), value, after.params))
         inputs = (*scaled, *join.inputs[len(parts) :])
-        # All that the step reads is there where the step was.
-        equations = list(program.equations)
-        equations[step : step + 1] = [
-            *new.equations,
-            dataclasses.replace(join, inputs=inputs, outputs=after.outputs),
-        ]
-        del equations[place]
-        return dataclasses.replace(
-            program, equations=tuple(equations), avals=tuple(new.avals), constants=new.constants
-        )
+        return [*new.equations[begun:], dataclasses.replace(join, inputs=inputs, outputs=after.outputs)]
 
     def _cut(
         self, new: _Additions, constant: Operand | None, axis: int, start: int, stop: int

@@ -214,7 +214,7 @@ def _alone(
     bias = np.zeros((1,) * (len(out.shape) - 1) + out.shape[-1:], np.float32)
     into, outof = tuple(range(first.ndim)), tuple(range(len(out.shape)))
     if channels_first and eqn.name == "conv_general_dilated":
-        # A network turns its images round once, not before and behind every layer.
+        # It takes and gives images of channels first: a network turns them round once, not before and behind every layer.
         numbers = params["dimension_numbers"]
         first = first.transpose(numbers.lhs_spec)
         into, outof = tuple(np.argsort(numbers.lhs_spec).tolist()), tuple(numbers.out_spec)

@@ -111,7 +111,13 @@ def grid_of(space: Space, part: Part, batch: int) -> Iterator[tuple[list[tuple[i
         sizes = _GridSizes(space, part, place, batch)
         shapes = [np.shape(i.value) if isinstance(i, Literal) else sizes.shape(i) for i in eqn.inputs]
         rewritten = REWRITES[eqn.name](sizes, eqn) if eqn.name in REWRITES and part.levels else {}
-        yield shapes, {**eqn.params, **rewritten}
+        params = {**eqn.params, **rewritten}
+        if eqn.name == "conv_general_dilated":
+            # Kernels of every image's own are groups, as many as images.
+            numbers = params["dimension_numbers"]
+            groups = shapes[0][numbers.lhs_spec[1]] // shapes[1][numbers.rhs_spec[1]]
+            params["feature_group_count"] = groups
+        yield shapes, params
 
 
 def _part(

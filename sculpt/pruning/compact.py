@@ -44,6 +44,15 @@ _TINY = 1e-30
 """The largest output counts as at least this, so that outputs that are all zero can be compared."""
 
 
+class _OtherCoupling(ValueError):
+    """A program couples the axes of its arrays otherwise than the one that was traced."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the training program, or the program for this input, couples axes otherwise than the evaluation program that was traced"
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
     """What is kept of every array of a dense model."""
@@ -145,17 +154,33 @@ def compact(model: Model, space: Space, policy: Any, check: bool = True, *, mask
                 f"compact expected a model with the policy's zeros in place, but {path} has {wrong} non-zero weights where "
                 "the policy removes them; apply sculpt.apply_masks(model, masks) or fine-tune with those masks first"
             )
-    plan = _make_plan(model, space, masks)
-    params, state = plan.slice((model.params, model.state))
-    small = Model(
-        CompactFunction(model.apply, plan, False),
-        CompactFunction(model.apply_train, plan, True),
-        params,
-        state,
-    )
+    small = _planned(model, _make_plan(model, space, masks))
+    if not _trains_alike(small, space.trace):
+        small = _planned(model, _make_plan(model, space, masks, reorder=False))
     if check:
         _check(model, small, space.trace)
     return small
+
+
+def _planned(model: Model, plan: _Plan) -> Model:
+    params, state = plan.slice((model.params, model.state))
+    apply = CompactFunction(model.apply, plan, False)
+    return Model(apply, CompactFunction(model.apply_train, plan, True), params, state)
+
+
+def _trains_alike(small: Model, traced: Trace) -> bool:
+    """Whether training takes the channels in their new order, if there is one, too."""
+    assert isinstance(small.apply, CompactFunction)
+    if all((np.diff(units) > 0).all() for leaf in small.apply.plan.places for units in leaf):
+        return True
+    try:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        jax.eval_shape(small.apply_train, *shapes_of((small.params, small.state)), traced.inputs, key)
+    except _OtherCoupling:
+        return False
+    except Exception:  # some models cannot be trained at all, and each framework has its own errors
+        pass
+    return True
 
 
 def max_difference(model: Model, other: Model, x: jax.Array) -> float:
@@ -227,12 +252,12 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array, t
     return f"{last}, at the output"
 
 
-def _make_plan(model: Model, space: Space, masks: Any) -> _Plan:
+def _make_plan(model: Model, space: Space, masks: Any, reorder: bool = True) -> _Plan:
     traced, axes = space.trace, space.trace.axes
     kept = _kept_atoms(traced, space, masks)
     arrays = len(jax.tree.leaves((model.params, model.state)))
     terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
-    groups, orders = _filter_groups(space, masks, kept)
+    groups, orders = _filter_groups(space, masks, kept, reorder)
     left = {**{atom: np.flatnonzero(units) for atom, units in kept.items()}, **orders}
     places = tuple(tuple(axes.places(axis, left) for axis in term) for term in terms)
     rows = []
@@ -251,10 +276,11 @@ def _make_plan(model: Model, space: Space, masks: Any) -> _Plan:
 
 
 def _filter_groups(
-    space: Space, masks: Any, kept: Mapping[Atom, np.ndarray]
+    space: Space, masks: Any, kept: Mapping[Atom, np.ndarray], reorder: bool
 ) -> tuple[dict[int, tuple[FilterGroup, ...]], dict[Atom, np.ndarray]]:
     """Groups of the filters that stay, for every kernel whose filters have windows of their own, and the units that stay of channels
-    that are put in the order of the groups: then nothing has to be put back in order when the network runs."""
+    that are put in the order of the groups (none unless `reorder`): then nothing has to be put back in order when the network runs.
+    """
     traced, leaves = space.trace, jax.tree.leaves(masks)
     groups: dict[int, tuple[FilterGroup, ...]] = {}
     orders: dict[Atom, np.ndarray] = {}
@@ -268,7 +294,7 @@ def _filter_groups(
         others = tuple(d for d in range(mask.ndim) if d not in (outputs, *layer.window_axes))
         used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *layer.window_axes, *others))
         found = group_filters(used.reshape(used.shape[: 1 + len(layer.window_axes)]))
-        atom = _movable(traced, term[outputs])
+        atom = _movable(traced, term[outputs]) if reorder else None
         if found and atom is not None and atom not in orders:
             first = traced.axes.places(term[outputs], left)
             orders[atom] = first[[index for group in found for index in group.filters]]
@@ -278,13 +304,12 @@ def _filter_groups(
 
 
 def _movable(traced: Trace, axis: Axis) -> Atom | None:
-    """The atom of an axis, if its units may change places: if no array joins it with others into an axis."""
+    """The atom of an axis, if its units may change places: if no array of the network joins it with others into an axis."""
     atoms = traced.axes.atoms(axis)
     if len(atoms) != 1 or traced.axes.frozen(atoms[0]) is not None:
         return None
-    mentions = [
-        traced.axes.resolve(other) for leaf in traced.leaves for other in traced.leaf_term(leaf.index)
-    ]
+    arrays = [traced.flow.terms[value] for value in traced.program.inputs]
+    mentions = [traced.axes.resolve(other) for term in arrays for other in term]
     alone = all(other == ((atoms[0],),) for other in mentions if atoms[0] in traced.axes.atoms(other))
     return atoms[0] if alone else None
 
@@ -335,12 +360,15 @@ def _rewritten(
             stays[units] = True
             flow.axes.infer(axis, stays, kept)
             if (np.diff(units) < 0).any():
-                orders |= dict.fromkeys(flow.axes.atoms(axis), units)  # there is only one
+                (segment,) = flow.axes.resolve(axis) if len(flow.axes.atoms(axis)) == 1 else ((),)
+                if len(segment) != 1:
+                    raise _OtherCoupling
+                orders[segment[0]] = units
     sizes = Sizes(flow, program, kept, orders)
     for term, places in zip(inputs, plan.places):
         for axis, units in zip(term, places):
             if not np.array_equal(sizes.places(axis), units):
-                raise ValueError("the training program couples axes otherwise than the evaluation program")
+                raise _OtherCoupling
     lost = [atom for atom, units in kept.items() if not units.all()]
     reasons = [flow.axes.frozen(atom) for atom in kept]
     if training:

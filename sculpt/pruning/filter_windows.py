@@ -74,42 +74,59 @@ def _share(filters: int, share: float) -> int:
 
 
 def choose_filter_windows(options: tuple[Option, ...], energy: jax.Array) -> Choice:
-    """Windows by what filters keep: the larger ones go to the filters that would lose most, then rows to those that lose most by
-    columns."""
+    """Windows by what filters lose: the larger ones go to the filters that would lose most by the smaller, then rows to those that lose
+    most by columns.
+
+    What was pruned so is pruned alike again: whatever a filter has lost all of the rest of, it keeps.
+    """
     stack, _, _, outputs = energy.shape
     filters = jnp.moveaxis(energy.sum(axis=2), 1, 0).reshape(9, -1)
-    kept, windows = [], []
-    for kinds in _CLASSES:
-        each = [jnp.where(places[:, :, None], filters[None], 0.0).sum(axis=1) for places in kinds]
-        # Filters that would rather have the other kind say nothing: once they have it, the rest agrees on the same place again.
-        most = jnp.stack([energies.max(axis=0) for energies in each])
-        votes = [jnp.where(most[i] >= most.max(axis=0), energies, 0.0) for i, energies in enumerate(each)]
-        best = [jnp.argmax(energies.sum(axis=1)) for energies in votes]
-        kept.append(jnp.stack([energies[place] for energies, place in zip(each, best)]))
-        windows.append(jnp.stack([jnp.asarray(places)[place] for places, place in zip(kinds, best)]))
-    worth = [kinds.max(axis=0) for kinds in kept]
-
-    def of_class(place: int, members: jax.Array) -> jax.Array:
-        """bool `[9, filters]`: the windows of a class, for the filters that are members of it."""
-        if len(_CLASSES[place]) == 1:
-            return jnp.broadcast_to(windows[place][0][:, None], filters.shape)
-        outside = jnp.where(windows[place][:, :, None], 0.0, filters[None]).sum(axis=1)
-        better, done = outside < outside[::-1], outside == 0
-        rows, has_row, has_column, all_members = (
-            (members & them).sum(dtype=jnp.int32) for them in (better[0], *(done & better), True)
-        )
-        rows = (rows + MIN_GROUP // 2) // MIN_GROUP * MIN_GROUP
-        # A filter that has such a window already keeps it: pruning again changes nothing.
-        rows = jnp.clip(rows, has_row, all_members - has_column)
-        has_rows = rank_of(jnp.where(members, outside[1] - outside[0], -jnp.inf)) < rows
-        return jnp.where(has_rows, windows[place][0][:, None], windows[place][1][:, None])
+    placed = [_placed(kinds, filters) for kinds in _CLASSES]
+    lost = [jnp.where(windows[:, :, None], 0.0, filters).sum(axis=1) for windows in placed]
 
     def keep(counts: tuple[int, ...]) -> jax.Array:
         used = [place for place, count in enumerate(counts) if count]
         large, small = used[0], used[-1]
-        is_large = rank_of(worth[large] - worth[small]) < counts[large]
-        mask = jnp.where(is_large, of_class(large, is_large), of_class(small, ~is_large))
+        is_large = rank_of(lost[small].min(axis=0) - lost[large].min(axis=0)) < counts[large]
+        mask = jnp.where(
+            is_large,
+            _of_class(placed[large], lost[large], is_large),
+            _of_class(placed[small], lost[small], ~is_large),
+        )
         view = jnp.moveaxis(mask.reshape(9, stack, outputs), 0, 1)[:, :, None, :]
         return jnp.broadcast_to(view, energy.shape)
 
     return entry_choice([keep(option.pattern) for option in options], energy)
+
+
+def _placed(kinds: tuple[np.ndarray, ...], filters: jax.Array) -> jax.Array:
+    """bool `[kinds, 9]`: where the rows and where the columns lie, given energies `[9, filters]`."""
+    inside, outside = (
+        [jnp.where(jnp.asarray(places)[:, :, None] == within, filters, 0.0).sum(axis=1) for places in kinds]
+        for within in (True, False)
+    )
+    best = jnp.stack([energies.max(axis=0) for energies in inside])
+    windows = []
+    for kind, places in enumerate(kinds):
+        # Filters that would rather have the other kind say nothing.
+        votes = jnp.where(best[kind] >= best.max(axis=0), inside[kind], 0.0).sum(axis=1)
+        pruned = jnp.where(outside[kind] == 0, inside[kind], 0.0).sum(axis=1)
+        place = jnp.argmax(jnp.where(pruned.max() > 0, pruned, votes))
+        windows.append(jnp.asarray(places)[place])
+    return jnp.stack(windows)
+
+
+def _of_class(windows: jax.Array, lost: jax.Array, members: jax.Array) -> jax.Array:
+    """bool `[9, filters]`: the windows `[kinds, 9]` of the filters that are members of a class, given what they lose by each."""
+    if len(windows) == 1:
+        return jnp.broadcast_to(windows[0][:, None], (9, lost.shape[1]))
+    by_rows, by_columns = lost
+    has_rows = members & (by_rows == 0) & (by_columns > 0)
+    has_columns = members & (by_columns == 0) & (by_rows > 0)
+    wanted = (members & (by_rows < by_columns)).sum(dtype=jnp.int32)
+    whole = (wanted + MIN_GROUP // 2) // MIN_GROUP * MIN_GROUP
+    most = members.sum(dtype=jnp.int32) - has_columns.sum(dtype=jnp.int32)
+    rows = jnp.clip(whole, has_rows.sum(dtype=jnp.int32), most)
+    prefers = jnp.where(has_rows, jnp.inf, by_columns - by_rows)
+    prefers = jnp.where(members & ~has_columns, prefers, -jnp.inf)
+    return jnp.where(rank_of(prefers) < rows, windows[0][:, None], windows[1][:, None])

@@ -63,9 +63,9 @@ class Sizes:
         return () if isinstance(operand, Literal) else self.flow.terms[operand]
 
     def changes(self, eqn: Equation) -> bool:
-        """Whether anything that the equation reads or gives has become smaller."""
+        """Whether anything that the equation reads or gives has lost units, or has them in another order."""
         values = [v for v in (*eqn.inputs, *eqn.outputs) if not isinstance(v, Literal)]
-        return any(self.shrinks(axis) for v in values for axis in self.flow.terms[v])
+        return any(self.moves(axis) for v in values for axis in self.flow.terms[v])
 
 
 Rewrite = Callable[[Sizes, Equation], dict[str, Any]]
@@ -118,10 +118,12 @@ def rewrite(
                     )
         elif eqn.name in REWRITES and sizes.changes(eqn):
             params[id(eqn)] = {**eqn.params, **REWRITES[eqn.name](sizes, eqn)}
-    constants = {
-        value: array if value in whole else take(array, sizes, flow.terms[value])
-        for value, array in program.constants.items()
-    }
+    # A program is kept: what is worked out while one is traced must not be of that trace.
+    with jax.ensure_compile_time_eval():
+        constants = {
+            value: array if value in whole else take(array, sizes, flow.terms[value])
+            for value, array in program.constants.items()
+        }
     tables = {
         value: functools.partial(take, sizes=sizes, term=flow.terms[value])
         for value in program.tables

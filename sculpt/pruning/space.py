@@ -169,7 +169,8 @@ def make_space(
 def with_resource(
     space: Space, resource: str | Resource | Sequence[str | Resource] | Mapping[str | Resource, float]
 ) -> Space:
-    """The same space with budgets of something else than MACs; the space itself, if its budgets are of that already.
+    """The same space with budgets of something else than MACs; the space itself, where they are of "macs" or "params" and asked for again,
+    or of that very `Resource`.
 
     Args:
       space: the space.
