@@ -26,7 +26,7 @@ from sculpt.pruning.filter_groups import (
     split_convolutions,
 )
 from sculpt.pruning.masks import check_masks, make_masks
-from sculpt.pruning.rewrite import Sizes, bind, rewrite, take
+from sculpt.pruning.rewrite import Sizes, bind, rewrite, take, units_left
 from sculpt.pruning.space import Space
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.execute import Executable, as_written, execute
@@ -258,7 +258,7 @@ def _make_plan(model: Model, space: Space, masks: Any, reorder: bool = True) -> 
     arrays = len(jax.tree.leaves((model.params, model.state)))
     terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
     groups, orders = _filter_groups(space, masks, kept, reorder)
-    left = {**{atom: np.flatnonzero(units) for atom, units in kept.items()}, **orders}
+    left = units_left(kept, orders)
     places = tuple(tuple(axes.places(axis, left) for axis in term) for term in terms)
     rows = []
     for layer in traced.layers:
@@ -289,7 +289,7 @@ def _filter_groups(
             continue
         leaf, layer = site.kernel.leaf, traced.layers[site.owner]
         term, (outputs,) = traced.leaf_term(leaf), layer.out_axes
-        left = {**{atom: np.flatnonzero(units) for atom, units in kept.items()}, **orders}
+        left = units_left(kept, orders)
         mask = leaves[leaf][np.ix_(*(traced.axes.places(axis, left) for axis in term))]
         others = tuple(d for d in range(mask.ndim) if d not in (outputs, *layer.window_axes))
         used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *layer.window_axes, *others))
@@ -360,10 +360,10 @@ def _rewritten(
             stays[units] = True
             flow.axes.infer(axis, stays, kept)
             if (np.diff(units) < 0).any():
-                (segment,) = flow.axes.resolve(axis) if len(flow.axes.atoms(axis)) == 1 else ((),)
-                if len(segment) != 1:
+                atom = flow.axes.atoms(axis)[0]
+                if flow.axes.resolve(axis) != ((atom,),):
                     raise _OtherCoupling
-                orders[segment[0]] = units
+                orders[atom] = units
     sizes = Sizes(flow, program, kept, orders)
     for term, places in zip(inputs, plan.places):
         for axis, units in zip(term, places):

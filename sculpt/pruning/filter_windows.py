@@ -4,8 +4,8 @@ convolution.
 The windows are those of AutoSculpt (arXiv 2412.18091): the whole kernel, two columns, two rows, one column, one row, nothing. A
 filter is all that one output channel reads. Which filters keep rows and which columns is chosen by what they would lose, in multiples of
 `MIN_GROUP` filters; two lines lie where the filters of the kernel together keep most, a single one in the middle, where no engine has to
-crop the image. Were all that left to every filter by itself, trained networks would keep a few hundredths more of their energy, and too
-few filters would share a window to gain anything.
+crop the image. Were all that left to every filter by itself, the kernels of trained ResNet-20 and ResNet-56 would keep one to five
+hundredths more of their energy in the mean, and too few filters would share a window to gain anything.
 """
 
 from __future__ import annotations

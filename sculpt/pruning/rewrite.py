@@ -16,6 +16,11 @@ from sculpt.tracing.flow import Flow
 from sculpt.tracing.program import Equation, Literal, Program
 
 
+def units_left(kept: Mapping[Atom, np.ndarray], orders: Mapping[Atom, np.ndarray]) -> dict[Atom, np.ndarray]:
+    """The units that stay, in their new order, of every atom that lost units (`kept`) or whose units change places (`orders`)."""
+    return {**{atom: np.flatnonzero(units) for atom, units in kept.items()}, **orders}
+
+
 class Sizes:
     """What is kept of every value of a program."""
 
@@ -33,6 +38,7 @@ class Sizes:
         """Boolean `[atom size]` of every atom that lost units."""
         self.orders = orders or {}
         """The units that stay, in their new order, of every atom whose units changed places."""
+        self._left = units_left(kept, self.orders)
 
     def moves(self, axis: Axis) -> bool:
         """Whether units are lost or change places."""
@@ -40,8 +46,7 @@ class Sizes:
 
     def places(self, axis: Axis) -> np.ndarray:
         """int `[left]`: the units of an axis that stay, in their new order."""
-        left = {atom: np.flatnonzero(units) for atom, units in self.kept.items()}
-        return self.flow.axes.places(axis, {**left, **self.orders})
+        return self.flow.axes.places(axis, self._left)
 
     def shrinks(self, axis: Axis) -> bool:
         return any(atom in self.kept for atom in self.flow.axes.atoms(axis))
