@@ -22,7 +22,7 @@ import numpy as np
 
 import sculpt
 from benchmarks.stages import in_words, stage
-from benchmarks.tasks import TASKS, Task, begin, parser_of, tuned
+from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.agents import Method
 from sculpt.agents.cma_es import load_evosax
@@ -52,8 +52,7 @@ def searched(
 ) -> dict[str, Any]:
     """One search, and the test accuracy of what it found after fine-tuning."""
     found = sculpt.search(model, space, splits, config, jax.random.key(seed))
-    masks = sculpt.make_masks(space, model.params, found.policy)
-    small = sculpt.compact(sculpt.apply_masks(model, masks), space, found.policy)
+    small = compacted(model, space, found.policy)
     folder.mkdir(parents=True, exist_ok=True)
     after = tuned(small, splits, task.finetune, 0, folder / f"seed{seed}", teacher=model)
     # Programs of compact networks are all different: a process may hold only so many.

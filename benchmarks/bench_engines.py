@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import sculpt
+from benchmarks.tasks import compacted
 from benchmarks.timing import provenance, write_results
 from sculpt.deploy.engines import ENGINES, engine_of
 from sculpt.model import Model
-from sculpt.pruning import Space
 
 BATCHES = (1, 32)
 
@@ -52,7 +52,7 @@ def cifar_resnet(
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     model = sculpt.from_linen(*sculpt.nets.load(name, weights / f"cifar10_{name}.safetensors", 10))
     space = sculpt.make_space(sculpt.trace(model, image), (family,), round_to)
-    return model, _compacted(model, space, np.asarray(sculpt.uniform_policy(space, 0.5))), image
+    return model, compacted(model, space, np.asarray(sculpt.uniform_policy(space, 0.5))), image
 
 
 def grouped_resnet(label: str) -> tuple[Model, Model, jax.ShapeDtypeStruct]:
@@ -60,7 +60,7 @@ def grouped_resnet(label: str) -> tuple[Model, Model, jax.ShapeDtypeStruct]:
     model, image = _drawn("resnet18")
     space = sculpt.make_space(sculpt.trace(model, image), ("rect_grouped",))
     option = [option.label for option in space.sites[0].options].index(label)
-    return model, _compacted(model, space, np.full(space.num_sites, option, np.int32)), image
+    return model, compacted(model, space, np.full(space.num_sites, option, np.int32)), image
 
 
 def vit_tiny() -> tuple[Model, Model, jax.ShapeDtypeStruct]:
@@ -75,7 +75,7 @@ def vit_tiny() -> tuple[Model, Model, jax.ShapeDtypeStruct]:
             policy[site.index] = next(
                 i for i, option in enumerate(site.options) if option.counts[0] == wanted
             )
-    return model, _compacted(model, space, policy), image
+    return model, compacted(model, space, policy), image
 
 
 def _drawn(name: str) -> tuple[Model, jax.ShapeDtypeStruct]:
@@ -83,11 +83,6 @@ def _drawn(name: str) -> tuple[Model, jax.ShapeDtypeStruct]:
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     module = sculpt.nets.create(name, 1000)
     return sculpt.from_linen(module, jax.jit(module.init)(jax.random.key(0), jnp.zeros(image.shape))), image
-
-
-def _compacted(model: Model, space: Space, policy: np.ndarray) -> Model:
-    masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
-    return sculpt.compact(masked, space, policy)
 
 
 def rows_of(models: Mapping[str, Model], image: jax.ShapeDtypeStruct, engine: str, repeats: int) -> list[str]:

@@ -23,7 +23,7 @@ import numpy as np
 
 import sculpt
 from benchmarks.stages import in_words, stage
-from benchmarks.tasks import TASKS, Task, begin, parser_of, tuned
+from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.deploy import LayerLatency, load_layers, save_layers
 from sculpt.deploy.engines import ENGINES
@@ -66,8 +66,7 @@ def searched(
         budget=budget, evaluations=options.evaluations, rerank=4, rerank_finetune=task.brief
     )
     found = sculpt.search(model, space, splits, config, jax.random.key(seed))
-    masks = sculpt.make_masks(space, model.params, found.policy)
-    small = sculpt.compact(sculpt.apply_masks(model, masks), space, found.policy)
+    small = compacted(model, space, found.policy)
     x = splits.normalise(splits.train.images[: options.batch])
     times = sculpt.compare_latency({"dense": model, "small": small}, x, 60, engine=options.engine, threads=1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,8 +88,7 @@ def elsewhere(
 ) -> dict[str, Any]:
     """How much faster than the dense network what a search has found is in another engine."""
     policy = np.asarray(json.loads(file.read_text())["policy"], np.int32)
-    masks = sculpt.make_masks(space, model.params, policy)
-    small = sculpt.compact(sculpt.apply_masks(model, masks), space, policy)
+    small = compacted(model, space, policy)
     x = splits.normalise(splits.train.images[:batch])
     times = sculpt.compare_latency({"dense": model, "small": small}, x, 30, engine=engine, threads=1)
     return {"speed_up": times["dense"].median / times["small"].median}

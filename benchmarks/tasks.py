@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import sculpt
 from benchmarks.stages import settle, stage, test_accuracy
 from sculpt.model import Model
+from sculpt.pruning import Space
 from sculpt.training import Splits, load_parquet
 
 DISTILLATION = 0.5
@@ -190,6 +191,12 @@ def dense_network(task: Task, splits: Splits, seed: int, folder: Path, data: Pat
     stage(folder / "dense.json", lambda: tuned(start, splits, task.train, seed, folder / "dense"))
     like = {"params": start.params, "state": start.state}
     return start.replace(**sculpt.load_params(folder / "dense.safetensors", like))
+
+
+def compacted(model: Model, space: Space, policy: Any) -> Model:
+    """What a policy leaves of a dense network, nothing fine-tuned."""
+    masks = sculpt.make_masks(space, model.params, policy)
+    return sculpt.compact(sculpt.apply_masks(model, masks), space, policy, masks=masks)
 
 
 def begin(name: str, folder: Path, data: Path, **settings: Any) -> tuple[Task, Splits, Model]:
