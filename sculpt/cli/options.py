@@ -177,7 +177,16 @@ def _space_options(command: argparse.ArgumentParser) -> None:
         type=_names,
         help="pattern families, separated by commas (channels,rect); sculpt info lists them",
     )
-    group.add_argument("--round-to", type=int, help="kept channels are multiples of it (1)")
+    group.add_argument(
+        "--round-to",
+        type=_number_or_name,
+        help="kept channels are multiples of it, or of what suits cpu (8), gpu (8) or tpu (128) (1)",
+    )
+    group.add_argument(
+        "--min-keep",
+        type=int,
+        help="channels that stay in a group at least; 0: branches of residual blocks may go whole (1)",
+    )
 
 
 def _search_options(command: argparse.ArgumentParser) -> None:
@@ -280,6 +289,10 @@ def _parts(kind: Callable[[str], _T], example: str, text: str) -> tuple[_T, ...]
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _number_or_name(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _version() -> str:

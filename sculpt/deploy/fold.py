@@ -1,4 +1,7 @@
-"""Folding: what depends on weights alone is worked out once, and scales and shifts go into the layer before them (`chains`)."""
+"""Folding: what depends on weights alone is worked out once, and scales and shifts go into the layer before them (`chains`).
+
+Before that, scales and shifts behind concatenations are brought before them (`joined`), and branches that give the same for every
+image are taken out (`dead_branches`)."""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from jax import export
 
 from sculpt.arguments import checked
 from sculpt.deploy.chains import Chain, find_chains, folded_arrays
+from sculpt.deploy.dead_branches import without_dead_branches
 from sculpt.deploy.joined import before_joins
 from sculpt.deploy.open_batch import batch_size, flatten_model
 from sculpt.model import Model, Params, State
 from sculpt.tracing.execute import as_written, execute, execute_at
-from sculpt.tracing.program import Equation, Literal, Operand, Program, inlined
+from sculpt.tracing.program import Equation, Literal, Operand, Program, inlined, live_equations
 from sculpt.tracing.trace import leaf_paths
 
 
@@ -57,7 +61,8 @@ def _no_training(params: Params, state: State, x: jax.Array, key: jax.Array) -> 
 
 @checked
 def fold(model: Model, example_input: Any) -> Model:
-    """The same function with BatchNorm, and whatever else depends on weights alone, folded into the layers.
+    """The same function with BatchNorm, and whatever else depends on weights alone, folded into the layers, and without the branches that
+    give the same for every image.
 
     Works on any model, dense or compact, of any framework: what is folded is found in the program. The result is for
     evaluation: it can be exported, measured, traced and compacted, but has no training mode.
@@ -95,6 +100,10 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
         program,
         lambda p: _constants(p, len(leaves)),
         functools.partial(_evaluated, program, _constants(program, len(leaves)), leaves),
+    )
+    constants = _constants(program, len(leaves))
+    program = without_dead_branches(
+        program, constants, functools.partial(_evaluated, program, constants, leaves)
     )
     constants = _constants(program, len(leaves))
     chains = find_chains(program, constants)
@@ -200,12 +209,17 @@ def _constants(program: Program, leaves: int) -> set[int]:
 def _evaluated(
     program: Program, constants: set[int], leaves: Sequence[Any], wanted: Sequence[int]
 ) -> dict[int, jax.Array]:
-    """The values of constants, worked out by one compiled program."""
-    equations = tuple(eqn for eqn in program.equations if eqn.outputs[0] in constants)
+    """The values of constants; those that are no inputs are worked out by one compiled program."""
     inputs = program.inputs[: len(leaves)]
-    part = dataclasses.replace(program, equations=equations, inputs=inputs, outputs=tuple(wanted))
-    results = jax.jit(lambda arrays: execute(as_written(part), arrays))(list(leaves))
-    return dict(zip(wanted, results, strict=True))
+    known = dict(zip(inputs, leaves))
+    others = tuple(value for value in wanted if value not in known)
+    found: dict[int, Any] = {value: known[value] for value in wanted if value in known}
+    if others:
+        equations = tuple(live_equations([e for e in program.equations if e.outputs[0] in constants], others))
+        part = dataclasses.replace(program, equations=equations, inputs=inputs, outputs=others)
+        results = jax.jit(lambda arrays: execute(as_written(part), arrays))(list(leaves))
+        found.update(zip(others, results, strict=True))
+    return found
 
 
 def _origins(program: Program, constants: set[int], leaves: Sequence[Any]) -> dict[int, int | None]:

@@ -36,13 +36,16 @@ class Part:
     """int64 `[combinations, dimensions]`: the size along each; where several that go together are one dimension, as in a grouped
     convolution, their product."""
     levels: tuple[np.ndarray, ...]
-    """Sizes along each dimension at which it is measured, rising."""
+    """Sizes along each dimension at which it is measured, rising; no layer of size 0 is."""
 
     def interpolated(self, grid: np.ndarray) -> np.ndarray:
-        """Values under every combination of options, float64 `[combinations]`, from those on the grid, `[*levels]`."""
+        """Values under every combination of options, float64 `[combinations]`, from those on the grid, `[*levels]`; 0 where nothing is
+        left."""
         if not self.levels:
             return np.full(len(self.sizes), grid)
-        return interpolate.RegularGridInterpolator(self.levels, grid)(self.sizes)
+        lowest = [levels[0] for levels in self.levels]
+        found = interpolate.RegularGridInterpolator(self.levels, grid)(np.maximum(self.sizes, lowest))
+        return np.where((self.sizes == 0).any(axis=1), 0.0, found)
 
 
 class _GridSizes(Sizes):
@@ -155,7 +158,7 @@ def _part(
         options,
         {axis: dim for dim, (_, members) in enumerate(joined) for axis in members},
         np.stack(columns, axis=1) if columns else np.zeros((len(options), 0), np.int64),
-        tuple(_evenly(np.unique(column), most) for column in columns),
+        tuple(_evenly(np.unique(column[column > 0]), most) for column in columns),
     )
 
 

@@ -159,7 +159,8 @@ class Artefacts:
     @functools.cached_property
     def space(self) -> Space:
         settings = self.search_settings
-        return make_space(trace(self.outline, self.image), settings.families, settings.round_to)
+        traced = trace(self.outline, self.image)
+        return make_space(traced, settings.families, settings.round_to, settings.min_keep)
 
     @functools.cached_property
     def ranked_space(self) -> Space:
@@ -178,7 +179,9 @@ class Artefacts:
             labels=train.labels[:_IMPORTANCE_IMAGES],
             key=self.key("importance"),
         )
-        return make_space(self.space.trace, settings.families, settings.round_to, importance=scores)
+        return make_space(
+            self.space.trace, settings.families, settings.round_to, settings.min_keep, importance=scores
+        )
 
     def limited(
         self, space: Space, on_progress: Callable[[int, int], None] = lambda done, total: None

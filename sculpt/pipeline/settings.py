@@ -142,8 +142,10 @@ class SearchSettings:
     """Which channels of a group go first: one of `sculpt.pruning.KINDS`."""
     rerank: int = 4
     """Policies that are fine-tuned briefly for the last choice."""
-    round_to: int = 1
-    """Kept channel counts are multiples of it."""
+    round_to: int | str = 1
+    """Kept channel counts are multiples of it, or of what suits a device: "cpu", "gpu", "tpu"."""
+    min_keep: int = 1
+    """Channels that stay in a group at least; 0: branches that images get round may go altogether."""
     front: tuple[float, ...] = ()
     """Further budgets that the agent learns for beside; see `SearchConfig.front`."""
     agent: str | None = None
@@ -181,7 +183,7 @@ class SearchSettings:
             _refuse(self, ("evaluations",), f"method {self.method} proposes one policy")
         if "channels" not in self.families:
             families = ", ".join(self.families)
-            _refuse(self, ("importance", "round_to"), f"families {families} removes no channels")
+            _refuse(self, ("importance", "round_to", "min_keep"), f"families {families} removes no channels")
 
     def config(self) -> SearchConfig:
         """The settings of the search; a checkpoint about every tenth part."""

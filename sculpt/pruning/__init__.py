@@ -17,6 +17,7 @@ from sculpt.pruning.features import SiteFeatures, site_features, to_graph
 from sculpt.pruning.importance import KINDS, Importance, importance
 from sculpt.pruning.masks import apply_masks, make_masks, mask_params
 from sculpt.pruning.patterns import FAMILIES
+from sculpt.pruning.permutation import permute_channels
 from sculpt.pruning.resources import Lookup, Resource
 from sculpt.pruning.space import Space, make_choices, make_space, with_resource
 from sculpt.pruning.sparse import is_nm
@@ -49,6 +50,7 @@ __all__ = [
     "make_masks",
     "make_space",
     "mask_params",
+    "permute_channels",
     "project",
     "random_policies",
     "resource_used",

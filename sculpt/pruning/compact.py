@@ -25,10 +25,11 @@ from sculpt.pruning.filter_groups import (
     in_order,
     split_convolutions,
 )
-from sculpt.pruning.masks import check_masks, make_masks
+from sculpt.pruning.masks import check_masks, check_policies, make_masks
+from sculpt.pruning.permutation import movable_atom
 from sculpt.pruning.rewrite import Sizes, bind, rewrite, take, units_left
 from sculpt.pruning.space import Space
-from sculpt.tracing.axes import Atom, Axis
+from sculpt.tracing.axes import Atom
 from sculpt.tracing.execute import Executable, as_written, execute
 from sculpt.tracing.program import flatten, with_derivatives, with_known_sizes
 from sculpt.tracing.rules import WINDOW
@@ -154,9 +155,10 @@ def compact(model: Model, space: Space, policy: Any, check: bool = True, *, mask
                 f"compact expected a model with the policy's zeros in place, but {path} has {wrong} non-zero weights where "
                 "the policy removes them; apply sculpt.apply_masks(model, masks) or fine-tune with those masks first"
             )
-    small = _planned(model, _make_plan(model, space, masks))
+    policy = np.asarray(check_policies(space, policy))
+    small = _planned(model, _make_plan(model, space, policy, masks))
     if not _trains_alike(small, space.trace):
-        small = _planned(model, _make_plan(model, space, masks, reorder=False))
+        small = _planned(model, _make_plan(model, space, policy, masks, reorder=False))
     if check:
         _check(model, small, space.trace)
     return small
@@ -252,9 +254,9 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array, t
     return f"{last}, at the output"
 
 
-def _make_plan(model: Model, space: Space, masks: Any, reorder: bool = True) -> _Plan:
+def _make_plan(model: Model, space: Space, policy: np.ndarray, masks: Any, reorder: bool = True) -> _Plan:
     traced, axes = space.trace, space.trace.axes
-    kept = _kept_atoms(traced, space, masks)
+    kept = _kept_atoms(space, policy, masks)
     arrays = len(jax.tree.leaves((model.params, model.state)))
     terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
     groups, orders = _filter_groups(space, masks, kept, reorder)
@@ -292,9 +294,11 @@ def _filter_groups(
         left = units_left(kept, orders)
         mask = leaves[leaf][np.ix_(*(traced.axes.places(axis, left) for axis in term))]
         others = tuple(d for d in range(mask.ndim) if d not in (outputs, *layer.window_axes))
+        if not mask.size:
+            continue
         used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *layer.window_axes, *others))
         found = group_filters(used.reshape(used.shape[: 1 + len(layer.window_axes)]))
-        atom = _movable(traced, term[outputs]) if reorder else None
+        atom = movable_atom(traced, term[outputs]) if reorder else None
         if found and atom is not None and atom not in orders:
             first = traced.axes.places(term[outputs], left)
             orders[atom] = first[[index for group in found for index in group.filters]]
@@ -303,25 +307,22 @@ def _filter_groups(
     return {leaf: found for leaf, found in groups.items() if found}, orders
 
 
-def _movable(traced: Trace, axis: Axis) -> Atom | None:
-    """The atom of an axis, if its units may change places: if no array of the network joins it with others into an axis."""
-    atoms = traced.axes.atoms(axis)
-    if len(atoms) != 1 or traced.axes.frozen(atoms[0]) is not None:
-        return None
-    arrays = [traced.flow.terms[value] for value in traced.program.inputs]
-    mentions = [traced.axes.resolve(other) for term in arrays for other in term]
-    alone = all(other == ((atoms[0],),) for other in mentions if atoms[0] in traced.axes.atoms(other))
-    return atoms[0] if alone else None
-
-
-def _kept_atoms(traced: Trace, space: Space, masks: Any) -> dict[Atom, np.ndarray]:
+def _kept_atoms(space: Space, policy: np.ndarray, masks: Any) -> dict[Atom, np.ndarray]:
     """What is kept of each atom, read back from the masks: the units that any of their arrays keeps.
 
-    Where single entries were chosen, one array alone may happen to lose all entries of a unit.
+    Where single entries were chosen, one array alone may happen to lose all entries of a unit. An array that lost all of them says
+    nothing: where nothing stays of one of its axes, that says the policy.
     """
-    pruned = set(space.atoms)
-    kept: dict[Atom, np.ndarray] = {}
+    traced, pruned = space.trace, set(space.atoms)
+    kept: dict[Atom, np.ndarray] = {
+        atom: np.zeros(size, bool)
+        for site in space.sites
+        for atom, size, count in zip(site.atoms, site.sizes, site.options[policy[site.index]].counts)
+        if count == 0
+    }
     for leaf, mask in zip(traced.leaves, jax.tree.leaves(masks)):
+        if not mask.any():
+            continue
         for dim, axis in enumerate(traced.leaf_term(leaf.index)):
             atoms = pruned & set(traced.axes.atoms(axis))
             if atoms:

@@ -29,7 +29,7 @@ class Option:
     label: str
     """"6/8" (six of eight channels kept), "2x2" (window of the kernel), "2:4" (two of four inputs)."""
     kept: float
-    """Fraction of the site's units that stay, in (0, 1]."""
+    """Fraction of the site's units that stay, in [0, 1]."""
     counts: tuple[int, ...]
     """Kept units of each of the site's atoms."""
     pattern: tuple[int, ...] = ()
@@ -131,7 +131,7 @@ def kernel_sites(
     for users in layers.values():
         if not all(layer.in_axes for layer in users):
             continue
-        kernel = _kernel(trace, users[0])
+        kernel = kernel_of(trace, users[0])
         offered = tuple(options(users[0], kernel))
         if len(offered) > 1:
             size = math.prod(kernel.sizes)
@@ -141,7 +141,8 @@ def kernel_sites(
     return sites
 
 
-def _kernel(trace: Trace, layer: Layer) -> Kernel:
+def kernel_of(trace: Trace, layer: Layer) -> Kernel:
+    """The kernel of a layer that knows its inputs (`in_axes`)."""
     shape = trace.leaves[layer.leaf].shape
     parts = (layer.window_axes, tuple(sorted(layer.in_axes)), layer.out_axes)
     named = {axis for part in parts for axis in part}

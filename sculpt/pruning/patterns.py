@@ -15,21 +15,30 @@ from sculpt.pruning.filter_windows import choose_filter_windows, filter_window_s
 from sculpt.pruning.importance import Importance
 from sculpt.pruning.importance_weights import unit_energy, window_energy
 from sculpt.tracing import Trace
+from sculpt.tracing.branches import branch_atoms
 
 LEVELS = 8
 """Keep fractions of the `channels` family are eighths."""
 
 
+ROUND_TO = {"cpu": 8, "gpu": 8, "tpu": 128}
+"""Multiples of channels that fill what a device computes with at once: registers of AVX2 (float32), tensor cores in half precision, the
+matrix units of TPUs."""
+
+
 def _channel_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
     sites = []
+    least = -(-max(min_keep, 1) // round_to)
+    branches = branch_atoms(trace) if min_keep == 0 else frozenset()
     for group in trace.groups:
         counts: dict[int, str] = {group.size: f"{LEVELS}/{LEVELS}"}
         for level in range(LEVELS - 1, 0, -1):
             exact = group.size * level / LEVELS
-            least = -(-min_keep // round_to)
             count = max(round(exact / round_to), least) * round_to
             if count < group.size:
                 counts.setdefault(count, f"{level}/{LEVELS}")
+        if group.atom in branches:
+            counts[0] = f"0/{LEVELS}"
         options = tuple(Option(label, count / group.size, (count,)) for count, label in counts.items())
         if len(options) > 1:
             sites.append(Site(0, group.name, "channels", (group.atom,), (group.size,), group.index, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from sculpt.tracing.axes import Atom, Axis, Term
 from sculpt.tracing.execute import Executable
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.program import Equation, Literal, Program
+from sculpt.tracing.program import Equation, Literal, Operand, Program
 
 
 def units_left(kept: Mapping[Atom, np.ndarray], orders: Mapping[Atom, np.ndarray]) -> dict[Atom, np.ndarray]:
@@ -63,6 +64,12 @@ class Sizes:
         """The new shape of a value."""
         return tuple(map(self.count, self.flow.terms[value], self.program.avals[value].shape))
 
+    def nothing(self, value: Operand) -> bool:
+        """Whether a value has lost all units of one of its axes."""
+        if isinstance(value, Literal):
+            return False
+        return any(self.shrinks(axis) and not self.units(axis).any() for axis in self.flow.terms[value])
+
     def term(self, eqn: Equation, index: int = 0) -> Term:
         operand = eqn.inputs[index]
         return () if isinstance(operand, Literal) else self.flow.terms[operand]
@@ -76,6 +83,9 @@ class Sizes:
 Rewrite = Callable[[Sizes, Equation], dict[str, Any]]
 REWRITES: dict[str, Rewrite] = {}
 """Primitive name -> the static parameters that change with the sizes of its operands. Others have none."""
+
+
+_CONTRACTIONS = ("conv_general_dilated", "dot_general")
 
 
 def rewrite_rule(*names: str) -> Callable[[Rewrite], Rewrite]:
@@ -107,6 +117,7 @@ def rewrite(
     params: dict[int, dict[str, Any]] = {}
     bodies: dict[int, tuple[Executable, ...]] = {}
     derivatives: dict[int, Executable] = {}
+    zeros: dict[int, Equation] = {}
     whole: set[Any] = set()
     for known, eqn in zip(flow.program.equations, program.equations):
         # Tables are computed as they were written, and where nothing shrinks so is the rest.
@@ -121,6 +132,8 @@ def rewrite(
                     derivatives[id(eqn)] = rewrite(
                         backward, eqn.own_derivative or backward.program, kept, orders
                     )
+        elif eqn.name in _CONTRACTIONS and any(map(sizes.nothing, (*eqn.inputs, *eqn.outputs))):
+            zeros[id(eqn)] = _zeros(program, eqn, sizes.shape(eqn.outputs[0]))
         elif eqn.name in REWRITES and sizes.changes(eqn):
             params[id(eqn)] = {**eqn.params, **REWRITES[eqn.name](sizes, eqn)}
     # A program is kept: what is worked out while one is traced must not be of that trace.
@@ -135,7 +148,16 @@ def rewrite(
         if value in whole or value not in constants
         if any(map(sizes.moves, flow.terms[value]))
     }
-    return Executable(program, constants, params, bodies, derivatives, tables)
+    equations = tuple(zeros.get(id(eqn), eqn) for eqn in program.equations)
+    rewritten = dataclasses.replace(program, equations=equations) if zeros else program
+    return Executable(rewritten, constants, params, bodies, derivatives, tables)
+
+
+def _zeros(program: Program, eqn: Equation, shape: tuple[Any, ...]) -> Equation:
+    """In place of a contraction that sums over nothing, or gives nothing."""
+    zero = Literal(np.zeros((), program.avals[eqn.outputs[0]].dtype))
+    params = {"shape": shape, "broadcast_dimensions": (), "sharding": None}
+    return Equation(jax.lax.broadcast_in_dim_p, (zero,), eqn.outputs, params, eqn.source)
 
 
 def _has_other_constants(

@@ -16,7 +16,7 @@ from sculpt.arguments import checked, did_you_mean, is_real
 from sculpt.pruning.family import Choice, Site
 from sculpt.pruning.importance import Importance, check_importance
 from sculpt.pruning.importance_units import fitting_leaves
-from sculpt.pruning.patterns import FAMILIES
+from sculpt.pruning.patterns import FAMILIES, ROUND_TO
 from sculpt.pruning.resources import Counted, Lookup, Polynomial, Resource, Several
 from sculpt.tracing import Trace
 from sculpt.tracing.axes import Atom
@@ -84,7 +84,7 @@ class Space:
 def make_space(
     trace: Trace,
     families: Sequence[str] = ("channels", "rect"),
-    round_to: int = 1,
+    round_to: int | str = 1,
     min_keep: int = 1,
     importance: Importance | None = None,
 ) -> Space:
@@ -94,9 +94,11 @@ def make_space(
       trace: what `sculpt.trace` returned.
       families: names of pattern families, each one of `FAMILIES`; or one name. `channels` goes with any other; of the others, the
         first that takes a kernel has it alone.
-      round_to: kept channel counts are multiples of it where the level is not "all" (engines like 8 or 16).
+      round_to: kept channel counts are multiples of it where the level is not "all"; or a device whose multiple is taken: "cpu" (8),
+        "gpu" (8), "tpu" (128).
       min_keep: least number of channels that stay in a group, rounded up to a multiple of `round_to`; groups of no more
-        than that stay whole.
+        than that stay whole. 0: groups that images get round, as in the branch of a residual block, may lose all of their channels,
+        and compaction takes out what is behind them too.
       importance: what `sculpt.importance` returned for this trace: the channels of lowest score go first, also after
         fine-tuning. None ranks them by retained energy on the parameters that masks are made of.
 
@@ -110,9 +112,15 @@ def make_space(
             raise ValueError(f"unknown pattern family {name!r}, expected one of {sorted(FAMILIES)}{hint}")
     if not families or len(set(families)) != len(families):
         raise ValueError(f"families must be distinct names out of {sorted(FAMILIES)}, got {families}")
-    for name, number in (("round_to", round_to), ("min_keep", min_keep)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    if isinstance(round_to, str):
+        if round_to not in ROUND_TO:
+            raise ValueError(
+                f"round_to must be a whole number or one of {', '.join(ROUND_TO)}, got {round_to!r}{did_you_mean(round_to, ROUND_TO)}"
+            )
+        round_to = ROUND_TO[round_to]
+    for name, number, lowest in (("round_to", round_to, 1), ("min_keep", min_keep, 0)):
+        if number < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {number}")
     if importance is not None:
         check_importance(trace, importance)
     found = _one_of_each_kernel(

@@ -239,7 +239,7 @@ def _program(closed: Any, caller: str) -> Program:
     inputs = [builder.new(v.aval) for v in closed.jaxpr.invars]
     constants = [builder.constant(v.aval, value) for v, value in zip(closed.jaxpr.constvars, closed.consts)]
     outputs = builder.inline(closed.jaxpr, inputs, constants, caller)
-    equations = _live_equations(builder.equations, outputs)
+    equations = live_equations(builder.equations, outputs)
     read = {i for eqn in equations for i in eqn.inputs if not isinstance(i, Literal)}
     read |= {i for i in outputs if not isinstance(i, Literal)}
     tables = read & set(builder.constants)
@@ -312,7 +312,8 @@ class _Builder:
         return [read(v) for v in jaxpr.outvars]
 
 
-def _live_equations(equations: Sequence[Equation], outputs: Sequence[Operand]) -> list[Equation]:
+def live_equations(equations: Sequence[Equation], outputs: Sequence[Operand]) -> list[Equation]:
+    """The equations without those whose results nobody reads."""
     needed = {o for o in outputs if not isinstance(o, Literal)}
     kept = []
     for eqn in reversed(equations):

@@ -226,8 +226,7 @@ def test_batch_norm_behind_filters_that_keep_nothing() -> None:
     for x in (IMAGES, IMAGES[:1]):
         assert distance(outputs(masked, x), outputs(after, x)) <= 1e-5
     program = flatten(after.apply, after.params, after.state, IMAGES)
-    scaled = [program.shape(eqn.outputs[0])[-1] for eqn in program.equations if eqn.name == "mul"]
-    assert scaled == [16] * 4  # zeros alone
+    assert "mul" not in [eqn.name for eqn in program.equations]
 
 
 def test_what_others_read_stays_behind_a_concatenation() -> None:

@@ -61,19 +61,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "families", "within"),
+    ("name", "families", "min_keep", "within"),
     [
-        ("function", ("channels", "rect"), 1e-4),
-        ("concatenated", ("channels",), 1e-4),
-        pytest.param("residual", ("channels", "rect"), 1e-4, marks=pytest.mark.slow),
+        ("function", ("channels", "rect"), 1, 1e-4),
+        ("concatenated", ("channels",), 0, 1e-4),
+        pytest.param("residual", ("channels", "rect"), 0, 1e-4, marks=pytest.mark.slow),
         # The sizes of its grouped convolution go together: interpolated along their product.
-        pytest.param("separable", ("channels", "rect"), 0.01, marks=pytest.mark.slow),
+        pytest.param("separable", ("channels", "rect"), 1, 0.01, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("clock")
-def test_layers_add_up_to_networks(name: str, families: tuple[str, ...], within: float) -> None:
+def test_layers_add_up_to_networks(
+    name: str, families: tuple[str, ...], min_keep: int, within: float
+) -> None:
     """Time proportional to weights is linear in every size: interpolation is exact, whatever a policy leaves."""
-    space = sculpt.make_space(traced(name), families)
+    space = sculpt.make_space(traced(name), families, min_keep=min_keep)
     found = measure_layers(network(name), space, X, jax.random.key(0), networks=5)
     np.testing.assert_allclose(found.predicted, found.measured, rtol=within)
     assert found.error.max() < within

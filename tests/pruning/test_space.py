@@ -36,6 +36,13 @@ def test_round_to_and_min_keep_bound_the_counts() -> None:
             assert option.counts[0] % 4 == 0 and option.counts[0] >= 4
 
 
+def test_a_device_names_its_multiple() -> None:
+    by_name, by_number = (
+        sculpt.make_space(traced("residual"), ("channels",), round_to=n) for n in ("cpu", 8)
+    )
+    assert [site.options for site in by_name.sites] == [site.options for site in by_number.sites]
+
+
 def test_groups_of_no_more_than_min_keep_stay_whole() -> None:
     sizes = sorted(group.size for group in traced("residual").groups)
     space = sculpt.make_space(traced("residual"), ("channels",), min_keep=sizes[-1] - 1)
@@ -53,7 +60,8 @@ def test_groups_of_no_more_than_min_keep_stay_whole() -> None:
         ({"families": ()}, "distinct names"),
         ({"families": ("rect", "rect")}, "distinct names"),
         ({"round_to": 0}, "round_to must be at least 1"),
-        ({"min_keep": 0}, "min_keep must be at least 1"),
+        ({"round_to": "tpus"}, "one of cpu, gpu, tpu, got 'tpus'; did you mean 'tpu'"),
+        ({"min_keep": -1}, "min_keep must be at least 0"),
     ],
 )
 def test_bad_spaces_are_refused(options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,61 @@
+"""Which coupled axes lie in a branch: parts of a network that images get round, so that nothing of them has to stay."""
+
+from __future__ import annotations
+
+import jax
+
+from sculpt.tracing.axes import Atom
+from sculpt.tracing.flow import Flow
+from sculpt.tracing.program import Equation
+from sculpt.tracing.trace import Trace
+
+_PRODUCTS = ("mul", "div", "dot_general", "conv_general_dilated")
+"""What these give is the same for every image, perhaps zero, as soon as one of their operands is."""
+
+
+def branch_atoms(trace: Trace) -> frozenset[Atom]:
+    """The atoms of groups without any unit of which the output still depends on the images.
+
+    Inside loops none is: what a loop gives is not told apart from what it was given.
+    """
+    flow = trace.flow
+    images = set(trace.program.inputs[-len(jax.tree.leaves(trace.inputs)) :])
+    depends = set(images)
+    steps: list[tuple[Equation, frozenset[Atom]]] = []
+    for eqn in trace.program.equations:
+        if depends.intersection(i for i in eqn.inputs if isinstance(i, int)):
+            depends.update(eqn.outputs)
+            steps.append((eqn, _inside(flow, eqn)))
+    vanishing = {o: _vanishing(flow, o) for eqn, _ in steps for o in eqn.outputs}
+
+    def reaches_the_output(atom: Atom) -> bool:
+        alive = set(images)
+        for eqn, inside in steps:
+            reads = [i in alive for i in eqn.inputs if isinstance(i, int) and i in depends]
+            if atom not in inside and (all if eqn.name in _PRODUCTS else any)(reads):
+                alive.update(o for o in eqn.outputs if atom not in vanishing[o])
+        return not alive.isdisjoint(o for o in trace.program.outputs if isinstance(o, int))
+
+    return frozenset(group.atom for group in trace.groups if reaches_the_output(group.atom))
+
+
+def _vanishing(flow: Flow, value: int) -> frozenset[Atom]:
+    """The atoms without which nothing is left of a value."""
+    axes = flow.axes
+    found: set[Atom] = set()
+    for axis in flow.terms[value]:
+        segments = [set(axes.atoms((segment,))) for segment in axes.resolve(axis)]
+        found |= set.intersection(*segments) if segments else set()
+    return frozenset(found)
+
+
+def _inside(flow: Flow, eqn: Equation) -> frozenset[Atom]:
+    """The atoms of all values in an equation's bodies."""
+    found: set[Atom] = set()
+    for body in flow.bodies.get(id(eqn), ()):
+        for term in body.terms.values():
+            for axis in term:
+                found.update(flow.axes.atoms(axis))
+        for inner in body.program.equations:
+            found |= _inside(body, inner)
+    return frozenset(found)
