@@ -1,6 +1,6 @@
 """Latency of a network's layers under every option of a space, measured on the device: a resource that budgets can be of.
 
-Each layer is measured by itself, at a few sizes of what its sites leave of it; sizes between them are interpolated. What a whole
+Each layer is measured by itself, at sizes that its sites may leave of it; sizes between them are interpolated. What a whole
 network takes beside its layers (additions, normalisation, calls) is fitted on a few compacted networks, which also tell
 how far such predictions are off.
 """
@@ -22,7 +22,7 @@ from sculpt.arguments import checked, is_whole
 from sculpt.deploy.engines import Engine, confined, engine_of
 from sculpt.deploy.environment import cores
 from sculpt.deploy.latency import compare_latency, median_seconds
-from sculpt.deploy.layer_sizes import Part, find_parts, grid_of
+from sculpt.deploy.layer_sizes import Part, find_parts, sizes_of
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model, from_function
 from sculpt.pruning import Lookup, Space, apply_masks, compact, make_masks, random_policies
@@ -111,8 +111,8 @@ def measure_layers(
         )
     parts = find_parts(space)
     threads, runner = cores() if threads is None else threads, engine_of(engine)
-    grids = _measured(space, parts, len(x), runner, threads, repeats, on_progress)
-    tables = [part.interpolated(grid) for part, grid in zip(parts, grids, strict=True)]
+    seconds = _measured(space, parts, len(x), runner, threads, repeats, on_progress)
+    tables = [part.interpolated(found) for part, found in zip(parts, seconds, strict=True)]
     layers = _lookup(space, parts, tables)
     budgets = np.linspace(*_CALIBRATION_BUDGETS, networks - 1)
     low = space.reachable[0]
@@ -178,12 +178,12 @@ def _measured(
     repeats: int,
     on_progress: Callable[[int, int], None],
 ) -> list[np.ndarray]:
-    """Seconds of every part on its grid, float64 `[*levels]` each."""
+    """Seconds of every part at its points, float64 `[points]` each."""
     layers: dict[Any, tuple[Equation, list[tuple[int, ...]], dict[str, Any]]] = {}
     wanted: list[list[Any]] = []
     for part in parts:
         found = []
-        for shapes, params in grid_of(space, part, batch):
+        for shapes, params in sizes_of(space, part, batch):
             # Layers of one size are measured once.
             name = (part.equation.name, *shapes, repr(sorted(params.items(), key=lambda item: item[0])))
             layers.setdefault(name, (part.equation, shapes, params))
@@ -197,10 +197,7 @@ def _measured(
             alone = _alone(*layer, runner.channels_first)
             seconds[name] = median_seconds(runner.prepare(*alone, threads), repeats)
     on_progress(len(layers), len(layers))
-    return [
-        np.reshape([seconds[name] for name in found], tuple(map(len, part.levels)))
-        for part, found in zip(parts, wanted, strict=True)
-    ]
+    return [np.asarray([seconds[name] for name in found]) for found in wanted]
 
 
 def _alone(

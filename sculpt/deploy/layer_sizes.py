@@ -1,8 +1,14 @@
-"""The sizes that a layer can be left with by the options of a space, and a grid of them to measure it on."""
+"""The sizes that a layer can be left with by the options of a space, and those at which it is measured.
+
+Time is no smooth function of the number of channels: libraries compute so many at once, and 56 of 64 may take longer than all. With up
+to two dimensions that shrink, a layer is measured at all sizes of either. Of more, all sizes of the two that have most, the others whole,
+are a correction to a coarse grid of all of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,8 +24,8 @@ from sculpt.tracing.program import Equation, Literal
 _LAYERS = ("conv_general_dilated", "dot_general")
 _LEVELS = 8
 """Sizes along a dimension, at the most, at which a layer is measured."""
-_FEWER_LEVELS = 4
-"""The same of a layer with more than two dimensions that shrink."""
+_FEWER_LEVELS = 3
+"""The same of the coarse grid of a layer with more than two dimensions that shrink."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,22 +42,44 @@ class Part:
     """int64 `[combinations, dimensions]`: the size along each; where several that go together are one dimension, as in a grouped
     convolution, their product."""
     levels: tuple[np.ndarray, ...]
-    """Sizes along each dimension at which it is measured, rising; no layer of size 0 is."""
+    """Sizes along each dimension of the grid on which it is measured, rising; no layer of size 0 is."""
+    fine: Mapping[int, np.ndarray]
+    """Of those dimensions of which the grid has not all, more sizes, at which it is measured with the others whole."""
 
-    def interpolated(self, grid: np.ndarray) -> np.ndarray:
-        """Values under every combination of options, float64 `[combinations]`, from those on the grid, `[*levels]`; 0 where nothing is
-        left."""
+    @property
+    def points(self) -> list[tuple[int, ...]]:
+        """The sizes along every dimension at which it is measured: those of the grid, then the finer ones; the last dimension's changing
+        fastest."""
+        whole = [levels[-1:] for levels in self.levels]
+        finer = [self.fine.get(dim, levels) for dim, levels in enumerate(whole)]
+        grids = [self.levels, finer] if self.fine else [self.levels]
+        return [tuple(map(int, point)) for grid in grids for point in itertools.product(*grid)]
+
+    def interpolated(self, measured: np.ndarray) -> np.ndarray:
+        """Values under every combination of options, float64 `[combinations]`, from those at its points; 0 where nothing is left."""
         if not self.levels:
-            return np.full(len(self.sizes), grid)
-        lowest = [levels[0] for levels in self.levels]
-        found = interpolate.RegularGridInterpolator(self.levels, grid)(np.maximum(self.sizes, lowest))
+            return np.full(len(self.sizes), measured[0])
+        count = math.prod(map(len, self.levels))
+        coarse = interpolate.RegularGridInterpolator(
+            self.levels, measured[:count].reshape([len(levels) for levels in self.levels])
+        )
+        sizes = np.maximum(self.sizes, [levels[0] for levels in self.levels])
+        found = coarse(sizes)
+        if self.fine:
+            dims = list(self.fine)
+            finer = interpolate.RegularGridInterpolator(
+                list(self.fine.values()), measured[count:].reshape([len(self.fine[dim]) for dim in dims])
+            )
+            others_whole = np.tile([levels[-1] for levels in self.levels], (len(sizes), 1))
+            others_whole[:, dims] = sizes[:, dims]
+            found = found * finer(sizes[:, dims]) / coarse(others_whole)
         return np.where((self.sizes == 0).any(axis=1), 0.0, found)
 
 
 class _GridSizes(Sizes):
     """What is kept where every dimension has a size of its own, whether or not one policy gives them all, and of so many images."""
 
-    def __init__(self, space: Space, part: Part, place: Sequence[int], batch: int) -> None:
+    def __init__(self, space: Space, part: Part, point: Sequence[int], batch: int) -> None:
         flow = space.trace.flow
         super().__init__(flow, flow.program, {})
         self._batch = batch
@@ -59,8 +87,8 @@ class _GridSizes(Sizes):
         self._images, self._traced_batch = set(flow.axes.atoms(images)), flow.axes.size(images)
         self._dimensions = part.dimensions
         self._kept = []
-        for column, levels, level in zip(part.sizes.T, part.levels, place):
-            example = int(np.flatnonzero(column == levels[level])[0])
+        for column, size in zip(part.sizes.T, point):
+            example = int(np.flatnonzero(column == size)[0])
             self._kept.append(_kept(space, part.sites, part.options[example]))
 
     def shrinks(self, axis: Axis) -> bool:
@@ -106,12 +134,11 @@ def find_parts(space: Space) -> list[Part]:
     return parts
 
 
-def grid_of(space: Space, part: Part, batch: int) -> Iterator[tuple[list[tuple[int, ...]], dict[str, Any]]]:
-    """Shapes of a part's operands for so many images, and its parameters, at every point of its grid, the last dimension changing
-    fastest."""
+def sizes_of(space: Space, part: Part, batch: int) -> Iterator[tuple[list[tuple[int, ...]], dict[str, Any]]]:
+    """Shapes of a part's operands for so many images, and its parameters, at each of its points."""
     eqn = part.equation
-    for place in np.ndindex(*map(len, part.levels)):
-        sizes = _GridSizes(space, part, place, batch)
+    for point in part.points:
+        sizes = _GridSizes(space, part, point, batch)
         shapes = [np.shape(i.value) if isinstance(i, Literal) else sizes.shape(i) for i in eqn.inputs]
         rewritten = REWRITES[eqn.name](sizes, eqn) if eqn.name in REWRITES and part.levels else {}
         params = {**eqn.params, **rewritten}
@@ -151,15 +178,23 @@ def _part(
     for _, members in joined:
         distinct = {np.unique(size, return_inverse=True)[1].tobytes(): size for size in members.values()}
         columns.append(np.prod([*distinct.values()], axis=0))
-    most = _LEVELS if len(columns) <= 2 else _FEWER_LEVELS
+    distinct_sizes = [np.unique(column[column > 0]) for column in columns]
+    most, fine = (_LEVELS, {}) if len(columns) <= 2 else (_FEWER_LEVELS, _finer(distinct_sizes))
     return Part(
         eqn,
         sites,
         options,
         {axis: dim for dim, (_, members) in enumerate(joined) for axis in members},
         np.stack(columns, axis=1) if columns else np.zeros((len(options), 0), np.int64),
-        tuple(_evenly(np.unique(column[column > 0]), most) for column in columns),
+        tuple(_evenly(sizes, most) for sizes in distinct_sizes),
+        fine,
     )
+
+
+def _finer(sizes: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    """All sizes, `_LEVELS` at the most, of the two dimensions that have most of them."""
+    most = sorted(range(len(sizes)), key=lambda dim: -len(sizes[dim]))[:2]
+    return {dim: _evenly(sizes[dim], _LEVELS) for dim in sorted(most) if len(sizes[dim]) > _FEWER_LEVELS}
 
 
 def _kept(space: Space, sites: Sequence[int], options: np.ndarray) -> dict[Atom, np.ndarray]:

@@ -13,7 +13,7 @@ import pytest
 import sculpt
 from sculpt.deploy import layer_latency
 from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
-from sculpt.deploy.layer_sizes import find_parts, grid_of
+from sculpt.deploy.layer_sizes import find_parts, sizes_of
 from sculpt.tracing.program import flatten
 from tests.networks import network, traced
 
@@ -97,7 +97,7 @@ def test_layers_are_those_of_the_batch(batch: int) -> None:
     model = sculpt.from_linen(module, jax.eval_shape(module.init, jax.random.key(0), x))
     program = flatten(model.apply, model.params, model.state, jax.eval_shape(lambda: x))
     space = sculpt.make_space(sculpt.trace(model, x), ("channels",))
-    dense = [list(grid_of(space, part, batch))[-1][0] for part in find_parts(space)]
+    dense = [list(sizes_of(space, part, batch))[-1][0] for part in find_parts(space)]
     layers = [e for e in program.equations if e.name in ("conv_general_dilated", "dot_general")]
     assert dense == [[program.shape(i) for i in layer.inputs] for layer in layers]
 
