@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,17 @@ from sculpt.arguments import checked, is_whole
 from sculpt.deploy.engines import Engine, confined, engine_of
 from sculpt.deploy.environment import cores
 from sculpt.deploy.latency import compare_latency, median_seconds
-from sculpt.deploy.layer_sizes import Part, find_parts, sizes_of
+from sculpt.deploy.layer_sizes import Part, find_parts, layers_of
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model, from_function
 from sculpt.pruning import Lookup, Space, apply_masks, compact, make_masks, random_policies
+from sculpt.pruning.filter_groups import bind_in_groups
 from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.rewrite import bind
 from sculpt.tracing.program import Equation
 
+_BIND = bind_in_groups(bind)
 _CALIBRATION_BUDGETS = (0.2, 0.8)
 """Between these shares of MACs the networks lie that the fit is made on."""
 
@@ -85,7 +86,8 @@ def measure_layers(
 
     Args:
       model: the dense network.
-      space: its sites; of families whose zeros stay in place no layer becomes faster.
+      space: its sites; of families whose zeros stay in place no layer becomes faster. Filters in groups (`rect_grouped`) are measured on
+        the weights of this model, with all channels.
       example_input: `[batch, ...]`, float32: latency is that of such a batch.
       key: draws the networks that are measured whole.
       engine: as for `compare_latency`.
@@ -111,8 +113,8 @@ def measure_layers(
         )
     parts = find_parts(space)
     threads, runner = cores() if threads is None else threads, engine_of(engine)
-    seconds = _measured(space, parts, len(x), runner, threads, repeats, on_progress)
-    tables = [part.interpolated(found) for part, found in zip(parts, seconds, strict=True)]
+    seconds = _measured(model, space, parts, len(x), runner, threads, repeats, on_progress)
+    tables = [part.table(found) for part, found in zip(parts, seconds, strict=True)]
     layers = _lookup(space, parts, tables)
     budgets = np.linspace(*_CALIBRATION_BUDGETS, networks - 1)
     low = space.reachable[0]
@@ -170,6 +172,7 @@ def _line(sums: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 
 
 def _measured(
+    model: Model,
     space: Space,
     parts: Sequence[Part],
     batch: int,
@@ -178,12 +181,12 @@ def _measured(
     repeats: int,
     on_progress: Callable[[int, int], None],
 ) -> list[np.ndarray]:
-    """Seconds of every part at its points, float64 `[points]` each."""
+    """Seconds of every part at its points and under the options of its filters' windows, float64 each."""
     layers: dict[Any, tuple[Equation, list[tuple[int, ...]], dict[str, Any]]] = {}
     wanted: list[list[Any]] = []
     for part in parts:
         found = []
-        for shapes, params in sizes_of(space, part, batch):
+        for shapes, params in layers_of(space, model.params, part, batch):
             # Layers of one size are measured once.
             name = (part.equation.name, *shapes, repr(sorted(params.items(), key=lambda item: item[0])))
             layers.setdefault(name, (part.equation, shapes, params))
@@ -207,7 +210,7 @@ def _alone(
     first, second = (
         np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)
     )
-    out = jax.eval_shape(lambda a, b: bind(eqn, [a, b], params), first, second)
+    out = jax.eval_shape(lambda a, b: _BIND(eqn, [a, b], params), first, second)
     bias = np.zeros((1,) * (len(out.shape) - 1) + out.shape[-1:], np.float32)
     into, outof = tuple(range(first.ndim)), tuple(range(len(out.shape)))
     if channels_first and eqn.name == "conv_general_dilated":
@@ -217,7 +220,7 @@ def _alone(
         into, outof = tuple(np.argsort(numbers.lhs_spec).tolist()), tuple(numbers.out_spec)
 
     def apply(params_: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        y = bind(eqn, [x.transpose(into), params_["kernel"]], params) + params_["bias"]
+        y = _BIND(eqn, [x.transpose(into), params_["kernel"]], params) + params_["bias"]
         return jax.nn.relu(y).transpose(outof)
 
     return from_function(apply, {"kernel": jnp.asarray(second), "bias": jnp.asarray(bias)}), first
@@ -225,19 +228,20 @@ def _alone(
 
 def _lookup(space: Space, parts: Sequence[Part], tables: Sequence[np.ndarray]) -> Lookup:
     """The sum over all parts, in seconds."""
-    degree = max(1, *(len(part.sites) for part in parts))
-    sites, stride = np.zeros((2, len(parts), degree), np.int32)
+    degree = max(1, *(len(part.steps) for part in parts))
+    sites = np.zeros((len(parts), degree), np.int32)
+    steps = np.zeros((len(parts), degree, space.max_options), np.int32)
     for row, part in enumerate(parts):
-        counts = [len(space.sites[site].options) for site in part.sites]
-        sites[row, : len(counts)] = part.sites
-        stride[row, : len(counts)] = [math.prod(counts[place + 1 :]) for place in range(len(counts))]
+        for column, (site, own) in enumerate(part.steps.items()):
+            sites[row, column] = site
+            steps[row, column, : len(own)] = own
     start = np.cumsum([0, *(len(table) for table in tables[:-1])]).astype(np.int32)
     return Lookup(
         "latency of the layers",
         1.0,
         0.0,
         sites,
-        stride,
+        steps,
         start,
         np.concatenate(tables).astype(np.float32),
         space.num_options,

@@ -2,7 +2,7 @@
 
 Time is no smooth function of the number of channels: libraries compute so many at once, and 56 of 64 may take longer than all. With up
 to two dimensions that shrink, a layer is measured at all sizes of either. Of more, all sizes of the two that have most, the others whole,
-are a correction to a coarse grid of all of them.
+are a correction to a coarse grid of all of them. Filters in groups (`rect_grouped`) are another factor, measured on the whole layer.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import interpolate
 
-from sculpt.pruning import Space
+from sculpt.pruning import Site, Space, make_choices
+from sculpt.pruning.filter_groups import in_groups, mask_groups
 from sculpt.pruning.rewrite import REWRITES, Sizes
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.program import Equation, Literal
@@ -26,25 +27,39 @@ _LEVELS = 8
 """Sizes along a dimension, at the most, at which a layer is measured."""
 _FEWER_LEVELS = 3
 """The same of the coarse grid of a layer with more than two dimensions that shrink."""
+_COMBINATIONS = 1 << 16
+"""Combinations of options that a dimension may have whose size is no sum over sites."""
+
+Layer = tuple[list[tuple[int, ...]], dict[str, Any]]
+"""Shapes of a contraction's operands, and its parameters."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dimension:
+    """A size of a layer that the options of sites change. Its place in tables is the sum of what the option of every site adds."""
+
+    axes: tuple[Axis, ...]
+    """Those of the operands that have it; where several go together, as in a grouped convolution, the size is their product."""
+    steps: Mapping[int, np.ndarray]
+    """Site -> int64 `[options]`: what each adds to the place."""
+    sizes: np.ndarray
+    """int64 `[places]`."""
+    examples: Mapping[int, Mapping[int, int]]
+    """Rising sizes above 0 -> the options of the sites that give them; the layer can be measured there."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """A contraction, and the sites that its size depends on."""
+    """A contraction, and what its time depends on."""
 
     equation: Equation
-    sites: tuple[int, ...]
-    options: np.ndarray
-    """int32 `[combinations, sites]`: every combination of their options, the last site's changing fastest."""
-    dimensions: Mapping[Axis, int]
-    """Which dimension the size of an axis of its operands belongs to; none for axes that stay."""
-    sizes: np.ndarray
-    """int64 `[combinations, dimensions]`: the size along each; where several that go together are one dimension, as in a grouped
-    convolution, their product."""
+    dimensions: tuple[Dimension, ...]
     levels: tuple[np.ndarray, ...]
-    """Sizes along each dimension of the grid on which it is measured, rising; no layer of size 0 is."""
+    """Sizes along each dimension of the grid on which it is measured, rising."""
     fine: Mapping[int, np.ndarray]
     """Of those dimensions of which the grid has not all, more sizes, at which it is measured with the others whole."""
+    grouped: Site | None
+    """The site that gives its filters windows of their own."""
 
     @property
     def points(self) -> list[tuple[int, ...]]:
@@ -55,15 +70,42 @@ class Part:
         grids = [self.levels, finer] if self.fine else [self.levels]
         return [tuple(map(int, point)) for grid in grids for point in itertools.product(*grid)]
 
-    def interpolated(self, measured: np.ndarray) -> np.ndarray:
-        """Values under every combination of options, float64 `[combinations]`, from those at its points; 0 where nothing is left."""
-        if not self.levels:
-            return np.full(len(self.sizes), measured[0])
+    @property
+    def steps(self) -> dict[int, np.ndarray]:
+        """Site -> int64 `[options]`: what each adds to the place in `table`."""
+        lengths = [len(dimension.sizes) for dimension in self.dimensions]
+        steps: dict[int, np.ndarray] = {}
+        if self.grouped is not None:
+            steps[self.grouped.index] = np.arange(len(self.grouped.options))
+        below = math.prod(len(site.options) for site in (self.grouped,) if site is not None)
+        for dimension, length in reversed(list(zip(self.dimensions, lengths))):
+            for site, own in dimension.steps.items():
+                steps[site] = steps.get(site, 0) + below * own
+            below *= length
+        return steps
+
+    def table(self, measured: np.ndarray) -> np.ndarray:
+        """Values at every place, float64 `[places]`, from those at its points and those of the options of `grouped` but the first; 0 where
+        nothing is left."""
+        count = len(self.points)
+        values = self._interpolated(measured[:count])
+        if self.grouped is None:
+            return values
+        whole = self.points.index(tuple(int(levels[-1]) for levels in self.levels))
+        factors = np.concatenate([[1.0], measured[count:] / measured[whole]])
+        return (values[:, None] * factors[None, :]).reshape(-1)
+
+    def _interpolated(self, measured: np.ndarray) -> np.ndarray:
+        if not self.dimensions:
+            return measured
+        places = np.stack(
+            [m.reshape(-1) for m in np.meshgrid(*(d.sizes for d in self.dimensions), indexing="ij")], axis=1
+        )
         count = math.prod(map(len, self.levels))
         coarse = interpolate.RegularGridInterpolator(
             self.levels, measured[:count].reshape([len(levels) for levels in self.levels])
         )
-        sizes = np.maximum(self.sizes, [levels[0] for levels in self.levels])
+        sizes = np.maximum(places, [levels[0] for levels in self.levels])
         found = coarse(sizes)
         if self.fine:
             dims = list(self.fine)
@@ -73,10 +115,10 @@ class Part:
             others_whole = np.tile([levels[-1] for levels in self.levels], (len(sizes), 1))
             others_whole[:, dims] = sizes[:, dims]
             found = found * finer(sizes[:, dims]) / coarse(others_whole)
-        return np.where((self.sizes == 0).any(axis=1), 0.0, found)
+        return np.where((places == 0).any(axis=1), 0.0, found)
 
 
-class _GridSizes(Sizes):
+class _SizesAtPoint(Sizes):
     """What is kept where every dimension has a size of its own, whether or not one policy gives them all, and of so many images."""
 
     def __init__(self, space: Space, part: Part, point: Sequence[int], batch: int) -> None:
@@ -85,14 +127,14 @@ class _GridSizes(Sizes):
         self._batch = batch
         images = flow.terms[flow.program.inputs[-1]][0]
         self._images, self._traced_batch = set(flow.axes.atoms(images)), flow.axes.size(images)
-        self._dimensions = part.dimensions
-        self._kept = []
-        for column, size in zip(part.sizes.T, point):
-            example = int(np.flatnonzero(column == size)[0])
-            self._kept.append(_kept(space, part.sites, part.options[example]))
+        self._kept = {
+            axis: _kept(space, dimension.examples[size])
+            for dimension, size in zip(part.dimensions, point)
+            for axis in dimension.axes
+        }
 
     def shrinks(self, axis: Axis) -> bool:
-        return axis in self._dimensions
+        return axis in self._kept
 
     def count(self, axis: Axis, dense: int) -> int:
         count = super().count(axis, dense)
@@ -101,107 +143,175 @@ class _GridSizes(Sizes):
         return count
 
     def units(self, axis: Axis) -> np.ndarray:
-        kept = self._kept[self._dimensions[axis]] if axis in self._dimensions else {}
-        return np.asarray(self.flow.axes.keep(axis, kept))
+        return np.asarray(self.flow.axes.keep(axis, self._kept.get(axis, {})))
 
 
 def find_parts(space: Space) -> list[Part]:
     """The contractions of a network.
 
     Raises:
-      ValueError: if there is none outside loops.
+      ValueError: if there is none outside loops, or the size of one depends on too many sites.
     """
-    flow = space.trace.flow
-    site_of = {
-        atom: int(site)
-        for atom, site, compacts in zip(space.atoms, space.atom_site, space.compacts)
-        if compacts
+    flow, counts = space.trace.flow, _Counts(space)
+    grouped = {
+        id(space.trace.layers[site.owner].equation): site
+        for site in space.sites
+        if site.family == "rect_grouped"
     }
     parts = []
     for eqn in flow.program.equations:
         if eqn.name not in _LAYERS or flow.program.is_table(eqn):
             continue
         axes = [axis for value in eqn.inputs if not isinstance(value, Literal) for axis in flow.terms[value]]
-        atoms = {atom for axis in axes for atom in flow.axes.atoms(axis)}
-        sites = tuple(sorted({site_of[atom] for atom in atoms if atom in site_of}))
-        counts = [len(space.sites[site].options) for site in sites]
-        options = (
-            np.indices(counts, np.int32).reshape(len(counts), -1).T if counts else np.zeros((1, 0), np.int32)
-        )
-        parts.append(_part(space, eqn, axes, sites, options))
+        dimensions = tuple(_dimensions(counts, axes))
+        sizes = [np.asarray(list(dimension.examples)) for dimension in dimensions]
+        most, fine = (_LEVELS, {}) if len(sizes) <= 2 else (_FEWER_LEVELS, _finer(sizes))
+        levels = tuple(_evenly(found, most) for found in sizes)
+        parts.append(Part(eqn, dimensions, levels, fine, grouped.get(id(eqn))))
     if not parts:
         raise ValueError("this network has no layers outside loops that could be measured by themselves")
     return parts
 
 
-def sizes_of(space: Space, part: Part, batch: int) -> Iterator[tuple[list[tuple[int, ...]], dict[str, Any]]]:
-    """Shapes of a part's operands for so many images, and its parameters, at each of its points."""
-    eqn = part.equation
+def layers_of(space: Space, params: Any, part: Part, batch: int) -> Iterator[Layer]:
+    """A part for so many images at each of its points, then whole under each option of its `grouped` site but the first, on these
+    parameters."""
     for point in part.points:
-        sizes = _GridSizes(space, part, point, batch)
-        shapes = [np.shape(i.value) if isinstance(i, Literal) else sizes.shape(i) for i in eqn.inputs]
-        rewritten = REWRITES[eqn.name](sizes, eqn) if eqn.name in REWRITES and part.levels else {}
-        params = {**eqn.params, **rewritten}
-        if eqn.name == "conv_general_dilated":
-            # Kernels of every image's own are groups, as many as images.
-            numbers = params["dimension_numbers"]
-            groups = shapes[0][numbers.lhs_spec[1]] // shapes[1][numbers.rhs_spec[1]]
-            params["feature_group_count"] = groups
-        yield shapes, params
+        yield _layer(part.equation, _SizesAtPoint(space, part, point, batch), bool(point))
+    if part.grouped is None:
+        return
+    site, layer = part.grouped, space.trace.layers[part.grouped.owner]
+    entries = np.asarray(make_choices(space, params)[site.index].entries)
+    whole = tuple(int(levels[-1]) for levels in part.levels)
+    shapes, static = _layer(part.equation, _SizesAtPoint(space, part, whole, batch), bool(whole))
+    for option in range(1, len(site.options)):
+        groups = mask_groups((entries >> option) & 1 > 0, layer.out_axes[0], layer.window_axes)
+        yield shapes, in_groups(static, groups) if groups else static
 
 
-def _part(
-    space: Space, eqn: Equation, axes: Sequence[Axis], sites: tuple[int, ...], options: np.ndarray
-) -> Part:
-    counts = {
-        atom: np.asarray([option.counts[place] for option in space.sites[site].options])[options[:, column]]
-        for column, site in enumerate(sites)
-        for place, atom in enumerate(space.sites[site].atoms)
-    }
-    site_of = {atom: site for site in sites for atom in space.sites[site].atoms}
-    flow_axes = space.trace.axes
-    joined: list[tuple[set[int], dict[Axis, np.ndarray]]] = []
-    for axis in dict.fromkeys(axes):
-        size = np.zeros(len(options), np.int64)
-        for coefficient, atoms in flow_axes.monomials(axis):
-            size += coefficient * math.prod(counts.get(atom, flow_axes.atom_size(atom)) for atom in atoms)
-        if (size != size[0]).any():
-            found = site_of.keys() & set(flow_axes.atoms(axis))
-            own = {site_of[atom] for atom in found if space.sites[site_of[atom]].family == "channels"}
-            members = {axis: size}
-            # Axes of the same channels go together; a window's height and width are looked at apart.
-            for other in [other for other in joined if other[0] & own]:
-                joined.remove(other)
-                own, members = own | other[0], {**other[1], **members}
-            joined.append((own, members))
-    columns = []
+def _layer(eqn: Equation, sizes: Sizes, shrinks: bool) -> Layer:
+    shapes = [np.shape(i.value) if isinstance(i, Literal) else sizes.shape(i) for i in eqn.inputs]
+    rewritten = REWRITES[eqn.name](sizes, eqn) if eqn.name in REWRITES and shrinks else {}
+    params = {**eqn.params, **rewritten}
+    if eqn.name == "conv_general_dilated":
+        # Kernels of every image's own are groups, as many as images.
+        numbers = params["dimension_numbers"]
+        params["feature_group_count"] = shapes[0][numbers.lhs_spec[1]] // shapes[1][numbers.rhs_spec[1]]
+    return shapes, params
+
+
+class _Counts:
+    """Sizes of axes under options of sites."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.axes = space.trace.axes
+        self.site_of = {
+            atom: int(site)
+            for atom, site, compacts in zip(space.atoms, space.atom_site, space.compacts)
+            if compacts
+        }
+
+    def sites(self, axes: Iterable[Axis]) -> list[int]:
+        """The sites whose options change these axes, or could."""
+        atoms = {atom for axis in axes for atom in self.axes.atoms(axis)}
+        return sorted({self.site_of[atom] for atom in atoms if atom in self.site_of})
+
+    def size(self, axis: Axis, options: Mapping[int, int]) -> int:
+        """The size of an axis under these options of sites, all else whole."""
+        return sum(
+            c * math.prod(self._count(atom, options) for atom in atoms)
+            for c, atoms in self.axes.monomials(axis)
+        )
+
+    def shrinks(self, axis: Axis) -> bool:
+        """Whether any option of a site changes its size."""
+        return any(
+            self.size(axis, {site: option}) != self.axes.size(axis)
+            for site in self.sites([axis])
+            for option in range(len(self.space.sites[site].options))
+        )
+
+    def is_sum(self, axis: Axis) -> bool:
+        """Whether every site adds to the size of an axis by itself."""
+        return all(
+            len({self.site_of[atom] for atom in atoms if atom in self.site_of}) <= 1
+            for _, atoms in self.axes.monomials(axis)
+        )
+
+    def _count(self, atom: Atom, options: Mapping[int, int]) -> int:
+        chosen = options.get(self.site_of.get(atom, -1))
+        if chosen is None:
+            return self.axes.atom_size(atom)
+        site = self.space.sites[self.site_of[atom]]
+        return site.options[chosen].counts[site.atoms.index(atom)]
+
+
+def _dimensions(counts: _Counts, axes: Iterable[Axis]) -> Iterator[Dimension]:
+    """Those of the axes that shrink, axes of the same channels together; a window's height and width are looked at apart."""
+    joined: list[tuple[set[int], list[Axis]]] = []
+    for axis in filter(counts.shrinks, dict.fromkeys(axes)):
+        own = {site for site in counts.sites([axis]) if counts.space.sites[site].family == "channels"}
+        members = [axis]
+        for other in [other for other in joined if other[0] & own]:
+            joined.remove(other)
+            own, members = own | other[0], [*other[1], *members]
+        joined.append((own, members))
     for _, members in joined:
-        distinct = {np.unique(size, return_inverse=True)[1].tobytes(): size for size in members.values()}
-        columns.append(np.prod([*distinct.values()], axis=0))
-    distinct_sizes = [np.unique(column[column > 0]) for column in columns]
-    most, fine = (_LEVELS, {}) if len(columns) <= 2 else (_FEWER_LEVELS, _finer(distinct_sizes))
-    return Part(
-        eqn,
-        sites,
-        options,
-        {axis: dim for dim, (_, members) in enumerate(joined) for axis in members},
-        np.stack(columns, axis=1) if columns else np.zeros((len(options), 0), np.int64),
-        tuple(_evenly(sizes, most) for sizes in distinct_sizes),
-        fine,
+        yield _dimension(counts, tuple(members))
+
+
+def _dimension(counts: _Counts, axes: tuple[Axis, ...]) -> Dimension:
+    sites = counts.sites(axes)
+    numbers = [len(counts.space.sites[site].options) for site in sites]
+    # Axes that have the size of another one, whatever is chosen, count once.
+    distinct = list({tuple(sorted(counts.axes.monomials(axis))): axis for axis in axes}.values())
+
+    def size(options: Mapping[int, int]) -> int:
+        return math.prod(counts.size(axis, options) for axis in distinct)
+
+    dense = size({})
+    if len(sites) > 1 and len(distinct) == 1 and counts.is_sum(distinct[0]):
+        less = {
+            site: np.asarray([dense - size({site: option}) for option in range(number)])
+            for site, number in zip(sites, numbers)
+        }
+        unit = math.gcd(*(int(n) for own in less.values() for n in own))
+        most = sum(int(own.max()) for own in less.values())
+        # The same level of all sites gives sizes all the way down.
+        levels = [
+            {site: min(level, number - 1) for site, number in zip(sites, numbers)}
+            for level in range(max(numbers))
+        ]
+        sizes = dense - unit * np.arange(most // unit + 1)
+        return Dimension(
+            axes, {site: own // unit for site, own in less.items()}, sizes, _rising(levels, size)
+        )
+    if math.prod(numbers) > _COMBINATIONS:
+        raise ValueError(
+            f"the size of a layer is a product that {len(sites)} sites with {math.prod(numbers)} combinations of options change; at most "
+            f"{_COMBINATIONS} can be told apart"
+        )
+    combinations = [dict(zip(sites, chosen)) for chosen in np.ndindex(*numbers)]
+    strides = [math.prod(numbers[place + 1 :]) for place in range(len(numbers))]
+    steps = {site: stride * np.arange(number) for site, stride, number in zip(sites, strides, numbers)}
+    return Dimension(
+        axes, steps, np.asarray([size(options) for options in combinations]), _rising(combinations, size)
     )
 
 
-def _finer(sizes: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
-    """All sizes, `_LEVELS` at the most, of the two dimensions that have most of them."""
-    most = sorted(range(len(sizes)), key=lambda dim: -len(sizes[dim]))[:2]
-    return {dim: _evenly(sizes[dim], _LEVELS) for dim in sorted(most) if len(sizes[dim]) > _FEWER_LEVELS}
+def _rising(
+    examples: Iterable[dict[int, int]], size: Callable[[Mapping[int, int]], int]
+) -> dict[int, dict[int, int]]:
+    found = {size(options): options for options in examples}
+    return {n: found[n] for n in sorted(found) if n > 0}
 
 
-def _kept(space: Space, sites: Sequence[int], options: np.ndarray) -> dict[Atom, np.ndarray]:
+def _kept(space: Space, options: Mapping[int, int]) -> dict[Atom, np.ndarray]:
     """Which units of the sites' atoms stay: how many is what counts, and that those of a window are neighbours."""
     return {
         atom: np.arange(size) < count
-        for site, option in zip(sites, options)
+        for site, option in options.items()
         for atom, size, count in zip(
             space.sites[site].atoms, space.sites[site].sizes, space.sites[site].options[option].counts
         )
@@ -213,3 +323,9 @@ def _evenly(values: np.ndarray, number: int) -> np.ndarray:
     """So many of rising values, the first and the last among them."""
     places = np.linspace(0, len(values) - 1, min(number, len(values))).round().astype(int)
     return values[places]
+
+
+def _finer(sizes: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    """All sizes, `_LEVELS` at the most, of the two dimensions that have most of them."""
+    most = sorted(range(len(sizes)), key=lambda dim: -len(sizes[dim]))[:2]
+    return {dim: _evenly(sizes[dim], _LEVELS) for dim in sorted(most) if len(sizes[dim]) > _FEWER_LEVELS}

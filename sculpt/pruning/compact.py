@@ -21,8 +21,8 @@ from sculpt.model import Model, Params, State
 from sculpt.pruning.filter_groups import (
     FilterGroup,
     bind_in_groups,
-    group_filters,
     in_order,
+    mask_groups,
     split_convolutions,
 )
 from sculpt.pruning.masks import check_masks, check_policies, make_masks
@@ -293,11 +293,7 @@ def _filter_groups(
         term, (outputs,) = traced.leaf_term(leaf), layer.out_axes
         left = units_left(kept, orders)
         mask = leaves[leaf][np.ix_(*(traced.axes.places(axis, left) for axis in term))]
-        others = tuple(d for d in range(mask.ndim) if d not in (outputs, *layer.window_axes))
-        if not mask.size:
-            continue
-        used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *layer.window_axes, *others))
-        found = group_filters(used.reshape(used.shape[: 1 + len(layer.window_axes)]))
+        found = mask_groups(mask, outputs, layer.window_axes) if mask.size else ()
         atom = movable_atom(traced, term[outputs]) if reorder else None
         if found and atom is not None and atom not in orders:
             first = traced.axes.places(term[outputs], left)

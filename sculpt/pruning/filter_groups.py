@@ -79,6 +79,13 @@ def group_filters(used: np.ndarray, overhead: int = OVERHEAD) -> tuple[FilterGro
     return tuple(FilterGroup(w, tuple(sorted(found[w]))) for w in by_area if w in found)
 
 
+def mask_groups(mask: np.ndarray, outputs: int, window_axes: Sequence[int]) -> tuple[FilterGroup, ...]:
+    """`group_filters` of a kernel's mask, whose axis `outputs` is its filters."""
+    others = tuple(d for d in range(mask.ndim) if d not in (outputs, *window_axes))
+    used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *window_axes, *others))
+    return group_filters(used.reshape(used.shape[: 1 + len(window_axes)]))
+
+
 def in_order(groups: Sequence[FilterGroup]) -> tuple[FilterGroup, ...]:
     """The groups of filters that have been put in the order of the groups."""
     stops = list(itertools.accumulate(len(group.filters) for group in groups))
@@ -144,8 +151,13 @@ def split_convolutions(executable: Executable, groups: Mapping[int, Sequence[Fil
             kernels[eqn.outputs[0]] = kernels[eqn.inputs[0]]  # type: ignore[index]
         elif eqn.name == "conv_general_dilated" and eqn.inputs[1] in kernels:
             chosen = kernels[eqn.inputs[1]]  # type: ignore[index]
-            params[id(eqn)] = {**params.get(id(eqn), eqn.params), _PARAMETER: chosen}
+            params[id(eqn)] = in_groups(params.get(id(eqn), eqn.params), chosen)
     return dataclasses.replace(executable, params=params)
+
+
+def in_groups(params: Mapping[str, Any], groups: Sequence[FilterGroup]) -> dict[str, Any]:
+    """The static parameters of a convolution that `bind_in_groups` computes in these groups."""
+    return {**params, _PARAMETER: tuple(groups)}
 
 
 Bind = Callable[[Equation, list[Any], dict[str, Any]], Any]
@@ -158,12 +170,12 @@ def bind_in_groups(bind: Bind) -> Bind:
         if _PARAMETER not in params:
             return bind(eqn, operands, params)
         others = {name: value for name, value in params.items() if name != _PARAMETER}
-        return _in_groups(bind, eqn, operands, others, params[_PARAMETER])
+        return _computed_in_groups(bind, eqn, operands, others, params[_PARAMETER])
 
     return grouped
 
 
-def _in_groups(
+def _computed_in_groups(
     bind: Bind, eqn: Equation, operands: list[Any], params: dict[str, Any], groups: Sequence[FilterGroup]
 ) -> Any:
     image, kernel = operands

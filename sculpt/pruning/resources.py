@@ -80,7 +80,7 @@ class Counted(Resource):
 class Lookup(Resource):
     """What was measured part by part: a part depends on the options of a few sites, and its amount is looked up.
 
-    The amount of part p under a policy is `values[start[p] + sum_d stride[p, d] * policy[sites[p, d]]]`.
+    The amount of part p under a policy is `values[start[p] + sum_d steps[p, d, policy[sites[p, d]]]]`.
     """
 
     name: str
@@ -90,8 +90,8 @@ class Lookup(Resource):
     """Share of `total` that no choice changes."""
     sites: np.ndarray
     """int32 `[parts, degree]`: sites that the part depends on, padded with 0."""
-    stride: np.ndarray
-    """int32 `[parts, degree]`: 0 where padded."""
+    steps: np.ndarray
+    """int32 `[parts, degree, max_options]`: 0 where padded."""
     start: np.ndarray
     """int32 `[parts]`."""
     values: np.ndarray
@@ -102,7 +102,9 @@ class Lookup(Resource):
     def used(self, space: Space, policies: Any) -> Any:
         module = _module_of(policies)
         chosen = policies[..., self.sites]
-        steps = (chosen * module.broadcast_to(self.stride, chosen.shape)).sum(axis=-1, dtype=np.int32)
+        first = np.arange(self.sites.size, dtype=np.int32).reshape(self.sites.shape) * self.steps.shape[-1]
+        steps = module.asarray(self.steps.reshape(-1))[chosen + module.broadcast_to(first, chosen.shape)]
+        steps = steps.sum(axis=-1, dtype=np.int32)
         place = steps + module.broadcast_to(self.start, steps.shape)
         return module.asarray(self.values)[place].sum(axis=-1) + np.float32(self.fixed)
 

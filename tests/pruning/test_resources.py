@@ -29,13 +29,14 @@ def drawn() -> np.ndarray:
 def looked_up() -> Lookup:
     """MACs as a table: layer by layer, for every combination of the options of the sites that it depends on."""
     base, atoms = space(), len(space().atoms)
-    sites, strides, starts, values = [], [], [], []
+    sites, steps, starts, values = [], [], [], []
     for layer in range(len(base.trace.layers)):
         rows = base.macs.owner == layer
         columns = {int(c) for c in base.macs.atoms[rows].reshape(-1) if c < atoms}
         own = sorted({int(base.atom_site[c]) for c in columns})
         counts = [int(base.num_options[s]) for s in own]
-        strides.append([int(np.prod(counts[i + 1 :])) for i in range(len(own))])
+        strides = [int(np.prod(counts[i + 1 :])) for i in range(len(own))]
+        steps.append([[stride * option for option in range(base.max_options)] for stride in strides])
         sites.append(own)
         starts.append(len(values))
         for choice in np.ndindex(*counts):
@@ -44,11 +45,11 @@ def looked_up() -> Lookup:
             values.append(float(sculpt.pruning.layer_macs(base, policy)[layer]) / base.macs.total)
     degree = max(map(len, sites))
 
-    def padded(rows: list[list[int]]) -> np.ndarray:
-        return np.asarray([row + [0] * (degree - len(row)) for row in rows], np.int32)
+    def padded(rows: list[list[Any]], empty: Any) -> np.ndarray:
+        return np.asarray([row + [empty] * (degree - len(row)) for row in rows], np.int32)
 
     return Lookup(
-        "MACs, looked up", base.macs.total, 0.0, padded(sites), padded(strides),
+        "MACs, looked up", base.macs.total, 0.0, padded(sites, 0), padded(steps, [0] * base.max_options),
         np.asarray(starts, np.int32), np.asarray(values, np.float32), base.num_options,
     )  # fmt: skip
 
@@ -100,10 +101,10 @@ def test_a_cheaper_option_need_not_be_the_last() -> None:
     table = looked_up()
     odd = table.values.copy()
     # Wherever the last of the first part's sites takes its last option, whatever the others take.
-    count = space().num_options[table.sites[0, (table.stride[0] > 0).sum() - 1]]
+    count = space().num_options[table.sites[0, (table.steps[0, :, 1] > 0).sum() - 1]]
     odd[count - 1 : table.start[1] : count] += 0.3
     limited = sculpt.with_resource(
-        space(), Lookup("odd", 1.0, 0.0, table.sites, table.stride, table.start, odd, table.num_options)
+        space(), Lookup("odd", 1.0, 0.0, table.sites, table.steps, table.start, odd, table.num_options)
     )
     last = float(resource_used(limited, np.asarray(limited.num_options - 1)))
     assert limited.reachable[0] < last - 0.2
@@ -126,7 +127,7 @@ def test_a_cheaper_option_need_not_be_the_last() -> None:
                 1.0,
                 0.0,
                 np.asarray([[99]]),
-                np.asarray([[0]]),
+                np.asarray([[[0]]]),
                 np.zeros(1),
                 np.ones(1),
                 np.ones(2),
