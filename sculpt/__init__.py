@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         evaluate_policies,
         race_policies,
         recalibrate,
+        reconstruct,
         tune_plan,
     )
     from sculpt.tracing import Trace, trace
@@ -129,6 +130,7 @@ _HOMES = {
         "evaluate_policies",
         "race_policies",
         "recalibrate",
+        "reconstruct",
         "tune_plan",
     ),
     "sculpt.tracing": ("Trace", "trace"),
@@ -214,6 +216,7 @@ __all__ = [
     "random_policies",
     "recalibrate",
     "recipe_for",
+    "reconstruct",
     "save_model",
     "save_params",
     "search",

@@ -91,7 +91,7 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ),
         ((*NEW, "--train-clip-norm", "0"), "error: --train-clip-norm must be above 0"),
         ((*NEW, "--finetune-clip-norm", "-1"), "error: --finetune-clip-norm must be above 0"),
-        ((*NEW, "--round-to", "0"), "error: --round-to must be at least 1"),
+        ((*NEW, "--round-to", "0"), "error: --round-to must be a whole number of at least 1"),
         ((*NEW, "--train-epochs", "0"), "error: --train-epochs must be"),
         ((*NEW, "--epochs", "0"), "error: --finetune-epochs must be"),
         ((*NEW, "--finetune-learning-rate", "-1"), "error: --finetune-learning-rate must be"),

@@ -18,6 +18,8 @@ from sculpt.tracing.program import Equation, Literal, Operand, Program, live_equ
 from sculpt.tracing.rules import ELEMENTWISE
 
 _LAYERS = ("conv_general_dilated", "dot_general")
+_BROADCASTING = tuple(name for name in ELEMENTWISE if name not in ("select_n", "clamp"))
+"""Operations whose operands may have size one where others have more."""
 
 
 def without_dead_branches(
@@ -78,7 +80,7 @@ class _Search:
             if passed is not None:
                 renamed[eqn.outputs[0]] = inputs[passed]
                 continue
-            if eqn.name in ELEMENTWISE and self._has_whole_operand(eqn):
+            if eqn.name in _BROADCASTING and self._has_whole_operand(eqn):
                 inputs = tuple(
                     small(before) if isinstance(before, int) and before in self._small else now
                     for before, now in zip(eqn.inputs, inputs)
@@ -138,7 +140,10 @@ class _Search:
         operands = [self._value(i) for i in eqn.inputs]
         if any(operand is None for operand in operands):
             return None
-        return np.asarray(eqn.primitive.bind(*map(jnp.asarray, operands), **eqn.params))
+        arrays = [np.asarray(operand) for operand in operands]
+        shape = np.broadcast_shapes(*(a.shape for a in arrays if a.ndim == len(aval.shape)))
+        alike = [np.broadcast_to(a, shape) if a.ndim == len(shape) else a for a in arrays]
+        return np.asarray(eqn.primitive.bind(*map(jnp.asarray, alike), **eqn.params))
 
     def _value(self, operand: Operand) -> Any:
         if isinstance(operand, Literal):

@@ -64,6 +64,8 @@ class _Plan:
     """Likewise, the dense state."""
     places: tuple[tuple[np.ndarray, ...], ...]
     """For every leaf of (params, state), per axis: the units that stay, in their new order."""
+    emptied: tuple[tuple[tuple[int, ...], ...], ...]
+    """Likewise: which of the atoms of an axis, by their order in it, have lost all units."""
     groups: dict[int, tuple[FilterGroup, ...]]
     """For the leaf of a kernel whose filters keep windows of their own, those that are computed together."""
     rows: tuple[str, ...]
@@ -274,7 +276,12 @@ def _make_plan(model: Model, space: Space, policy: np.ndarray, masks: Any, reord
         if layer.leaf in groups:
             notes.append(f"in groups: {', '.join(map(str, groups[layer.leaf]))}")
         rows.append("; ".join([f"{leaf.path} {list(leaf.shape)} -> {small}", *notes]))
-    return _Plan(shapes_of(model.params), shapes_of(model.state), places, groups, tuple(rows))
+    empty = {atom for atom, units in kept.items() if not units.any()}
+    emptied = tuple(
+        tuple(tuple(i for i, atom in enumerate(axes.atoms(axis)) if atom in empty) for axis in term)
+        for term in terms
+    )
+    return _Plan(shapes_of(model.params), shapes_of(model.state), places, emptied, groups, tuple(rows))
 
 
 def _filter_groups(
@@ -351,8 +358,10 @@ def _rewritten(
             flow.unify(flow.term(output), term, "new state and old state differ in structure")
     kept: dict[Atom, np.ndarray] = {}
     orders: dict[Atom, np.ndarray] = {}
-    for term, places in zip(inputs, plan.places):
-        for axis, units in zip(term, places):
+    for term, places, emptied in zip(inputs, plan.places, plan.emptied):
+        for axis, units, numbers in zip(term, places, emptied):
+            for atom in (atom for number, atom in enumerate(flow.axes.atoms(axis)) if number in numbers):
+                kept[atom] = np.zeros(flow.axes.atom_size(atom), bool)
             stays = np.zeros(flow.axes.size(axis), bool)
             stays[units] = True
             flow.axes.infer(axis, stays, kept)

@@ -33,7 +33,8 @@ class Cost:
     """`macs` / dense."""
     macs_realised: jax.Array
     """Multiply-accumulates per image after compaction: zeros that no smaller array can express are counted. For `rect_grouped` at
-    the most: which filters share a window depends on the weights."""
+    the most: which filters share a window depends on the weights. Likewise where a branch has lost all channels: what only fed it is
+    counted still, such as the scores of an attention without values."""
     macs_realised_ratio: jax.Array
     """`macs_realised` / dense."""
     params: jax.Array

@@ -34,7 +34,8 @@ def permute_channels(
 
     Every group of coupled axes is put in an order of its own, found by assignments: one channel is taken out of each m consecutive
     ones, and all of them are put back where together they are worth most. That is repeated; the energy kept never falls. The arrays
-    keep their shapes: the model trains, is masked and exported as before, and a space of the trace fits it.
+    keep their shapes: the model trains, is masked and exported as before, and a space of the trace fits it; importance, which is of
+    channels in their order, has to be measured again.
 
     Args:
       model: the network, dense, with arrays.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -148,9 +147,7 @@ def rewrite(
         if value in whole or value not in constants
         if any(map(sizes.moves, flow.terms[value]))
     }
-    equations = tuple(zeros.get(id(eqn), eqn) for eqn in program.equations)
-    rewritten = dataclasses.replace(program, equations=equations) if zeros else program
-    return Executable(rewritten, constants, params, bodies, derivatives, tables)
+    return Executable(program, constants, params, bodies, derivatives, tables, zeros)
 
 
 def _zeros(program: Program, eqn: Equation, shape: tuple[Any, ...]) -> Equation:

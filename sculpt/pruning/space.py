@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.arguments import checked, did_you_mean, is_real
+from sculpt.arguments import checked, did_you_mean, is_real, is_whole
 from sculpt.pruning.family import Choice, Site
 from sculpt.pruning.importance import Importance, check_importance
 from sculpt.pruning.importance_units import fitting_leaves
@@ -98,7 +98,7 @@ def make_space(
         "gpu" (8), "tpu" (128).
       min_keep: least number of channels that stay in a group, rounded up to a multiple of `round_to`; groups of no more
         than that stay whole. 0: groups that images get round, as in the branch of a residual block, may lose all of their channels,
-        and compaction takes out what is behind them too.
+        all such groups at once even, and compaction takes out what is behind them too.
       importance: what `sculpt.importance` returned for this trace: the channels of lowest score go first, also after
         fine-tuning. None ranks them by retained energy on the parameters that masks are made of.
 
@@ -119,8 +119,8 @@ def make_space(
             )
         round_to = ROUND_TO[round_to]
     for name, number, lowest in (("round_to", round_to, 1), ("min_keep", min_keep, 0)):
-        if number < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {number}")
+        if not is_whole(number, lowest):
+            raise ValueError(f"{name} must be a whole number of at least {lowest}, got {number!r}")
     if importance is not None:
         check_importance(trace, importance)
     found = _one_of_each_kernel(

@@ -16,6 +16,7 @@ from sculpt.scoring.precision import PrecisionGap, precision_gap
 from sculpt.scoring.problem import Problem, make_problem
 from sculpt.scoring.race import Race, Rung, race_policies
 from sculpt.scoring.recalibrate import recalibrate
+from sculpt.scoring.reconstruct import reconstruct
 from sculpt.scoring.stream import Block, score_stream
 from sculpt.scoring.tune import Trial, Tuning, tune_plan
 
@@ -38,6 +39,7 @@ __all__ = [
     "race_policies",
     "read_policies",
     "recalibrate",
+    "reconstruct",
     "score_batch",
     "score_params",
     "score_policies",

@@ -304,7 +304,8 @@ class Axes:
         return np.concatenate(parts)
 
     def infer(self, axis: Axis, keep: np.ndarray, kept: dict[Atom, np.ndarray]) -> None:
-        """The inverse of `keep`: adds to `kept` the units of free atoms that are named by `keep` `[size]`.
+        """The inverse of `keep`: adds to `kept` the units of free atoms that are named by `keep` `[size]`. Where nothing is left of a
+        product, nothing is said of its factors: which of them is empty it does not tell.
 
         Exact where `keep` was made by this algebra; callers compare `self.keep(axis, kept)` to be sure.
         """
@@ -313,6 +314,8 @@ class Axes:
             sizes = [self._sizes[a] for a in segment]
             block = keep[position : position + int(np.prod(sizes))].reshape(sizes)
             position += block.size
+            if len(segment) > 1 and not block.any():
+                continue
             for dim, atom in enumerate(segment):
                 factor = np.asarray(block.any(axis=tuple(d for d in range(len(sizes)) if d != dim)))
                 binding = self._bindings[atom]

@@ -14,7 +14,8 @@ _PRODUCTS = ("mul", "div", "dot_general", "conv_general_dilated")
 
 
 def branch_atoms(trace: Trace) -> frozenset[Atom]:
-    """The atoms of groups without any unit of which the output still depends on the images.
+    """The atoms of groups without any unit of which the output still depends on the images, also where all of them have gone: of
+    branches side by side the first may go.
 
     Inside loops none is: what a loop gives is not told apart from what it was given.
     """
@@ -28,15 +29,19 @@ def branch_atoms(trace: Trace) -> frozenset[Atom]:
             steps.append((eqn, _inside(flow, eqn)))
     vanishing = {o: _vanishing(flow, o) for eqn, _ in steps for o in eqn.outputs}
 
-    def reaches_the_output(atom: Atom) -> bool:
+    def reaches_the_output(gone: set[Atom]) -> bool:
         alive = set(images)
         for eqn, inside in steps:
             reads = [i in alive for i in eqn.inputs if isinstance(i, int) and i in depends]
-            if atom not in inside and (all if eqn.name in _PRODUCTS else any)(reads):
-                alive.update(o for o in eqn.outputs if atom not in vanishing[o])
+            if inside.isdisjoint(gone) and (all if eqn.name in _PRODUCTS else any)(reads):
+                alive.update(o for o in eqn.outputs if vanishing[o].isdisjoint(gone))
         return not alive.isdisjoint(o for o in trace.program.outputs if isinstance(o, int))
 
-    return frozenset(group.atom for group in trace.groups if reaches_the_output(group.atom))
+    found: set[Atom] = set()
+    for group in trace.groups:
+        if reaches_the_output(found | {group.atom}):
+            found.add(group.atom)
+    return frozenset(found)
 
 
 def _vanishing(flow: Flow, value: int) -> frozenset[Atom]:

@@ -29,6 +29,8 @@ class Executable:
     """What `derivative` of the equation is to be replaced by, by `id(equation)`."""
     tables: dict[int, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
     """By value id, what other than tables read of a table of the program that is computed whole."""
+    instead: dict[int, Equation] = dataclasses.field(default_factory=dict)
+    """Equations that are run in place of others, by `id(equation)`."""
 
 
 Observer = Callable[[Equation, Sequence[Any]], None]
@@ -88,15 +90,16 @@ def execute(
         return values[operand] if part is None else part(values[operand])
 
     for eqn in program.equations:
-        operands = [read(o, program.is_table(eqn)) for o in eqn.inputs]
+        done = executable.instead.get(id(eqn), eqn)
+        operands = [read(o, program.is_table(eqn)) for o in done.inputs]
         if eqn.bodies:
             results = _structured(eqn, operands, executable, bind)
         else:
-            params = executable.params.get(id(eqn), eqn.params)
+            params = executable.params.get(id(eqn), done.params)
             results = (
-                bind(eqn, operands, params) if bind is not None else eqn.primitive.bind(*operands, **params)
+                bind(done, operands, params) if bind is not None else done.primitive.bind(*operands, **params)
             )
-            if not eqn.primitive.multiple_results:
+            if not done.primitive.multiple_results:
                 results = [results]
         if observe is not None:
             observe(eqn, results)

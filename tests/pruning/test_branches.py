@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import jax
@@ -152,3 +153,90 @@ def test_files_and_engines_take_what_is_left(tmp_path: Path) -> None:
     sculpt.save_model(small, tmp_path / "small.model", IMAGES)
     again = sculpt.load_model(tmp_path / "small.model")
     np.testing.assert_allclose(again.apply(again.params, again.state, IMAGES), expected, rtol=1e-5, atol=1e-6)
+
+
+class Grouped(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Conv(16, (3, 3))(x)
+        y = nn.relu(nn.Conv(16, (3, 3), feature_group_count=4)(x))
+        return nn.Dense(5)((x + nn.Conv(16, (1, 1))(y)).mean((1, 2)))
+
+
+class Flattened(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        y = nn.elu(nn.Conv(8, (3, 3))(x)).reshape(len(x), -1)
+        return nn.Dense(5)(y) + nn.Dense(5)(x.reshape(len(x), -1))
+
+
+class FusedAttention(nn.Module):
+    """Queries, keys and values by one layer."""
+
+    split: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Dense(16)(x.reshape(len(x), -1, 3))
+        if self.split:
+            q, k, v = (part.reshape(*x.shape[:2], 4, 4) for part in jnp.split(nn.Dense(48)(x), 3, -1))
+        else:
+            q, k, v = jnp.moveaxis(nn.Dense(48)(x).reshape(*x.shape[:2], 3, 4, 4), 2, 0)
+        weights = nn.softmax(jnp.einsum("nqhd,nkhd->nhqk", q, k) / 2.0)
+        y = jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(*x.shape[:2], 16)
+        return nn.Dense(5)((x + nn.Dense(16)(y)).mean(1))
+
+
+class SideBySide(nn.Module):
+    """Two branches and no way round both."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        branches = [nn.Conv(8, (1, 1))(nn.elu(nn.Conv(8, (3, 3))(x))) for _ in range(2)]
+        return nn.Dense(5)((branches[0] + branches[1]).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "module", [Grouped(), Flattened(), FusedAttention(True), FusedAttention(False), SideBySide()]
+)
+def test_each_group_that_may_go_goes(module: nn.Module) -> None:
+    """One by one and all together; axes that are products of what goes and what stays."""
+    model = from_linen(module)(jax.random.key(0))
+    space = sculpt.make_space(sculpt.trace(model, IMAGES), ("channels",), min_keep=0)
+    may_go = [site.index for site in space.sites if site.options[-1].kept == 0]
+    assert may_go
+    for gone in [*([site] for site in may_go), may_go]:
+        policy = np.zeros(space.num_sites, np.int32)
+        policy[gone] = space.num_options[gone] - 1
+        masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
+        small = sculpt.compact(masked, space, policy)
+        assert max_difference(masked, sculpt.fold(small, IMAGES), IMAGES) <= 1e-5
+        outputs = np.asarray(small.apply(small.params, small.state, IMAGES))
+        assert np.ptp(outputs, axis=0).max() > 1e-4  # it still depends on the images
+
+
+def test_choices_between_arrays_are_worked_out_and_left() -> None:
+    """`select_n` takes no operands of size one."""
+
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        y = jax.nn.elu(x @ params["zero"] + params["bias"])
+        z = jnp.where(x > 0, x, jnp.zeros_like(x)) + jnp.where(x > 1, y, x)
+        return (y + z + jnp.clip(x, jnp.full_like(x, -1.0), 1.0)) @ params["last"]
+
+    params = {"zero": jnp.zeros((6, 6)), "bias": jnp.arange(6.0)[None] - 3.0, "last": jnp.ones((6, 2))}
+    model, x = sculpt.from_function(apply, params), jax.random.normal(jax.random.key(1), (4, 6))
+    after = sculpt.fold(model, x)
+    assert max_difference(model, after, x) <= 1e-6
+    assert max_difference(model, after, x[:1]) <= 1e-6
+
+
+def test_a_difference_is_named_where_a_branch_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("residual")
+    space = sculpt.make_space(traced("residual"), ("channels",), min_keep=0)
+    policy = np.zeros(space.num_sites, np.int32)
+    policy[[site.index for site in space.sites if site.options[-1].kept == 0]] = 8
+    masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
+    monkeypatch.setattr(sys.modules["sculpt.pruning.compact"], "TOLERANCE", -1.0)
+    monkeypatch.setattr(sys.modules["sculpt.pruning.compact"], "_ROUNDINGS", -1)
+    with pytest.raises(ValueError, match=r"compacted and masked outputs differ by .* first"):
+        sculpt.compact(masked, space, policy)

@@ -59,9 +59,9 @@ def test_groups_of_no_more_than_min_keep_stay_whole() -> None:
         ({"families": ("chanels",)}, "did you mean 'channels'"),
         ({"families": ()}, "distinct names"),
         ({"families": ("rect", "rect")}, "distinct names"),
-        ({"round_to": 0}, "round_to must be at least 1"),
+        ({"round_to": 0}, "round_to must be a whole number of at least 1"),
         ({"round_to": "tpus"}, "one of cpu, gpu, tpu, got 'tpus'; did you mean 'tpu'"),
-        ({"min_keep": -1}, "min_keep must be at least 0"),
+        ({"min_keep": -1}, "min_keep must be a whole number of at least 0"),
     ],
 )
 def test_bad_spaces_are_refused(options: dict[str, Any], message: str) -> None:
