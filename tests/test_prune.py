@@ -330,7 +330,7 @@ def test_a_search_by_loss_and_another_importance(
     wishes = ["--importance", "l1", "--objective", "loss", "--score-images", "64"]
     cheap = ["--method", "uniform", "--rerank", "0", "--calibration-images", "64"]
     assert main(["search", *wishes, *cheap, *ONE_DEVICE, "--run", str(folder)]) == 0
-    for stage in (["finetune", "--finetune-clip-norm", "2"], ["compact"]):
+    for stage in (["finetune", "--finetune-clip-norm", "2", "--reconstruct-images", "32"], ["compact"]):
         assert main([*stage, "--run", str(folder)]) == 0
     assert (asked[0].augment, asked[0].clip_norm) == ("shift", 2.0)
     run = Pipeline(RunDirectory.existing(folder), {})
@@ -344,6 +344,11 @@ def test_a_search_by_loss_and_another_importance(
     leaves = [jax.tree.leaves(tree) for tree in (run.masks, by_l1, by_energy)]
     assert all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[1], strict=True))
     assert any(not np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
+    # Before the first step what stays was fitted to the dense network.
+    images = run.splits.normalise(run.splits.validation.images[:64])
+    masked = sculpt.apply_masks(run.dense, run.masks)
+    dense, untouched, fitted = (m.apply(m.params, m.state, images) for m in (run.dense, masked, run.tuned))
+    assert np.square(fitted - dense).mean() < np.square(untouched - dense).mean()
     # The compact network keeps those channels too.
     assert run.run.record("compact")["max_abs_diff"] <= 1e-4
 

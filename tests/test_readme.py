@@ -52,6 +52,15 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     assert (tmp_path / "digits.stablehlo").stat().st_size > 0
 
 
+def test_the_reconstruction_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [block for block in blocks("python") if "sculpt.reconstruct" in block]
+    model, splits = untrained_digits(), sculpt.load_data("digits")
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), model.params)
+    names: dict[str, Any] = {"sculpt": sculpt, "model": model, "splits": splits, "masks": masks}
+    monkeypatch.setattr(sculpt, "finetune", lambda *arguments: arguments[0])
+    exec(compile(code, "README.md", "exec"), names | {"key": jax.random.key(0)})
+
+
 def test_the_importance_example_runs() -> None:
     (code,) = [block for block in blocks("python") if "sculpt.importance" in block]
     names: dict[str, Any] = {}

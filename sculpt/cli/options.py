@@ -240,6 +240,11 @@ def _finetune_options(command: argparse.ArgumentParser) -> None:
         type=float,
         help="share of the steps over which pruned weights fade, instead of at once (0)",
     )
+    group.add_argument(
+        "--reconstruct-images",
+        type=int,
+        help="train images that what is left of each layer is fitted on before fine-tuning, such as 512 (0)",
+    )
 
 
 def _policies_options(command: argparse.ArgumentParser) -> None:

@@ -223,9 +223,17 @@ class FinetuneSettings:
     """Share of the loss that follows the dense network's predictions instead of the labels, in [0, 1]."""
     gradual: float = 0.0
     """Share of the steps, in [0, 1), over which pruned weights fade to zero; 0: they are zero at once."""
+    reconstruct_images: int = 0
+    """Images of the train split on which what is left of every layer is fitted to the dense layer, before the first step; 0: none."""
 
     def __post_init__(self) -> None:
         self._config(RECIPES["residual"])
+        if not is_whole(self.reconstruct_images, 0):
+            raise ValueError(
+                f"reconstruct_images must be a whole number of at least 0, got {self.reconstruct_images!r}"
+            )
+        if self.gradual:
+            _refuse(self, ("reconstruct_images",), "with --gradual pruned weights are there to begin with")
 
     def config(self, train: TrainSettings, splits: Splits) -> FinetuneConfig:
         """How the pruned network is fine-tuned, by the recipe, batches and augmentation of the dense one."""

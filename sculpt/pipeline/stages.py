@@ -21,7 +21,7 @@ from sculpt.pipeline.progress import Watcher
 from sculpt.pipeline.settings import SECTIONS
 from sculpt.pruning import check_budget, compact, count_cost, make_masks
 from sculpt.report import RunDirectory
-from sculpt.scoring import EvaluationPlan, evaluate, tune_plan
+from sculpt.scoring import EvaluationPlan, evaluate, reconstruct, tune_plan
 from sculpt.training import finetune, train
 from sculpt.training.devices import check_devices
 from sculpt.training.finetune import TrainingDiverged, check_request
@@ -219,9 +219,14 @@ class Pipeline(Artefacts):
         }
 
     def _finetune(self) -> dict[str, Any]:
-        config = self.finetune_settings.config(self.train_settings, self.splits)
+        settings, train = self.finetune_settings, self.splits.train
+        config = settings.config(self.train_settings, self.splits)
+        start = self.dense
+        if settings.reconstruct_images:
+            images = self.splits.normalise(train.images[: settings.reconstruct_images])
+            start = reconstruct(self.dense, self.masks, images)
         model = finetune(
-            self.dense,
+            start,
             self.masks,
             self.splits,
             config,

@@ -151,6 +151,14 @@ def test_weights_for_other_classes_are_trained_gently() -> None:
         TrainSettings(**NETWORK, new_head=True)
 
 
+def test_layers_are_fitted_only_where_weights_go_at_once() -> None:
+    assert FinetuneSettings(reconstruct_images=64).reconstruct_images == 64
+    with pytest.raises(ValueError, match="leave out --reconstruct-images 64"):
+        FinetuneSettings(reconstruct_images=64, gradual=0.5)
+    with pytest.raises(ValueError, match="reconstruct_images must be a whole number of at least 0"):
+        FinetuneSettings(reconstruct_images=-1)
+
+
 def test_images_to_score_on_are_counted() -> None:
     few = splits(1)
     have = len(few.train.labels)
