@@ -51,7 +51,8 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = 1e-3) -
       The model with masked weights exactly zero, and the others fitted.
 
     Raises:
-      ValueError: if the masks are not of the model, the model does not take the images, there is none, or `ridge` is not above 0.
+      ValueError: if the masks are not of the model, the model does not take the images, there is none, `ridge` is not above 0, or
+        activations are not finite.
     """
     if not is_real(ridge) or not ridge > 0:
         raise ValueError(f"ridge must be a number above 0, got {ridge!r}")
@@ -162,12 +163,12 @@ class _Fit:
         for values in (self._dense, self._pruned):
             values.update(program.constants)
         self._views = _views(program, len(self._leaves))
-        self._layers = {id(layer.equation): layer for layer in self._found_layers(model)}
         self._readers: dict[int, list[Equation]] = {}
         for eqn in program.equations:
             for value in eqn.inputs:
                 if isinstance(value, int):
                     self._readers.setdefault(value, []).append(eqn)
+        self._layers = {id(layer.equation): layer for layer in self._found_layers(model)}
 
     def run(self) -> list[jax.Array]:
         """The leaves of the parameters, fitted."""
@@ -194,10 +195,9 @@ class _Fit:
             for i, (path, array) in enumerate(zip(leaf_paths(model.params), jax.tree.leaves(model.params)))
         )
         layers, _ = find_layers(axis_flow(self._program), leaves, self._program.inputs[-1:])
-        used = [layer.leaf for layer in layers]
         for layer in layers:
             operand = layer.equation.inputs[layer.operand]
-            if not layer.in_axes or used.count(layer.leaf) > 1:
+            if not layer.in_axes or not self._is_read_once(layer.leaf):
                 continue
             if isinstance(operand, Literal) or operand not in self._views:
                 continue
@@ -208,6 +208,12 @@ class _Fit:
                     yield layer
             elif layer.kind == "dense" and not layer.equation.params["dimension_numbers"][1][0]:
                 yield layer
+
+    def _is_read_once(self, leaf: int) -> bool:
+        """Whether one operation reads a leaf, perhaps seen another way."""
+        seen = [value for value, view in self._views.items() if view.leaf == leaf]
+        uses = [e for value in seen for e in self._readers.get(value, []) if e.outputs[0] not in self._views]
+        return len(uses) == 1 and not any(value in self._program.outputs for value in seen)
 
     def _fit(self, eqn: Equation, layer: Layer) -> bool:
         """Fits a layer; whether its kernel has changed."""
@@ -221,6 +227,8 @@ class _Fit:
         mask = self._masks[view.leaf].reshape(-1)[where]
         bias = self._bias(eqn, matrix)
         gram, product, inputs, missing, count = self._moments(matrix)
+        if not (np.isfinite(gram).all() and np.isfinite(product).all()):
+            raise ValueError(f"layer {layer.name} reads or gives numbers that are not finite on these images")
         if bias is not None:
             gram = gram - np.outer(inputs, inputs) / count
             product = product - np.outer(inputs, missing) / count
@@ -273,15 +281,17 @@ class _Fit:
         if len(others) != 1 or isinstance(others[0], Literal) or others[0] not in self._views:
             return None
         view = self._views[others[0]]
-        seen = [value for value, other in self._views.items() if other.leaf == view.leaf]
-        uses = [e for value in seen for e in self._readers.get(value, []) if e.outputs[0] not in self._views]
-        if len(uses) != 1:
+        if not self._is_read_once(view.leaf):
             return None
         places, outputs = self._places(view), matrix.outputs
         if places.ndim != matrix.ndim:
             return None
         first = places[tuple(slice(None) if d in outputs else slice(0, 1) for d in range(places.ndim))]
-        if (places != first).any():
+        # What is only repeated has no stride, and is as large as all images.
+        repeated = all(
+            s == 0 or n == 1 for d, (s, n) in enumerate(zip(places.strides, places.shape)) if d not in outputs
+        )
+        if not repeated and (places != first).any():
             return None
         shape = self._program.shape(eqn.outputs[0])
         wide = np.broadcast_to(first, [n if d in outputs else 1 for d, n in enumerate(shape)])

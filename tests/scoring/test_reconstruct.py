@@ -139,6 +139,25 @@ def test_copies_of_what_stays_are_made_up_for() -> None:
     assert distance(model, fitted) < 1e-6 * np.square(outputs(model)).mean()
 
 
+def test_weights_that_are_read_twice_stay_as_masked() -> None:
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ params["shared"]) @ params["shared"].T @ params["own"]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"shared": jax.random.normal(keys[0], (6, 8)), "own": jax.random.normal(keys[1], (6, 4))}
+    model, x = sculpt.from_function(apply, params), jax.random.normal(keys[2], (50, 6))
+    masks = {"shared": np.arange(8)[None] % 2 * np.ones((6, 1)) > 0, "own": np.ones((6, 4), bool)}
+    fitted = sculpt.reconstruct(model, masks, x)
+    np.testing.assert_array_equal(fitted.params["shared"], np.where(masks["shared"], params["shared"], 0.0))
+    assert (fitted.params["own"] != params["own"]).any()
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    model = sculpt.from_function(lambda p, x: jnp.log(x) @ p["w"], {"w": jnp.ones((4, 3))})
+    with pytest.raises(ValueError, match=r"layer w.* not finite"):
+        sculpt.reconstruct(model, {"w": np.ones((4, 3), bool)}, jnp.zeros((8, 4)))
+
+
 def test_nothing_pruned_changes_nothing() -> None:
     model = network("residual")
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), model.params)
