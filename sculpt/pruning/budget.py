@@ -53,7 +53,7 @@ def project(space: Space, logits: jax.Array, budget: Any, key: jax.Array | None 
 
     Chooses `argmax(logits + gumbel - price * cost)` at every site, with one price for the whole network, found by
     bisection on the exact cost of the policy (a Lagrange multiplier; negative where the preferences leave slack). What
-    slack the price cannot express is filled greedily, each time by the costlier option that is liked most. Everything is
+    slack the price cannot express is filled greedily, each time by the option that is liked most of those that keep more. Everything is
     jit- and vmap-able.
 
     Args:
@@ -99,7 +99,8 @@ def _smallest_step(space: Space) -> float:
 
 
 def fill(space: Space, policy: jax.Array, liked: jax.Array, budget: Any) -> jax.Array:
-    """Spends the slack: takes the best-liked costlier option that still fits, until none does.
+    """Spends the slack: takes the best-liked option that keeps more and still fits, until none does. It need not cost more: a latency may
+    fall where a layer grows.
 
     Args:
       policy: int32 `[sites]`, within the budget.
@@ -107,7 +108,7 @@ def fill(space: Space, policy: jax.Array, liked: jax.Array, budget: Any) -> jax.
       budget: largest share of the space's resource.
     """
     sites, options = space.num_sites, space.max_options
-    valid, cost = jnp.asarray(space.valid), jnp.asarray(space.option_cost)
+    valid, kept = jnp.asarray(space.valid), jnp.asarray(space.kept)
     site_index = np.repeat(np.arange(sites, dtype=np.int32), options)
     option_index = np.tile(np.arange(options, dtype=np.int32), sites)
 
@@ -117,7 +118,7 @@ def fill(space: Space, policy: jax.Array, liked: jax.Array, budget: Any) -> jax.
         changed = changed.at[np.arange(sites * options), site_index].set(option_index)
         ratios = resource_used(space, changed).reshape(sites, options)
         rows = np.arange(sites, dtype=np.int32)
-        fits = valid & (ratios <= budget) & (cost > cost[rows, policy][:, None])
+        fits = valid & (ratios <= budget) & (kept > kept[rows, policy][:, None])
         gain = jnp.where(fits, liked - liked[rows, policy][:, None], -jnp.inf).reshape(-1)
         best = jnp.argmax(gain)
         found = gain[best] > -jnp.inf

@@ -112,6 +112,26 @@ def test_a_cheaper_option_need_not_be_the_last() -> None:
     assert np.asarray(resource_used(limited, policies)).max() <= limited.reachable[0] + 2e-4
 
 
+def test_an_option_that_keeps_more_and_takes_less_time_is_taken() -> None:
+    """Of eight channels seven may take longer than all: no projection stays there."""
+    table = looked_up()
+    slow = np.asarray([float(site.options[1].kept > 0.8) for site in space().sites])
+    one = np.asarray([[site.index] for site in space().sites], np.int32)
+    steps = np.zeros((space().num_sites, 1, space().max_options), np.int32)
+    steps[:, 0] = np.arange(space().max_options)
+    values = np.concatenate(
+        [[o.kept + late * (i == 1) for i, o in enumerate(s.options)] + [0.0] * (space().max_options - len(s.options))
+         for s, late in zip(space().sites, slow)]
+    ).astype(np.float32) / space().num_sites  # fmt: skip
+    start = np.arange(space().num_sites, dtype=np.int32) * space().max_options
+    limited = sculpt.with_resource(
+        space(), Lookup("time", 1.0, 0.0, one, steps, start, values, table.num_options)
+    )
+    policies = np.asarray(sculpt.random_policies(limited, jax.random.key(3), 30, 0.7))
+    assert slow.any() and not (policies[:, slow > 0] == 1).any()
+    assert np.asarray(resource_used(limited, policies)).max() <= 0.7 + 2e-6
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
