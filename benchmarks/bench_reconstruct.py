@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +41,13 @@ def compared(
     masked = sculpt.apply_masks(model, masks)
     drawn = np.random.default_rng(seed).permutation(len(splits.train.labels))[:IMAGES]
     images = splits.normalise(splits.train.images[np.sort(drawn)])
-    begun = time.perf_counter()
     fitted = sculpt.reconstruct(model, masks, images)
-    seconds = time.perf_counter() - begun
     found = {
         "macs": float(sculpt.cost(space, policy).macs_ratio),
         "dense": test_accuracy(model, splits),
         "masked": test_accuracy(masked, splits),
         "recalibrated": test_accuracy(sculpt.recalibrate(masked, images), splits) if model.state else None,
         "reconstructed": test_accuracy(fitted, splits),
-        "seconds": seconds,
     }
     for name, start in (("masked", masked), ("reconstructed", fitted)):
         small = sculpt.compact(start, space, policy, masks=masks)
@@ -77,10 +73,7 @@ def rows_of(folder: Path) -> list[str]:
                 for name in COLUMNS
             ]
             macs = " / ".join(f"{result['macs']:.3f}" for result in results)
-            seconds = " / ".join(f"{result['seconds']:.1f}" for result in results)
-            rows.append(
-                f"| {place.name.removeprefix('budget-')} | {macs} | {' | '.join(cells)} | {seconds} |"
-            )
+            rows.append(f"| {place.name.removeprefix('budget-')} | {macs} | {' | '.join(cells)} |")
     return rows
 
 
@@ -90,8 +83,8 @@ def report(options: Any) -> None:
         "# Reconstruction",
         "",
         *provenance(),
-        f"Test accuracy in percent; channels by energy, seeds apart by /. Recalibration and reconstruction on {IMAGES} train images; seconds: "
-        "of the reconstruction, compilation included. Fine-tuned with the dense network as the teacher, seed and data alike.",
+        f"Test accuracy in percent; channels by energy, seeds apart by /. Recalibration and reconstruction on {IMAGES} train images. "
+        "Fine-tuned with the dense network as the teacher, seed and data alike.",
     ]
     for name in TASKS:
         if rows := rows_of(options.run / name):
@@ -101,8 +94,8 @@ def report(options: Any) -> None:
                 "",
                 f"{in_words(TASKS[name].finetune)}.",
                 "",
-                f"| budget | MACs | {' | '.join(COLUMNS)} | seconds |",
-                f"| {' | '.join(['---'] * (len(COLUMNS) + 3))} |",
+                f"| budget | MACs | {' | '.join(COLUMNS)} |",
+                f"| {' | '.join(['---'] * (len(COLUMNS) + 2))} |",
                 *rows,
             ]
     write_results("bench_reconstruct", lines)

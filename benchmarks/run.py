@@ -28,7 +28,14 @@ def commands(data: Path | None) -> list[list[str]]:
     if data is None:
         return alone
     weights = str(data / "weights" / "cifar10_resnet20.safetensors")
-    on_tasks = ("prune_tasks", "bench_controls", "bench_proxy", "bench_resources", "bench_engines")
+    on_tasks = (
+        "prune_tasks",
+        "bench_controls",
+        "bench_proxy",
+        "bench_reconstruct",
+        "bench_resources",
+        "bench_engines",
+    )
     return [
         *alone,
         ["benchmarks.prune_cifar_jpeg", "--weights", weights, "--data-dir", str(data / "cifar10")],
