@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_reconstruct --data DATA --tasks digits-resnet8 digits-vit cifar10-jpeg-resnet20
 
-Tasks are those of `tasks`, their dense network trained once, with seed 0; other seeds draw other images and fine-tune otherwise. Channels go by energy, by one threshold for the whole network
-(`magnitude_policy`; nothing is searched). The masked network is tested as it is, with BatchNorm recalibrated, and reconstructed, on the
-same train images; then the first and the last are fine-tuned alike with the dense network as their teacher, and tested. Everything is
-kept under --run and skipped when it is there already.
+Tasks are those of `tasks`, their dense network trained once, with seed 0; other seeds draw other images and fine-tune otherwise.
+Channels go by energy, by one threshold for the whole network (`magnitude_policy`; nothing is searched). The masked network and the
+reconstructed one are tested as they are and with BatchNorm recalibrated, on the same train images; then both are fine-tuned alike, from
+what they were before recalibration, with the dense network as their teacher, and tested. Everything is kept under --run and skipped when
+it is there already.
 """
 
 from __future__ import annotations
@@ -30,35 +31,47 @@ IMAGES = 512
 """Of the train split, for recalibration and reconstruction."""
 
 
-def compared(
-    model: Model, splits: Splits, task: Task, budget: float, seed: int, folder: Path
-) -> dict[str, Any]:
-    """Test accuracies in percent of one policy."""
+def untrained(model: Model, splits: Splits, budget: float, seed: int) -> tuple[dict[str, Model], Any]:
+    """The networks that are compared before any training, by their columns; and how the masked one is made compact."""
     example = jnp.zeros((1, *splits.train.images.shape[1:]))
     space = sculpt.make_space(sculpt.trace(model, example), ("channels",))
     policy = np.asarray(sculpt.magnitude_policy(space, model.params, budget))
     masks = sculpt.make_masks(space, model.params, policy)
-    masked = sculpt.apply_masks(model, masks)
     drawn = np.random.default_rng(seed).permutation(len(splits.train.labels))[:IMAGES]
     images = splits.normalise(splits.train.images[np.sort(drawn)])
-    fitted = sculpt.reconstruct(model, masks, images)
-    found = {
-        "macs": float(sculpt.cost(space, policy).macs_ratio),
-        "dense": test_accuracy(model, splits),
-        "masked": test_accuracy(masked, splits),
-        "recalibrated": test_accuracy(sculpt.recalibrate(masked, images), splits) if model.state else None,
-        "reconstructed": test_accuracy(fitted, splits),
-    }
-    for name, start in (("masked", masked), ("reconstructed", fitted)):
-        small = sculpt.compact(start, space, policy, masks=masks)
-        after = tuned(small, splits, task.finetune, seed, folder / f"{name}-{seed}", teacher=model)
-        found[f"{name}, fine-tuned"] = after["test_accuracy"]
+    found = {"dense": model, "masked": sculpt.apply_masks(model, masks)}
+    found["reconstructed"] = sculpt.reconstruct(model, masks, images)
+    if model.state:
+        for name in ("masked", "reconstructed"):
+            found[f"{name}, recalibrated"] = sculpt.recalibrate(found[name], images)
+    return found, lambda masked: sculpt.compact(masked, space, policy, masks=masks)
+
+
+def before(model: Model, splits: Splits, budget: float, seed: int) -> dict[str, Any]:
+    """Test accuracies in percent, and the share of the MACs."""
+    networks, compact = untrained(model, splits, budget, seed)
+    example = jnp.zeros((1, *splits.train.images.shape[1:]))
+    macs = [sculpt.count_cost(m, example)[0] for m in (compact(networks["masked"]), model)]
+    accuracies = {name: test_accuracy(network, splits) for name, network in networks.items()}
+    jax.clear_caches()
+    return {"macs": macs[0] / macs[1], **accuracies}
+
+
+def after(model: Model, splits: Splits, task: Task, budget: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Test accuracies in percent after fine-tuning."""
+    networks, compact = untrained(model, splits, budget, seed)
+    found = {}
+    for name in ("masked", "reconstructed"):
+        small = compact(networks[name])
+        result = tuned(small, splits, task.finetune, seed, folder / f"{name}-{seed}", teacher=model)
+        found[f"{name}, fine-tuned"] = result["test_accuracy"]
     jax.clear_caches()
     return found
 
 
 COLUMNS = (
-    "dense", "masked", "recalibrated", "reconstructed", "masked, fine-tuned", "reconstructed, fine-tuned",
+    "dense", "masked", "masked, recalibrated", "reconstructed", "reconstructed, recalibrated",
+    "masked, fine-tuned", "reconstructed, fine-tuned",
 )  # fmt: skip
 
 
@@ -66,10 +79,13 @@ def rows_of(folder: Path) -> list[str]:
     """A row for each budget: the seeds that are complete, apart by /."""
     rows = []
     for place in sorted(folder.glob("budget-*")):
-        results = [json.loads(file.read_text()) for file in sorted(place.glob("seed*.json"))]
+        results = [
+            json.loads(file.read_text()) | json.loads((place / f"untrained-{file.name}").read_text())
+            for file in sorted(place.glob("seed*.json"))
+        ]
         if results:
             cells = [
-                " / ".join("-" if result[name] is None else f"{result[name]:.2f}" for result in results)
+                " / ".join(f"{result[name]:.2f}" if name in result else "-" for result in results)
                 for name in COLUMNS
             ]
             macs = " / ".join(f"{result['macs']:.3f}" for result in results)
@@ -114,8 +130,14 @@ def main() -> None:
             for budget in options.budgets:
                 place = folder / f"budget-{budget}"
                 place.mkdir(parents=True, exist_ok=True)
-                compute = functools.partial(compared, dense, splits, task, budget, seed, place)
-                stage(place / f"seed{seed}.json", compute)
+                stage(
+                    place / f"untrained-seed{seed}.json",
+                    functools.partial(before, dense, splits, budget, seed),
+                )
+                stage(
+                    place / f"seed{seed}.json",
+                    functools.partial(after, dense, splits, task, budget, seed, place),
+                )
                 report(options)
 
 

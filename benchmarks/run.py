@@ -31,6 +31,7 @@ def commands(data: Path | None) -> list[list[str]]:
     on_tasks = (
         "prune_tasks",
         "bench_controls",
+        "bench_permutation",
         "bench_proxy",
         "bench_reconstruct",
         "bench_resources",

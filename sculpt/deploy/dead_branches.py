@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.tracing.program import Equation, Literal, Operand, Program, live_equations
+from sculpt.tracing.program import CONTRACTIONS, Equation, Literal, Operand, Program, live_equations
 from sculpt.tracing.rules import ELEMENTWISE
 
-_LAYERS = ("conv_general_dilated", "dot_general")
 _BROADCASTING = tuple(name for name in ELEMENTWISE if name not in ("select_n", "clamp"))
 """Operations whose operands may have size one where others have more."""
 
@@ -43,7 +42,7 @@ class _Search:
     ) -> None:
         self._program = program
         self._constants = constants
-        read = [i for eqn in program.equations if eqn.name in _LAYERS for i in eqn.inputs]
+        read = [i for eqn in program.equations if eqn.name in CONTRACTIONS for i in eqn.inputs]
         kernels = {i for i in read if isinstance(i, int) and i in constants}
         empty = {i for i in kernels if 0 in program.shape(i)}
         self._zero = empty | {
@@ -101,7 +100,7 @@ class _Search:
 
     def _dead_layer(self, eqn: Equation, dead: Any) -> bool:
         """Whether an operand is zero everywhere; `dead` are the values known to be the same for every image."""
-        return eqn.name in _LAYERS and any(
+        return eqn.name in CONTRACTIONS and any(
             i in self._zero or (i in dead and not np.any(dead[i])) or 0 in self._program.shape(i)
             for i in eqn.inputs
             if isinstance(i, int)
@@ -117,7 +116,7 @@ class _Search:
             # It is not known yet which of them are zero, and so whether layers behind them are dead.
             if _gives_one_number(eqn) or self._dead_layer(eqn, {}):
                 dead.add(eqn.outputs[0])
-            elif eqn.name in _LAYERS and not dead.isdisjoint(eqn.inputs):
+            elif eqn.name in CONTRACTIONS and not dead.isdisjoint(eqn.inputs):
                 dead.add(eqn.outputs[0])
             elif eqn.name in ELEMENTWISE and not dead.isdisjoint(eqn.inputs):
                 others = {i for i in eqn.inputs if isinstance(i, int) and i not in dead}

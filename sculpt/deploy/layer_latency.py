@@ -24,7 +24,7 @@ from sculpt.deploy.latency import compare_latency, median_seconds
 from sculpt.deploy.layer_sizes import Part, find_parts, layers_of
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model, from_function
-from sculpt.pruning import Lookup, Space, apply_masks, compact, make_masks, random_policies
+from sculpt.pruning import Lookup, Space, apply_masks, compact, make_choices, make_masks, random_policies
 from sculpt.pruning.filter_groups import bind_in_groups
 from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.masks import check_policies
@@ -184,9 +184,10 @@ def _measured(
     """Seconds of every part at its points and under the options of its filters' windows, float64 each."""
     layers: dict[Any, tuple[Equation, list[tuple[int, ...]], dict[str, Any]]] = {}
     wanted: list[list[Any]] = []
+    choices = make_choices(space, model.params)
     for part in parts:
         found = []
-        for shapes, params in layers_of(space, model.params, part, batch):
+        for shapes, params in layers_of(space, choices, part, batch):
             # Layers of one size are measured once.
             name = (part.equation.name, *shapes, repr(sorted(params.items(), key=lambda item: item[0])))
             layers.setdefault(name, (part.equation, shapes, params))

@@ -10,25 +10,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import interpolate
 
-from sculpt.pruning import Site, Space, make_choices
+from sculpt.pruning import Site, Space
+from sculpt.pruning.family import Choice
 from sculpt.pruning.filter_groups import in_groups, mask_groups
 from sculpt.pruning.rewrite import REWRITES, Sizes
 from sculpt.tracing.axes import Atom, Axis
-from sculpt.tracing.program import Equation, Literal
+from sculpt.tracing.program import CONTRACTIONS, Equation, Literal
 
-_LAYERS = ("conv_general_dilated", "dot_general")
 _LEVELS = 8
 """Sizes along a dimension, at the most, at which a layer is measured."""
 _FEWER_LEVELS = 3
 """The same of the coarse grid of a layer with more than two dimensions that shrink."""
-_COMBINATIONS = 1 << 16
-"""Combinations of options that a dimension may have whose size is no sum over sites."""
 
 Layer = tuple[list[tuple[int, ...]], dict[str, Any]]
 """Shapes of a contraction's operands, and its parameters."""
@@ -36,10 +34,11 @@ Layer = tuple[list[tuple[int, ...]], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dimension:
-    """A size of a layer that the options of sites change. Its place in tables is the sum of what the option of every site adds."""
+    """A size of a layer that the options of one site change, or of several that add up to it. Its place in tables is the sum of what the
+    option of every site adds."""
 
     axes: tuple[Axis, ...]
-    """Those of the operands that have it; where several go together, as in a grouped convolution, the size is their product."""
+    """Those of the operands that it changes."""
     steps: Mapping[int, np.ndarray]
     """Site -> int64 `[options]`: what each adds to the place."""
     sizes: np.ndarray
@@ -127,11 +126,10 @@ class _SizesAtPoint(Sizes):
         self._batch = batch
         images = flow.terms[flow.program.inputs[-1]][0]
         self._images, self._traced_batch = set(flow.axes.atoms(images)), flow.axes.size(images)
-        self._kept = {
-            axis: _kept(space, dimension.examples[size])
-            for dimension, size in zip(part.dimensions, point)
-            for axis in dimension.axes
-        }
+        self._kept: dict[Axis, dict[Atom, np.ndarray]] = {}
+        for dimension, size in zip(part.dimensions, point):
+            for axis in dimension.axes:
+                self._kept.setdefault(axis, {}).update(_kept(space, dimension.examples[size]))
 
     def shrinks(self, axis: Axis) -> bool:
         return axis in self._kept
@@ -150,7 +148,7 @@ def find_parts(space: Space) -> list[Part]:
     """The contractions of a network.
 
     Raises:
-      ValueError: if there is none outside loops, or the size of one depends on too many sites.
+      ValueError: if there is none outside loops.
     """
     flow, counts = space.trace.flow, _Counts(space)
     grouped = {
@@ -160,10 +158,10 @@ def find_parts(space: Space) -> list[Part]:
     }
     parts = []
     for eqn in flow.program.equations:
-        if eqn.name not in _LAYERS or flow.program.is_table(eqn):
+        if eqn.name not in CONTRACTIONS or flow.program.is_table(eqn):
             continue
         axes = [axis for value in eqn.inputs if not isinstance(value, Literal) for axis in flow.terms[value]]
-        dimensions = tuple(_dimensions(counts, axes))
+        dimensions = tuple(_dimensions(counts, eqn, axes))
         sizes = [np.asarray(list(dimension.examples)) for dimension in dimensions]
         most, fine = (_LEVELS, {}) if len(sizes) <= 2 else (_FEWER_LEVELS, _finer(sizes))
         levels = tuple(_evenly(found, most) for found in sizes)
@@ -173,15 +171,14 @@ def find_parts(space: Space) -> list[Part]:
     return parts
 
 
-def layers_of(space: Space, params: Any, part: Part, batch: int) -> Iterator[Layer]:
-    """A part for so many images at each of its points, then whole under each option of its `grouped` site but the first, on these
-    parameters."""
+def layers_of(space: Space, choices: Sequence[Choice], part: Part, batch: int) -> Iterator[Layer]:
+    """A part for so many images at each of its points, then whole under each option of its `grouped` site but the first, as chosen."""
     for point in part.points:
         yield _layer(part.equation, _SizesAtPoint(space, part, point, batch), bool(point))
     if part.grouped is None:
         return
     site, layer = part.grouped, space.trace.layers[part.grouped.owner]
-    entries = np.asarray(make_choices(space, params)[site.index].entries)
+    entries = np.asarray(choices[site.index].entries)
     whole = tuple(int(levels[-1]) for levels in part.levels)
     shapes, static = _layer(part.equation, _SizesAtPoint(space, part, whole, batch), bool(whole))
     for option in range(1, len(site.options)):
@@ -247,64 +244,54 @@ class _Counts:
         return site.options[chosen].counts[site.atoms.index(atom)]
 
 
-def _dimensions(counts: _Counts, axes: Iterable[Axis]) -> Iterator[Dimension]:
-    """Those of the axes that shrink, axes of the same channels together; a window's height and width are looked at apart."""
-    joined: list[tuple[set[int], list[Axis]]] = []
+def _dimensions(counts: _Counts, eqn: Equation, axes: Iterable[Axis]) -> Iterator[Dimension]:
+    """One for all axes of one size, if it is a sum over sites; one for every site of axes that it multiplies."""
+    alike: dict[Any, list[Axis]] = {}
+    in_groups = eqn.params.get("feature_group_count", 1) > 1
     for axis in filter(counts.shrinks, dict.fromkeys(axes)):
-        own = {site for site in counts.sites([axis]) if counts.space.sites[site].family == "channels"}
-        members = [axis]
-        for other in [other for other in joined if other[0] & own]:
-            joined.remove(other)
-            own, members = own | other[0], [*other[1], *members]
-        joined.append((own, members))
-    for _, members in joined:
-        yield _dimension(counts, tuple(members))
+        window = all(counts.space.sites[site].family != "channels" for site in counts.sites([axis]))
+        # The channels of a convolution in groups depend on one another, those of other layers do not.
+        size = tuple(sorted(counts.axes.monomials(axis)))
+        alike.setdefault(None if in_groups and not window else size, []).append(axis)
+    for size, members in alike.items():
+        sites = counts.sites(members)
+        if size is not None and len(sites) > 1 and counts.is_sum(members[0]):
+            yield _sum_dimension(counts, tuple(members), sites)
+        else:
+            yield from (_site_dimension(counts, members, site) for site in sites)
 
 
-def _dimension(counts: _Counts, axes: tuple[Axis, ...]) -> Dimension:
-    sites = counts.sites(axes)
-    numbers = [len(counts.space.sites[site].options) for site in sites]
-    # Axes that have the size of another one, whatever is chosen, count once.
-    distinct = list({tuple(sorted(counts.axes.monomials(axis))): axis for axis in axes}.values())
-
-    def size(options: Mapping[int, int]) -> int:
-        return math.prod(counts.size(axis, options) for axis in distinct)
-
-    dense = size({})
-    if len(sites) > 1 and len(distinct) == 1 and counts.is_sum(distinct[0]):
-        less = {
-            site: np.asarray([dense - size({site: option}) for option in range(number)])
-            for site, number in zip(sites, numbers)
-        }
-        unit = math.gcd(*(int(n) for own in less.values() for n in own))
-        most = sum(int(own.max()) for own in less.values())
-        # The same level of all sites gives sizes all the way down.
-        levels = [
-            {site: min(level, number - 1) for site, number in zip(sites, numbers)}
-            for level in range(max(numbers))
-        ]
-        sizes = dense - unit * np.arange(most // unit + 1)
-        return Dimension(
-            axes, {site: own // unit for site, own in less.items()}, sizes, _rising(levels, size)
-        )
-    if math.prod(numbers) > _COMBINATIONS:
-        raise ValueError(
-            f"the size of a layer is a product that {len(sites)} sites with {math.prod(numbers)} combinations of options change; at most "
-            f"{_COMBINATIONS} can be told apart"
-        )
-    combinations = [dict(zip(sites, chosen)) for chosen in np.ndindex(*numbers)]
-    strides = [math.prod(numbers[place + 1 :]) for place in range(len(numbers))]
-    steps = {site: stride * np.arange(number) for site, stride, number in zip(sites, strides, numbers)}
-    return Dimension(
-        axes, steps, np.asarray([size(options) for options in combinations]), _rising(combinations, size)
-    )
+def _site_dimension(counts: _Counts, axes: Sequence[Axis], site: int) -> Dimension:
+    """What the options of one site leave of the axes that it changes; their size is taken with all other sites whole."""
+    own = tuple(axis for axis in axes if site in counts.sites([axis]))
+    examples = [{site: option} for option in range(len(counts.space.sites[site].options))]
+    sizes = [counts.size(own[0], options) for options in examples]
+    return Dimension(own, {site: np.arange(len(sizes))}, np.asarray(sizes), _rising(examples, sizes))
 
 
-def _rising(
-    examples: Iterable[dict[int, int]], size: Callable[[Mapping[int, int]], int]
-) -> dict[int, dict[int, int]]:
-    found = {size(options): options for options in examples}
-    return {n: found[n] for n in sorted(found) if n > 0}
+def _sum_dimension(counts: _Counts, axes: tuple[Axis, ...], sites: Sequence[int]) -> Dimension:
+    """The size of axes that is a sum over sites."""
+    dense = counts.axes.size(axes[0])
+    numbers = {site: len(counts.space.sites[site].options) for site in sites}
+    less = {
+        site: np.asarray([dense - counts.size(axes[0], {site: option}) for option in range(number)])
+        for site, number in numbers.items()
+    }
+    unit = math.gcd(*(int(n) for own in less.values() for n in own))
+    most = sum(int(own.max()) for own in less.values())
+    # The same level of all sites gives sizes all the way down.
+    examples = [
+        {site: min(level, number - 1) for site, number in numbers.items()}
+        for level in range(max(numbers.values()))
+    ]
+    measured = [counts.size(axes[0], options) for options in examples]
+    steps = {site: own // unit for site, own in less.items()}
+    return Dimension(axes, steps, dense - unit * np.arange(most // unit + 1), _rising(examples, measured))
+
+
+def _rising(examples: Sequence[dict[int, int]], sizes: Sequence[int]) -> dict[int, dict[int, int]]:
+    found = dict(zip(sizes, examples))
+    return {size: found[size] for size in sorted(found) if size > 0}
 
 
 def _kept(space: Space, options: Mapping[int, int]) -> dict[Atom, np.ndarray]:

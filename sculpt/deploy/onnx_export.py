@@ -27,7 +27,7 @@ from sculpt.deploy.environment import required, versions
 from sculpt.deploy.fold import FoldedProgram, fold_program
 from sculpt.deploy.onnx_writer import Unsupported, Writer, write_equation
 from sculpt.model import Model
-from sculpt.tracing.program import Literal
+from sculpt.tracing.program import CONTRACTIONS, Literal
 
 LAYOUTS = ("NHWC", "NCHW")
 IMAGES, LOGITS = "images", "logits"
@@ -101,7 +101,7 @@ def write_program(folded: FoldedProgram, opset: int, order: tuple[int, ...]) -> 
     layer = "the input"
     for eqn in program.equations:
         named = [labels[i] for i in eqn.inputs if not isinstance(i, Literal) and i in labels]
-        if named and eqn.name in ("conv_general_dilated", "dot_general"):
+        if named and eqn.name in CONTRACTIONS:
             layer = f"layer {named[-1].rpartition('/')[0] or named[-1]}"
         place = f"{eqn.name} at {eqn.source}, at or after {layer}"
         for output in eqn.outputs:

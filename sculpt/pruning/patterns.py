@@ -19,8 +19,6 @@ from sculpt.tracing.branches import branch_atoms
 
 LEVELS = 8
 """Keep fractions of the `channels` family are eighths."""
-
-
 ROUND_TO = {"cpu": 8, "gpu": 8, "tpu": 128}
 """Multiples of channels that fill what a device computes with at once: registers of AVX2 (float32), tensor cores in half precision, the
 matrix units of TPUs."""

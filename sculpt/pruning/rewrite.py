@@ -13,7 +13,7 @@ import numpy as np
 from sculpt.tracing.axes import Atom, Axis, Term
 from sculpt.tracing.execute import Executable
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.program import Equation, Literal, Operand, Program
+from sculpt.tracing.program import CONTRACTIONS, Equation, Literal, Operand, Program
 
 
 def units_left(kept: Mapping[Atom, np.ndarray], orders: Mapping[Atom, np.ndarray]) -> dict[Atom, np.ndarray]:
@@ -84,9 +84,6 @@ REWRITES: dict[str, Rewrite] = {}
 """Primitive name -> the static parameters that change with the sizes of its operands. Others have none."""
 
 
-_CONTRACTIONS = ("conv_general_dilated", "dot_general")
-
-
 def rewrite_rule(*names: str) -> Callable[[Rewrite], Rewrite]:
     """Registers a rewrite for primitives of these names."""
 
@@ -131,7 +128,7 @@ def rewrite(
                     derivatives[id(eqn)] = rewrite(
                         backward, eqn.own_derivative or backward.program, kept, orders
                     )
-        elif eqn.name in _CONTRACTIONS and any(map(sizes.nothing, (*eqn.inputs, *eqn.outputs))):
+        elif eqn.name in CONTRACTIONS and any(map(sizes.nothing, (*eqn.inputs, *eqn.outputs))):
             zeros[id(eqn)] = _zeros(program, eqn, sizes.shape(eqn.outputs[0]))
         elif eqn.name in REWRITES and sizes.changes(eqn):
             params[id(eqn)] = {**eqn.params, **REWRITES[eqn.name](sizes, eqn)}

@@ -18,9 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.tracing.execute import Executable, execute
-from sculpt.tracing.program import Equation, Program, derivative, flatten
-
-_PRODUCTS = ("conv_general_dilated", "dot_general")
+from sculpt.tracing.program import CONTRACTIONS, Equation, Program, derivative, flatten
 
 Convolution = Literal["lax", "im2col"]
 """`lax`: the convolution of XLA. `im2col`: patches of the image, then one matrix product, where a convolution allows it."""
@@ -78,7 +76,7 @@ def _with_bodies(program: Program, own_derivatives: bool) -> Executable:
 
 
 def _has_product(program: Program) -> bool:
-    return any(eqn.name in _PRODUCTS or any(map(_has_product, eqn.bodies)) for eqn in program.equations)
+    return any(eqn.name in CONTRACTIONS or any(map(_has_product, eqn.bodies)) for eqn in program.equations)
 
 
 def _has_depthwise(program: Program) -> bool:
@@ -99,7 +97,7 @@ def _bind(
     operands: Sequence[Any],
     params: dict[str, Any],
 ) -> Any:
-    if eqn.name not in _PRODUCTS:
+    if eqn.name not in CONTRACTIONS:
         return eqn.primitive.bind(*operands, **params)
     narrow = precision == "bfloat16" and all(x.dtype == jnp.float32 for x in operands)
     if narrow:

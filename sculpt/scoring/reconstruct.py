@@ -24,11 +24,10 @@ from scipy import linalg
 from sculpt.arguments import checked, is_real
 from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks, check_masks
-from sculpt.tracing.layers import Layer, Leaf, find_layers
+from sculpt.tracing.layers import RENAMING, Layer, Leaf, find_layers
 from sculpt.tracing.program import Equation, Literal, Program, flatten
 from sculpt.tracing.trace import axis_flow, leaf_paths, shapes_of
 
-_VIEWS = ("convert_element_type", "copy", "reshape", "transpose", "squeeze", "broadcast_in_dim")
 _PATCHES = 1 << 26
 """Numbers of a layer's inputs that are looked at together."""
 
@@ -39,7 +38,7 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = 1e-3) -
 
     Both networks run side by side, operation by operation, on all of the images at once. Left as masked are layers inside loops,
     convolutions in groups, and kernels that are read more than once or are computed from other parameters. BatchNorm keeps its
-    statistics: `recalibrate` the result.
+    statistics: what its layers give has been fitted to what they were taken of.
 
     Args:
       model: the dense network.
@@ -353,7 +352,7 @@ def _applied(eqn: Equation, values: Mapping[int, Any]) -> list[Any]:
 def _views(program: Program, leaves: int) -> dict[int, _View]:
     views: dict[int, _View] = {value: _View(leaf, ()) for leaf, value in enumerate(program.inputs[:leaves])}
     for eqn in program.equations:
-        source = eqn.inputs[0] if eqn.name in _VIEWS else None
+        source = eqn.inputs[0] if eqn.name in RENAMING else None
         if isinstance(source, int) and source in views:
             known = views[source]
             views[eqn.outputs[0]] = _View(known.leaf, (*known.steps, eqn))

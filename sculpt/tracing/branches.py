@@ -6,10 +6,10 @@ import jax
 
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.program import Equation
+from sculpt.tracing.program import CONTRACTIONS, Equation
 from sculpt.tracing.trace import Trace
 
-_PRODUCTS = ("mul", "div", "dot_general", "conv_general_dilated")
+_PRODUCTS = ("mul", "div", *CONTRACTIONS)
 """What these give is the same for every image, perhaps zero, as soon as one of their operands is."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.program import Equation
+from sculpt.tracing.program import CONTRACTIONS, Equation
 
 Monomials = tuple[tuple[int, tuple[Atom, ...]], ...]
 """A polynomial in atom sizes: (coefficient, atoms whose sizes multiply) per monomial."""
@@ -88,7 +88,8 @@ class _View:
     """Whether its entries are the leaf's own."""
 
 
-_RENAMING = ("convert_element_type", "copy", "transpose", "reshape", "squeeze", "broadcast_in_dim")
+RENAMING = ("convert_element_type", "copy", "transpose", "reshape", "squeeze", "broadcast_in_dim")
+"""Primitives whose result has the entries of their operand, in another shape, order or dtype, or again and again."""
 
 
 def find_layers(
@@ -121,7 +122,7 @@ class _Finder:
             if eqn.bodies:
                 image.update(self._bodies(flow, eqn, views, image, repeats))
                 continue
-            if eqn.name in ("conv_general_dilated", "dot_general"):
+            if eqn.name in CONTRACTIONS:
                 self._contraction(flow, eqn, views, repeats)
             if depends:
                 image.update(eqn.outputs)
@@ -248,9 +249,9 @@ def _view_of_result(flow: Flow, eqn: Equation, views: dict[int, _View]) -> _View
             axes = None if view.axes is None else tuple(view.axes[d] for d in eqn.params["permutation"])
             return dataclasses.replace(view, axes=axes)
         if before == shape:
-            plain = view.plain and eqn.name in _RENAMING
+            plain = view.plain and eqn.name in RENAMING
             return dataclasses.replace(view, plain=plain)
-        return _View(view.leaf, None, view.plain and eqn.name in _RENAMING)
+        return _View(view.leaf, None, view.plain and eqn.name in RENAMING)
     return None
 
 

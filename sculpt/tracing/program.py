@@ -18,6 +18,9 @@ import numpy as np
 from jax.dtypes import float0
 from jax.extend import core as jax_core
 
+CONTRACTIONS = ("conv_general_dilated", "dot_general")
+"""Primitives that multiply and sum: what costs something, and what can be a layer."""
+
 _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",

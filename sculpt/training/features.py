@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.tracing.execute import as_written, execute
-from sculpt.tracing.program import Equation, Program, flatten
+from sculpt.tracing.program import CONTRACTIONS, Equation, Program, flatten
 
 Features = tuple[jax.Array, ...]
 
@@ -70,6 +70,6 @@ def _products_of(program: Program, images: Sequence[int]) -> frozenset[int]:
     for eqn in program.equations:
         if reached.intersection(operand for operand in eqn.inputs if isinstance(operand, int)):
             reached.update(eqn.outputs)
-            if eqn.name in ("conv_general_dilated", "dot_general"):
+            if eqn.name in CONTRACTIONS:
                 products.add(id(eqn))
     return frozenset(products)

@@ -15,6 +15,7 @@ import optax
 from sculpt.model import ApplyFn, Params, State, TrainFn
 from sculpt.pruning.masks import mask_params
 from sculpt.scoring.lowering import lowered
+from sculpt.tracing.program import CONTRACTIONS
 from sculpt.tracing.trace import leaf_paths
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits
@@ -118,7 +119,7 @@ def _featureless(apply: TrainFn, *arguments: Any) -> tuple[tuple[jax.Array, Stat
 
 
 def _keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name in ("conv_general_dilated", "dot_general")
+    return primitive.name in CONTRACTIONS
 
 
 def make_program(
