@@ -152,7 +152,7 @@ def test_same_key_same_bits_other_key_other_search() -> None:
 
 
 def test_nothing_is_retraced() -> None:
-    plain("agent")
+    run(BASE)
     compiled = update._cache_size()  # type: ignore[attr-defined]
     run(dataclasses.replace(BASE, budget=0.4, checkpoint_every=7), seed=5)
     assert update._cache_size() == compiled  # type: ignore[attr-defined]
