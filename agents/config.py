@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import jax
 import numpy as np
 
 from sculpt.arguments import check_argument, is_real, is_whole, without_numpy
+from sculpt.model import Model
+from sculpt.scoring.problem import Repair
 from sculpt.scoring.reward import Objective, RewardConfig
 from sculpt.training.config import FinetuneConfig
 
@@ -129,7 +132,11 @@ class SearchConfig:
     score_images: int = 256
     """Images of the train split that a policy is scored on; drawn by the search's key."""
     calibration_images: int = 128
-    """Further images of the train split, for the BatchNorm statistics of each pruned network; 0: no recalibration."""
+    """Further images of the train split, for what `repair` does to each pruned network; 0: nothing."""
+    repair: Repair | None = None
+    """"recalibrate": BatchNorm's statistics are taken of the pruned network; "reconstruct": its layers are fitted to what the dense ones
+    give (`sculpt.reconstruct`), before scoring and before the re-rank's fine-tuning. None: the former for networks with BatchNorm
+    (or other state), the latter for those without, whose masked candidates are near chance (benchmarks/results/bench_proxy.md)."""
     rerank: int = 8
     """At the end the best so many distinct policies are fine-tuned briefly and compared on the validation split; 0: off."""
     rerank_finetune: FinetuneConfig = _BRIEF
@@ -161,6 +168,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         without_numpy(self)
         _require_choice("method", self.method, get_args(Method))
+        if self.repair is not None:
+            _require_choice("repair", self.repair, get_args(Repair))
         _require_choice("objective", self.objective, get_args(Objective))
         for name, least in _WHOLE.items():
             _require_whole(f"SearchConfig.{name}", getattr(self, name), least)
@@ -199,6 +208,10 @@ class SearchConfig:
         )
 
     def _check_combinations(self) -> None:
+        _require(
+            self.repair != "reconstruct" or self.calibration_images > 0,
+            "SearchConfig.repair='reconstruct' fits layers on calibration images: set calibration_images",
+        )
         _require(
             self.rounds == 1 or self.method == "agent",
             f"SearchConfig.rounds={self.rounds} needs method='agent': method={self.method!r} does not refine",
@@ -251,6 +264,12 @@ class SearchConfig:
             self.warm_start is None or self.method not in (*RULES, "greedy"),
             f"SearchConfig.warm_start={self.warm_start}: method={self.method!r} has no use for it, leave it out",
         )
+
+    def reconstructs(self, model: Model) -> bool:
+        """Whether the layers of candidates of this network are fitted before they are scored."""
+        if self.repair is None:
+            return self.calibration_images > 0 and not jax.tree.leaves(model.state)
+        return self.repair == "reconstruct"
 
     @property
     def budgets(self) -> tuple[float, ...]:

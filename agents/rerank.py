@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from sculpt.model import Model
 from sculpt.pruning import Space, apply_masks, make_masks
 from sculpt.scoring.evaluate import evaluate
 from sculpt.scoring.recalibrate import recalibrate
+from sculpt.scoring.reconstruct import reconstruct
 from sculpt.training.data import Splits
-from sculpt.training.policies import finetune_policies
+from sculpt.training.finetune import finetune
+from sculpt.training.run import TrainingDiverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Referee:
     config: SearchConfig
     """Whether and how to fine-tune."""
     calibration: jax.Array | None
-    """float32 `[k, h, w, c]`: BatchNorm statistics come from these where nothing is fine-tuned; None: left alone."""
+    """float32 `[k, h, w, c]`: candidates are reconstructed on these, or where nothing is fine-tuned recalibrated; None: left alone."""
     key: jax.Array
     """The same for every candidate: all of them see the same batches."""
 
@@ -39,16 +42,26 @@ class Referee:
 
         A network whose fine-tuning diverges counts as 0.
         """
+        masks = make_masks(self.space, self.model.params, jnp.asarray(policy))
+        pruned = self._repaired(masks)
         if self.config.rerank:
             config = self.config.rerank_finetune
             teacher = self.model if config.needs_teacher else None
-            tuned = finetune_policies(
-                self.model, self.space, policy[None], self.splits, config, self.key, teacher=teacher
-            )
-            return float(tuned.validation_accuracy[0])
-        pruned = apply_masks(self.model, make_masks(self.space, self.model.params, jnp.asarray(policy)))
-        if self.calibration is not None:
-            pruned = recalibrate(pruned, self.calibration)
+            # Weights that are to fade must be there to begin with.
+            start = self.model if config.gradual else pruned
+            try:
+                pruned = finetune(start, masks, self.splits, config, self.key, teacher=teacher)
+            except TrainingDiverged:
+                return 0.0
         validation = self.splits.validation
         images = self.splits.normalise(validation.images)
         return float(evaluate(pruned, images, validation.labels).accuracy)
+
+    def _repaired(self, masks: Any) -> Model:
+        """The masked network, as it was scored in the search; statistics are left to fine-tuning where there is any."""
+        if self.calibration is not None and self.config.reconstructs(self.model):
+            return reconstruct(self.model, masks, self.calibration)
+        pruned = apply_masks(self.model, masks)
+        if self.calibration is None or self.config.rerank:
+            return pruned
+        return recalibrate(pruned, self.calibration)

@@ -91,7 +91,9 @@ def make_program(env: PruningEnv, config: SearchConfig) -> Program:
         "rerank_finetune": FinetuneConfig(),
         "checkpoint_every": 1,
     }
-    return Program(env, dataclasses.replace(config, score_images=1, calibration_images=0, **outside))
+    return Program(
+        env, dataclasses.replace(config, score_images=1, calibration_images=0, repair=None, **outside)
+    )
 
 
 def init_state(program: Program, task: Task, key: jax.Array, learnt: Params | None = None) -> SearchState:

@@ -5,7 +5,7 @@
 Tasks are those of `tasks`, their dense network trained (or fine-tuned) once, with seed 0. Every method searches channels and
 windows with the same images to score on, and ends with the same re-rank; what it chooses is fine-tuned alike and tested. A search is
 kept under --run and skipped when it is there already, so that a killed benchmark goes on where it was; the table holds whatever is
-complete.
+complete. Networks without BatchNorm are reconstructed wherever the others are recalibrated, and before they are fine-tuned.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ METHODS = {name: {"method": name} for name in get_args(Method)} | {
 """Row of the table -> fields of `SearchConfig`. Warm: begins from retained energy, as the agent, the table and CMA-ES do."""
 RERANK = 4
 """So many of the best policies are fine-tuned briefly before one is chosen."""
+RECONSTRUCTION_IMAGES = 512
+"""For what was chosen, before it is fine-tuned."""
 LOOKS = (128, 256, 512, 1024, 2048)
 """Evaluations after which the best so far is told."""
 
@@ -52,7 +54,8 @@ def searched(
 ) -> dict[str, Any]:
     """One search, and the test accuracy of what it found after fine-tuning."""
     found = sculpt.search(model, space, splits, config, jax.random.key(seed))
-    small = compacted(model, space, found.policy)
+    images = splits.normalise(splits.train.images[:RECONSTRUCTION_IMAGES])
+    small = compacted(model, space, found.policy, images if config.reconstructs(model) else None)
     folder.mkdir(parents=True, exist_ok=True)
     after = tuned(small, splits, task.finetune, 0, folder / f"seed{seed}", teacher=model)
     # Programs of compact networks are all different: a process may hold only so many.
@@ -129,7 +132,8 @@ def report(options: argparse.Namespace) -> None:
         "# The agent and its controls",
         "",
         *provenance(),
-        f"{options.evaluations} evaluations of every method, accuracy on 256 train images after BatchNorm recalibration on 128, "
+        f"{options.evaluations} evaluations of every method, accuracy on 256 train images after BatchNorm recalibration on 128 (networks without "
+        "BatchNorm: after reconstruction on 128, and again on 512 before fine-tuning), "
         f"families channels and rect. The best {RERANK} distinct policies are fine-tuned briefly; the one with the highest accuracy on "
         "validation then (column validation) is fine-tuned with the dense network as its teacher and tested. Median "
         "[quartiles] over the seeds of the search; the fine-tuning has the same key throughout. Seconds: the search, compilation included / "

@@ -4,7 +4,7 @@
 
 Tasks are those of `tasks`, their dense network trained once, with seed 0. Half of the policies are drawn with all options
 alike, half by retained energy, all within one budget. Each is scored in every way on the same images of the train split, and
-fine-tuned as the task says; what is to be foretold is its accuracy on validation and test images after that. Policies are kept
+fine-tuned as the task says (networks without BatchNorm from where `reconstruct` leaves them); what is to be foretold is its accuracy on validation and test images after that. Policies are kept
 under --run and skipped when they are there already.
 """
 
@@ -23,13 +23,14 @@ import scipy.stats
 
 import sculpt
 from benchmarks.stages import in_words, stage
-from benchmarks.tasks import Task, begin, parser_of
+from benchmarks.tasks import Task, begin, compacted, parser_of
 from benchmarks.timing import provenance, write_results
 from sculpt.model import Model
 from sculpt.pruning import Space, energy_logits, project
+from sculpt.scoring import Repair
 from sculpt.training import Splits
 
-SCORE_IMAGES, CALIBRATION_IMAGES = 256, 128
+SCORE_IMAGES, CALIBRATION_IMAGES, RECONSTRUCTION_IMAGES = 256, 128, 512
 STEPS = (10, 50)
 """Lengths of the short fine-tunings."""
 PROXIES = (
@@ -37,6 +38,8 @@ PROXIES = (
     "loss",
     "accuracy, recalibrated",
     "loss, recalibrated",
+    "accuracy, reconstructed",
+    "loss, reconstructed",
     "retained energy",
     "Taylor",
     *(f"accuracy after {steps} steps" for steps in STEPS),
@@ -73,8 +76,9 @@ def foretold(
     images, labels = splits.normalise(splits.train.images[score]), splits.train.labels[score]
     calibration = splits.normalise(splits.train.images[calibrate])
 
-    def scored(calibration: Any) -> sculpt.Scores:
-        return jax.device_get(sculpt.evaluate_policies(model, space, policies, images, labels, calibration))
+    def scored(calibration: Any, repair: Repair = "recalibrate") -> sculpt.Scores:
+        found = sculpt.evaluate_policies(model, space, policies, images, labels, calibration, repair=repair)
+        return jax.device_get(found)
 
     def briefly(steps: int) -> np.ndarray:
         config = dataclasses.replace(task.finetune, max_steps=steps)
@@ -96,6 +100,7 @@ def foretold(
     with_images: dict[str, Callable[[], Any]] = {
         "": lambda: scored(None),
         ", recalibrated": lambda: scored(calibration),
+        ", reconstructed": lambda: scored(calibration, "reconstruct"),
     }
     result: dict[str, dict[str, Any]] = {}
 
@@ -106,7 +111,7 @@ def foretold(
         return value, (time.perf_counter() - begun) / len(policies)
 
     for suffix, compute in with_images.items():
-        if suffix and not model.state:
+        if suffix == ", recalibrated" and not model.state:
             continue
         scores, seconds = timed(compute)
         result[f"accuracy{suffix}"] = {"values": scores.accuracy.tolist(), "seconds": seconds}
@@ -121,8 +126,8 @@ def foretold(
 
 def finetuned(model: Model, space: Space, splits: Splits, task: Task, policy: np.ndarray) -> dict[str, float]:
     """Accuracy in percent of the compact network after the task's fine-tuning, on validation and test images together."""
-    masks = sculpt.make_masks(space, model.params, policy)
-    small = sculpt.compact(sculpt.apply_masks(model, masks), space, policy)
+    images = splits.normalise(splits.train.images[:RECONSTRUCTION_IMAGES])
+    small = compacted(model, space, policy, None if model.state else images)
     after = sculpt.finetune(small, None, splits, task.finetune, jax.random.key(0))
     parts = (splits.validation, splits.test)
     images = np.concatenate([splits.normalise(part.images) for part in parts])
@@ -157,7 +162,7 @@ def main() -> None:
         *provenance(),
         f"Spearman's rank correlation (standard deviation of 2,000 bootstrap samples) of what is known before fine-tuning with the "
         f"accuracy after it, over {options.policies} policies of channels within {options.budget} of MACs; {SCORE_IMAGES} train images, "
-        f"recalibration on {CALIBRATION_IMAGES}. Seconds: of one policy, without compilation.",
+        f"recalibration and reconstruction on {CALIBRATION_IMAGES}. Seconds: of one policy, without compilation.",
     ]
     for name in options.tasks:
         folder = options.run / name

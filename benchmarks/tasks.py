@@ -193,10 +193,11 @@ def dense_network(task: Task, splits: Splits, seed: int, folder: Path, data: Pat
     return start.replace(**sculpt.load_params(folder / "dense.safetensors", like))
 
 
-def compacted(model: Model, space: Space, policy: Any) -> Model:
-    """What a policy leaves of a dense network, nothing fine-tuned."""
+def compacted(model: Model, space: Space, policy: Any, images: Any = None) -> Model:
+    """What a policy leaves of a dense network, nothing fine-tuned; reconstructed on normalised images, if they are given."""
     masks = sculpt.make_masks(space, model.params, policy)
-    return sculpt.compact(sculpt.apply_masks(model, masks), space, policy, masks=masks)
+    left = sculpt.apply_masks(model, masks) if images is None else sculpt.reconstruct(model, masks, images)
+    return sculpt.compact(left, space, policy, masks=masks)
 
 
 def begin(name: str, folder: Path, data: Path, **settings: Any) -> tuple[Task, Splits, Model]:

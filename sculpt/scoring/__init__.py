@@ -13,7 +13,7 @@ from sculpt.scoring.journal import StreamReport, evaluate_file
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.policy_file import read_policies
 from sculpt.scoring.precision import PrecisionGap, precision_gap
-from sculpt.scoring.problem import Problem, make_problem
+from sculpt.scoring.problem import Problem, Repair, make_problem
 from sculpt.scoring.race import Race, Rung, race_policies
 from sculpt.scoring.recalibrate import recalibrate
 from sculpt.scoring.reconstruct import reconstruct
@@ -26,6 +26,7 @@ __all__ = [
     "PrecisionGap",
     "Problem",
     "Race",
+    "Repair",
     "Rung",
     "Scores",
     "StreamReport",

@@ -17,8 +17,9 @@ from sculpt.pruning.masks import check_policies, mask_params, masks_from_choices
 from sculpt.pruning.space import Space
 from sculpt.scoring.lowering import lowered
 from sculpt.scoring.plan import IMAGE_AXIS, POLICY_AXIS, EvaluationPlan
-from sculpt.scoring.problem import Problem, check_images, check_logits, make_problem
+from sculpt.scoring.problem import Problem, Repair, check_images, check_logits, make_problem
 from sculpt.scoring.recalibrate import batch_statistics
+from sculpt.scoring.reconstruct import BRIEF, RIDGE, fit_params, linear_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,22 @@ jax.tree_util.register_dataclass(Scores, ["accuracy", "loss"], [])
 
 def score_policy(problem: Problem, policy: jax.Array) -> Scores:
     """Scores of one policy int32 `[sites]` (scalars); pure, to be mapped."""
-    masks = masks_from_choices(problem.space, problem.choices, policy)
-    params = mask_params(problem.params, jax.tree.unflatten(jax.tree.structure(problem.params), masks))
-    return score_params(problem, params)
+    kept = masks_from_choices(problem.space, problem.choices, policy)
+    masks = jax.tree.unflatten(jax.tree.structure(problem.params), kept)
+    return score_params(problem, _repaired(problem, masks))
+
+
+def _repaired(problem: Problem, masks: Any) -> Any:
+    """The parameters that masks leave, fitted where that is asked for."""
+    if problem.wanted is None:
+        return mask_params(problem.params, masks)
+    assert problem.calibration is not None
+    images = problem.calibration[0]
+    network = linear_network(problem.apply, problem.params, problem.state, images, BRIEF.rows)
+    params, _ = fit_params(
+        network, problem.params, masks, problem.state, images, problem.wanted, RIDGE, BRIEF.steps
+    )
+    return params
 
 
 def score_params(problem: Problem, params: Any) -> Scores:
@@ -49,7 +63,7 @@ def score_params(problem: Problem, params: Any) -> Scores:
     plan, state = problem.plan, problem.state
     shared = IMAGE_AXIS if plan.image_shards > 1 else None
     apply = lowered(problem.apply, plan.convolution, plan.precision)
-    if problem.calibration is not None:
+    if problem.calibration is not None and problem.wanted is None:
         train = lowered(problem.apply_train, plan.convolution, plan.precision)
         spread = shared if problem.spread_calibration else None
         state = batch_statistics(train, params, state, problem.calibration, spread)
@@ -146,6 +160,7 @@ def evaluate_policies(
     labels: Any,
     calibration: Any = None,
     plan: EvaluationPlan | None = None,
+    repair: Repair = "recalibrate",
 ) -> Scores:
     """Scores many policies at once: masks are built from table look-ups inside one compiled loop.
 
@@ -163,6 +178,9 @@ def evaluate_policies(
         where there are more (the rest is left out); None keeps the model's
         running statistics, with which a pruned network is often near chance.
       plan: how the work is laid out; None: one device, as `EvaluationPlan()`. `tune_plan` finds the fastest.
+      repair: what `calibration` is for. "reconstruct" fits the weights that each policy leaves to what the dense network gives, all
+        images at once, as a shorter `sculpt.reconstruct`; statistics then stay. Slower, and for networks without BatchNorm the
+        way to scores that tell policies apart (benchmarks/results/bench_proxy.md).
 
     Returns:
       `Scores` with `accuracy [n]` and `loss [n]`.
@@ -173,7 +191,7 @@ def evaluate_policies(
     policies = check_policies(space, policies)
     if policies.ndim != 2 or not len(policies):
         raise ValueError(f"expected policies [n, {space.num_sites}] with n >= 1, got {list(policies.shape)}")
-    return score_batch(make_problem(model, space, images, labels, calibration, plan), policies)
+    return score_batch(make_problem(model, space, images, labels, calibration, plan, repair), policies)
 
 
 @checked

@@ -30,7 +30,7 @@ from sculpt.scoring.policy_file import (
     read_rows,
     unpack_rows,
 )
-from sculpt.scoring.problem import Problem, make_problem
+from sculpt.scoring.problem import Problem, Repair, make_problem
 from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
 from sculpt.tracing.program import Program
 
@@ -72,6 +72,7 @@ def evaluate_file(
     plan: EvaluationPlan | None = None,
     *,
     chunk: int = CHUNK,
+    repair: Repair = "recalibrate",
     on_progress: Callable[[StreamReport], None] | None = None,
 ) -> StreamReport:
     """Scores policies from a file or an iterable into a file, in constant memory.
@@ -92,6 +93,7 @@ def evaluate_file(
       calibration: as for `evaluate_policies`.
       plan: as for `evaluate_policies`.
       chunk: policies in a block.
+      repair: as for `evaluate_policies`.
       on_progress: told after every block.
 
     Raises:
@@ -104,7 +106,7 @@ def evaluate_file(
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     begun = time.perf_counter()
     stream = read_policies(policies) if isinstance(policies, str | Path) else iter(policies)
-    problem = make_problem(model, space, images, labels, calibration, plan)
+    problem = make_problem(model, space, images, labels, calibration, plan, repair)
     # Every host must know the same scores, and only the first one has the file.
     memory = Memory()
     remembered = memory if jax.process_count() == 1 else Memory()
@@ -296,6 +298,7 @@ def _about(problem: Problem) -> dict[str, Any]:
         "calibration images": 0
         if problem.calibration is None
         else int(np.prod(problem.calibration.shape[:2])),
+        **({} if problem.wanted is None else {"repair": "reconstruct"}),
         "precision": problem.plan.precision,
         "network sha256": digest((problem.params, problem.state)),
         "data sha256": digest((images[real], labels[real], problem.calibration)),

@@ -49,7 +49,7 @@ def lowered(
         program = flatten(function, *abstract)
         if plain and not _has_depthwise(program):
             return function(*arguments)
-        bind = functools.partial(_bind, convolution, precision)
+        bind = functools.partial(bind_lowered, convolution, precision)
         results = execute(_with_bodies(program, True), jax.tree.leaves(arguments), bind)
         return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *abstract)), results)
 
@@ -90,13 +90,14 @@ def _has_depthwise(program: Program) -> bool:
     )
 
 
-def _bind(
+def bind_lowered(
     convolution: Convolution,
     precision: Precision,
     eqn: Equation,
     operands: Sequence[Any],
     params: dict[str, Any],
 ) -> Any:
+    """Applies a primitive, convolutions and products as they are to be computed."""
     if eqn.name not in CONTRACTIONS:
         return eqn.primitive.bind(*operands, **params)
     narrow = precision == "bfloat16" and all(x.dtype == jnp.float32 for x in operands)

@@ -11,6 +11,7 @@ from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import evaluate_policies
 from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.problem import Repair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ def precision_gap(
     labels: Any,
     calibration: Any = None,
     plan: EvaluationPlan | None = None,
+    repair: Repair = "recalibrate",
 ) -> PrecisionGap:
     """Scores policies `[n, sites]` by a plan and by the same plan in float32; arguments as of `evaluate_policies`.
 
@@ -48,7 +50,7 @@ def precision_gap(
     """
     plan = plan or EvaluationPlan(precision="bfloat16")
     found, exact = (
-        evaluate_policies(model, space, policies, images, labels, calibration, chosen)
+        evaluate_policies(model, space, policies, images, labels, calibration, chosen, repair)
         for chosen in (plan, dataclasses.replace(plan, precision="float32"))
     )
     accuracy, loss = (

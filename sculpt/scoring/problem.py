@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ from sculpt.pruning.patterns import Choice
 from sculpt.pruning.space import Space, make_choices
 from sculpt.scoring.plan import IMAGE_AXIS, EvaluationPlan
 from sculpt.scoring.recalibrate import into_batches
+from sculpt.scoring.reconstruct import BRIEF, dense_rows, linear_network
+
+Repair = Literal["recalibrate", "reconstruct"]
+"""What calibration images are for. `recalibrate`: the statistics of BatchNorm. `reconstruct`: what is left of every layer is fitted to what
+the dense layer gave, as by `sculpt.reconstruct`; statistics then stay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +44,16 @@ class Problem:
     """int32 `[batches, batch]`; -1 on padding."""
     calibration: jax.Array | None
     """float32 `[batches, batch, ...]`, or None for the running statistics. The batch is that of `into_batches` whatever
-    the plan says, because statistics depend on it."""
+    the plan says, because statistics depend on it; all are one batch where layers are fitted."""
+    wanted: tuple[jax.Array, ...] | None
+    """float32 `[rows, outputs]` of each layer that is to be fitted: what the dense network gives. None: statistics are recalibrated."""
 
     def partition(self) -> Problem:
         """How the arrays lie on the mesh of the plan: batches spread over the image axis, the rest on every device."""
         whole, spread = P(), P(IMAGE_AXIS)
         fields: dict[str, Any] = dict.fromkeys(("params", "state", "choices"), whole)
+        if self.wanted is not None:
+            fields["wanted"] = whole
         if self.calibration is not None:
             fields["calibration"] = spread if self.spread_calibration else whole
         return dataclasses.replace(self, **fields, images=spread, labels=spread)
@@ -51,7 +61,7 @@ class Problem:
 
 jax.tree_util.register_dataclass(
     Problem,
-    data_fields=["params", "state", "choices", "images", "labels", "calibration"],
+    data_fields=["params", "state", "choices", "images", "labels", "calibration", "wanted"],
     meta_fields=["apply", "apply_train", "space", "plan", "spread_calibration"],
 )
 
@@ -63,9 +73,14 @@ def make_problem(
     labels: Any,
     calibration: Any = None,
     plan: EvaluationPlan | None = None,
+    repair: Repair = "recalibrate",
 ) -> Problem:
     """Checks and lays out what `score_policies` needs; see `evaluate_policies` for the arguments."""
-    plan = plan or EvaluationPlan()
+    plan, wanted = plan or EvaluationPlan(), None
+    if repair not in get_args(Repair):
+        raise ValueError(f"repair must be one of {', '.join(get_args(Repair))}, got {repair!r}")
+    if repair == "reconstruct" and calibration is None:
+        raise ValueError("repair='reconstruct' needs calibration images to fit layers on, got none")
     images, labels = check_images(space.trace.input_shape, images, labels)
     check_logits(model, images, labels)
     batch = min(plan.images_per_batch, -(-images.shape[0] // plan.image_shards))
@@ -74,20 +89,33 @@ def make_problem(
     padded_labels = jnp.pad(labels, (0, missing), constant_values=-1)
     if calibration is not None:
         calibration, _ = check_images(space.trace.input_shape, calibration)
-        calibration = into_batches(calibration)
+        if repair == "reconstruct":
+            wanted = plan.place(_wanted(model.apply, model.params, model.state, calibration))
+            calibration = calibration[None]
+        else:
+            calibration = into_batches(calibration)
     return Problem(
         apply=model.apply,
         apply_train=model.apply_train,
         space=space,
         plan=plan,
-        spread_calibration=calibration is not None and len(calibration) % plan.image_shards == 0,
+        spread_calibration=calibration is not None
+        and wanted is None
+        and len(calibration) % plan.image_shards == 0,
         params=plan.place(model.params),
         state=plan.place(model.state),
         choices=plan.place(make_choices(space, model.params)),
         images=plan.place(padded.reshape(-1, batch, *images.shape[1:])),
         labels=plan.place(padded_labels.reshape(-1, batch)),
         calibration=plan.place(calibration),
+        wanted=wanted,
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _wanted(apply: ApplyFn, params: Any, state: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+    network = linear_network(apply, params, state, images, BRIEF.rows)
+    return tuple(dense_rows(network, params, state, images))
 
 
 def check_images(shape: Sequence[int], images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import score_batch
 from sculpt.scoring.plan import EvaluationPlan
-from sculpt.scoring.problem import make_problem
+from sculpt.scoring.problem import Repair, make_problem
 from sculpt.scoring.recalibrate import images_used
 from sculpt.scoring.reward import Objective, quality
 
@@ -68,6 +68,7 @@ def race_policies(
     factor: int = 4,
     objective: Objective = "loss",
     sample: int = 32,
+    repair: Repair = "recalibrate",
 ) -> Race:
     """Scores all policies on a few images, the best of them on more, and so on up to all images.
 
@@ -88,6 +89,7 @@ def race_policies(
       factor: from rung to rung the images grow by it and the policies shrink by it.
       objective: what is compared: "loss", or "accuracy", which ties on few images.
       sample: policies for the correlation, at least 2.
+      repair: as for `evaluate_policies`.
 
     Raises:
       ValueError: if the arguments do not fit, or a number is out of range.
@@ -113,7 +115,7 @@ def race_policies(
     for size in sizes:
         # The sample is scored in every rung, so that its last scores are its full ones.
         scored = np.unique(np.concatenate([running, drawn]))
-        problem = make_problem(model, space, images[:size], labels[:size], calibration, plan)
+        problem = make_problem(model, space, images[:size], labels[:size], calibration, plan, repair)
         scores = jax.device_get(score_batch(problem, jnp.asarray(policies[scored])))
         accuracy[scored], loss[scored], seen[scored] = scores.accuracy, scores.loss, size
         passes += len(scored) * (size + fixed)

@@ -6,39 +6,54 @@ Layer by layer in the order of the network, the weights W that a mask leaves of 
 
 where y is what the dense layer gives in the dense network and x' what the layer reads in the pruned one, whose layers before it have been
 fitted already (He, Zhang and Sun 2017, "Channel pruning for accelerating very deep neural networks", arXiv 1707.06168, for one layer at a
-time and channels; here for whatever a mask leaves).
+time and channels; here for whatever a mask leaves). The minimum is approached by conjugate gradients, for all outputs side by side,
+each with its own mask: matrix products alone, so that many policies can be fitted inside one compiled program; and few steps do as well
+as many, for what they leave out are the directions that few images tell little of.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import linalg
 
 from sculpt.arguments import checked, is_real
-from sculpt.model import Model
-from sculpt.pruning.masks import apply_masks, check_masks
-from sculpt.tracing.layers import RENAMING, Layer, Leaf, find_layers
-from sculpt.tracing.program import Equation, Literal, Program, flatten
-from sculpt.tracing.trace import axis_flow, leaf_paths, shapes_of
+from sculpt.model import ApplyFn, Model
+from sculpt.pruning.masks import apply_masks, check_masks, mask_params
+from sculpt.scoring.linear_layers import LinearLayer, LinearNetwork, find_linear_layers
+from sculpt.scoring.lowering import bind_lowered
+from sculpt.tracing.layers import Leaf
+from sculpt.tracing.program import Equation, Literal, Operand, flatten
+from sculpt.tracing.trace import leaf_paths, shapes_of
 
-_PATCHES = 1 << 26
-"""Numbers of a layer's inputs that are looked at together."""
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How closely layers are fitted."""
+
+    rows: int
+    """Places (images, and positions in them) that a layer is fitted on, at most."""
+    steps: int
+    """Of conjugate gradients."""
+
+
+RIDGE = 1e-3
+"""How strongly weights are held where they were, in parts of the mean square of a layer's inputs."""
+FULL, BRIEF = Effort(16_384, 30), Effort(2048, 10)
+"""For one network that is to be used, and for each of many that are to be compared."""
 
 
 @checked
-def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = 1e-3) -> Model:
+def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) -> Model:
     """Applies masks, and fits what they leave of every layer to what the dense layer gave on some images.
 
-    Both networks run side by side, operation by operation, on all of the images at once. Left as masked are layers inside loops,
-    convolutions in groups, and kernels that are read more than once or are computed from other parameters. BatchNorm keeps its
-    statistics: what its layers give has been fitted to what they were taken of.
+    Left as masked are layers inside loops, convolutions in groups, and kernels that are read more than once or are computed from other
+    parameters. BatchNorm keeps its statistics: what its layers give has been fitted to what they were taken of.
 
     Args:
       model: the dense network.
@@ -63,297 +78,171 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = 1e-3) -
             "(splits.normalise, sculpt.nets.preprocess)"
         )
     try:
-        program = flatten(model.apply, *shapes_of((model.params, model.state)), shapes_of(x))
+        jax.eval_shape(model.apply, model.params, model.state, x)
     except Exception as error:  # each framework has its own
         raise ValueError(f"the model does not take images {x.dtype}{list(x.shape)}: {error}") from error
-    fit = _Fit(program, model, masks, x, ridge)
-    params = jax.tree.unflatten(jax.tree.structure(model.params), fit.run())
+    params, finite = _reconstructed(
+        model.apply, FULL, model.params, model.state, masks, x, jnp.asarray(ridge, jnp.float32)
+    )
+    for name, fine in finite.items():
+        if not fine:
+            raise ValueError(f"layer {name} reads or gives numbers that are not finite on these images")
     return apply_masks(model.replace(params=params), masks)
 
 
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """A value that is a leaf of the parameters seen another way."""
-
-    leaf: int
-    steps: tuple[Equation, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """A contraction as a matrix product: its kernel `[inputs, outputs]`, what it reads `[images and places, inputs]`."""
-
-    eqn: Equation
-    operand: int
-    """Which operand the kernel is."""
-    kernel: tuple[int, ...]
-    """The kernel's shape."""
-    ndim: int
-    """Axes of the result."""
-
-    @property
-    def _is_conv(self) -> bool:
-        return self.eqn.name == "conv_general_dilated"
-
-    @property
-    def _summed(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.eqn.params["dimension_numbers"][0]
-
-    @property
-    def outputs(self) -> list[int]:
-        """The axes of the result that the kernel gives."""
-        if self._is_conv:
-            return [self.eqn.params["dimension_numbers"].out_spec[1]]
-        count = len(self.kernel) - len(self._summed[self.operand])
-        return list(range(self.ndim - count, self.ndim) if self.operand == 1 else range(count))
-
-    @property
-    def by_images(self) -> bool:
-        """Whether the first axis of what it reads and of its result is that of the images."""
-        if self._is_conv:
-            numbers = self.eqn.params["dimension_numbers"]
-            return numbers.lhs_spec[0] == 0 == numbers.out_spec[0]
-        return self.operand == 1 and 0 not in self._summed[0] and 0 not in self.outputs
-
-    def of_kernel(self, kernel: np.ndarray) -> np.ndarray:
-        """A kernel `[inputs, outputs]`."""
-        if self._is_conv:
-            outputs_first = kernel.transpose(self.eqn.params["dimension_numbers"].rhs_spec)
-            return outputs_first.reshape(len(outputs_first), -1).T
-        summed = self._summed[self.operand]
-        ordered = kernel.transpose([*summed, *_others(kernel.ndim, summed)])
-        return ordered.reshape(math.prod(kernel.shape[d] for d in summed), -1)
-
-    def of_inputs(self, array: jax.Array) -> jax.Array:
-        """What is read `[images and places, inputs]`."""
-        if not self._is_conv:
-            summed = self._summed[1 - self.operand]
-            ordered = jnp.transpose(array, [*_others(array.ndim, summed), *summed])
-            return ordered.reshape(-1, math.prod(array.shape[d] for d in summed))
-        params, numbers = self.eqn.params, self.eqn.params["dimension_numbers"]
-        patches = jax.lax.conv_general_dilated_patches(
-            array,
-            [self.kernel[d] for d in numbers.rhs_spec[2:]],
-            params["window_strides"],
-            params["padding"],
-            params["lhs_dilation"],
-            params["rhs_dilation"],
-            numbers,
-        )
-        return jnp.moveaxis(patches, numbers.out_spec[1], -1).reshape(-1, patches.shape[numbers.out_spec[1]])
-
-    def of_result(self, array: jax.Array) -> jax.Array:
-        """A result `[images and places, outputs]`."""
-        count = math.prod(array.shape[d] for d in self.outputs)
-        return jnp.transpose(array, [*_others(self.ndim, self.outputs), *self.outputs]).reshape(-1, count)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _reconstructed(
+    apply: ApplyFn, effort: Effort, params: Any, state: Any, masks: Any, images: jax.Array, ridge: jax.Array
+) -> tuple[Any, dict[str, jax.Array]]:
+    network = linear_network(apply, params, state, images, effort.rows)
+    wanted = dense_rows(network, params, state, images)
+    return fit_params(network, params, masks, state, images, wanted, ridge, effort.steps)
 
 
-class _Fit:
-    """Both networks, operation by operation."""
+def linear_network(apply: ApplyFn, params: Any, state: Any, images: Any, rows: int) -> LinearNetwork:
+    """The layers of a network that can be fitted on such images (shapes are enough), on `rows` places of each."""
+    params, state = shapes_of((params, state))
+    program = flatten(apply, params, state, shapes_of(images))
+    shapes = zip(leaf_paths(params), jax.tree.leaves(params))
+    leaves = [Leaf(i, path, leaf.shape, leaf.dtype) for i, (path, leaf) in enumerate(shapes)]
+    return find_linear_layers(program, leaves, rows)
 
-    def __init__(self, program: Program, model: Model, masks: Any, x: jax.Array, ridge: float) -> None:
-        self._program = program
-        self._ridge = ridge
-        self._masks = [np.asarray(mask) for mask in jax.tree.leaves(masks)]
-        self._leaves = list(jax.tree.leaves(apply_masks(model, masks).params))
-        rest = [*jax.tree.leaves(model.state), x]
-        self._dense = dict(zip(program.inputs, [*jax.tree.leaves(model.params), *rest], strict=True))
-        self._pruned = dict(zip(program.inputs, [*self._leaves, *rest], strict=True))
-        for values in (self._dense, self._pruned):
-            values.update(program.constants)
-        self._views = _views(program, len(self._leaves))
-        self._readers: dict[int, list[Equation]] = {}
-        for eqn in program.equations:
-            for value in eqn.inputs:
-                if isinstance(value, int):
-                    self._readers.setdefault(value, []).append(eqn)
-        self._layers = {id(layer.equation): layer for layer in self._found_layers(model)}
 
-    def run(self) -> list[jax.Array]:
-        """The leaves of the parameters, fitted."""
-        last = {
-            i: place
-            for place, eqn in enumerate(self._program.equations)
-            for i in eqn.inputs
-            if isinstance(i, int)
-        }
-        weights = set(self._program.inputs)
-        for place, eqn in enumerate(self._program.equations):
-            for values in (self._dense, self._pruned):
-                values.update(zip(eqn.outputs, _applied(eqn, values)))
-            if id(eqn) in self._layers and self._fit(eqn, self._layers[id(eqn)]):
-                self._pruned.update(zip(eqn.outputs, _applied(eqn, self._pruned)))
-            for value in {i for i in eqn.inputs if isinstance(i, int)} - weights:
-                if last[value] == place:
-                    del self._dense[value], self._pruned[value]
-        return self._leaves
+def dense_rows(network: LinearNetwork, params: Any, state: Any, images: jax.Array) -> list[jax.Array]:
+    """What each layer gives in the dense network: float32 `[rows, outputs]` each. Pure."""
+    found = []
 
-    def _found_layers(self, model: Model) -> Iterator[Layer]:
-        leaves = tuple(
-            Leaf(i, path, tuple(np.shape(array)), jnp.asarray(array).dtype)
-            for i, (path, array) in enumerate(zip(leaf_paths(model.params), jax.tree.leaves(model.params)))
-        )
-        layers, _ = find_layers(axis_flow(self._program), leaves, self._program.inputs[-1:])
-        for layer in layers:
-            operand = layer.equation.inputs[layer.operand]
-            if not layer.in_axes or not self._is_read_once(layer.leaf):
-                continue
-            if isinstance(operand, Literal) or operand not in self._views:
-                continue
-            if any(step.name == "broadcast_in_dim" for step in self._views[operand].steps):
-                continue
-            if layer.kind == "conv" and layer.equation.params["feature_group_count"] == 1:
-                if layer.equation.params["batch_group_count"] == 1:
-                    yield layer
-            elif layer.kind == "dense" and not layer.equation.params["dimension_numbers"][1][0]:
-                yield layer
+    def visit(layer: LinearLayer, read: jax.Array, given: jax.Array, leaves: list[Any]) -> None:
+        found.append(layer.rows_given(given).astype(jnp.float32))
 
-    def _is_read_once(self, leaf: int) -> bool:
-        """Whether one operation reads a leaf, perhaps seen another way."""
-        seen = [value for value, view in self._views.items() if view.leaf == leaf]
-        uses = [e for value in seen for e in self._readers.get(value, []) if e.outputs[0] not in self._views]
-        return len(uses) == 1 and not any(value in self._program.outputs for value in seen)
+    _run(network, jax.tree.leaves(params), state, images, visit)
+    return found
 
-    def _fit(self, eqn: Equation, layer: Layer) -> bool:
-        """Fits a layer; whether its kernel has changed."""
-        operand = eqn.inputs[layer.operand]
-        assert isinstance(operand, int)
-        view = self._views[operand]
-        matrix = _Matrix(
-            eqn, layer.operand, self._program.shape(operand), len(self._program.shape(eqn.outputs[0]))
-        )
-        where = matrix.of_kernel(self._places(view))
-        mask = self._masks[view.leaf].reshape(-1)[where]
-        bias = self._bias(eqn, matrix)
-        gram, product, inputs, missing, count = self._moments(matrix)
-        if not (np.isfinite(gram).all() and np.isfinite(product).all()):
-            raise ValueError(f"layer {layer.name} reads or gives numbers that are not finite on these images")
-        if bias is not None:
-            gram = gram - np.outer(inputs, inputs) / count
-            product = product - np.outer(inputs, missing) / count
-        change = _solved(gram, product, mask, self._ridge)
-        kernel = np.asarray(self._leaves[view.leaf], np.float32).reshape(-1).copy()
-        kernel[where.reshape(-1)] += change.reshape(-1).astype(np.float32)
-        self._set(view.leaf, kernel)
-        if bias is not None:
-            leaf, units = bias
-            shift = (missing - inputs @ change) / count
-            values = np.asarray(self._leaves[leaf], np.float32).reshape(-1).copy()
+
+def fit_params(
+    network: LinearNetwork,
+    params: Any,
+    masks: Any,
+    state: Any,
+    images: jax.Array,
+    wanted: Sequence[jax.Array],
+    ridge: jax.Array | float,
+    steps: int,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Fits the parameters that masks leave. Pure: for use inside jit.
+
+    Args:
+      network: what `linear_network` found for such images.
+      params: of the dense network.
+      masks: booleans like `params`.
+      images: those that `wanted` is of.
+      wanted: what `dense_rows` gave.
+      ridge: as for `reconstruct`.
+      steps: of conjugate gradients.
+
+    Returns:
+      The parameters, and by the name of each layer whether all its numbers were finite (boolean scalars).
+    """
+    kept = [jnp.asarray(mask) for mask in jax.tree.leaves(masks)]
+    targets, finite = iter(wanted), {}
+
+    def visit(layer: LinearLayer, read: jax.Array, given: jax.Array, leaves: list[Any]) -> None:
+        rows = layer.rows_read(read).astype(jnp.float32)
+        missing = next(targets) - layer.rows_given(given).astype(jnp.float32)
+        finite[layer.name] = jnp.isfinite(rows).all() & jnp.isfinite(missing).all()
+        mean_row, mean_missing = rows.mean(axis=0, keepdims=True), missing.mean(axis=0, keepdims=True)
+        if layer.bias is not None:
+            rows, missing = rows - mean_row, missing - mean_missing
+        change = _solve(rows, missing, kept[layer.leaf].reshape(-1)[layer.entries], ridge, steps)
+        leaves[layer.leaf] = _added(leaves[layer.leaf], layer.entries, change)
+        if layer.bias is not None:
+            leaf, units = layer.bias
+            with jax.default_matmul_precision("highest"):
+                shift = (mean_missing - mean_row @ change)[0]
             # Where one number is added to several outputs it moves by their mean.
-            times = np.maximum(np.bincount(units, minlength=values.size), 1)
-            values += np.bincount(units, shift, minlength=values.size) / times
-            self._set(leaf, values * self._masks[leaf].reshape(-1))
-        return bool(change.any())
+            shared = np.bincount(units, minlength=leaves[leaf].size)[units].astype(np.float32)
+            moved = _added(leaves[leaf], units, shift / shared)
+            leaves[leaf] = jnp.where(kept[leaf], moved, jnp.zeros((), moved.dtype))
 
-    def _set(self, leaf: int, values: np.ndarray) -> None:
-        """A new value for a leaf, and for what has been computed of it alone."""
-        before = self._leaves[leaf]
-        self._leaves[leaf] = jnp.asarray(values.reshape(np.shape(before)), before.dtype)
-        self._pruned[self._program.inputs[leaf]] = self._leaves[leaf]
-        for value, view in self._views.items():
-            if view.leaf == leaf and view.steps and value in self._pruned:
-                for step in view.steps:
-                    self._pruned.update(zip(step.outputs, _applied(step, self._pruned)))
-
-    def _places(self, view: _View) -> np.ndarray:
-        """int64 of the shape of a view: which entry of the leaf, row by row, each of its entries is."""
-        places: Any = np.arange(np.size(self._leaves[view.leaf])).reshape(np.shape(self._leaves[view.leaf]))
-        for step in view.steps:
-            if step.name in ("reshape", "squeeze"):
-                places = places.reshape(self._program.shape(step.outputs[0]))
-            elif step.name == "transpose":
-                places = places.transpose(step.params["permutation"])
-            elif step.name == "broadcast_in_dim":
-                shape = self._program.shape(step.outputs[0])
-                wide = [1] * len(shape)
-                for dim, size in zip(step.params["broadcast_dimensions"], places.shape):
-                    wide[dim] = size
-                places = np.broadcast_to(places.reshape(wide), shape)
-        return places
-
-    def _bias(self, eqn: Equation, matrix: _Matrix) -> tuple[int, np.ndarray] | None:
-        """The leaf that is added to a layer's outputs and is read nowhere else, and which of its entries each output gets."""
-        readers = self._readers.get(eqn.outputs[0], [])
-        if len(readers) != 1 or readers[0].name != "add":
-            return None
-        others = [i for i in readers[0].inputs if i != eqn.outputs[0]]
-        if len(others) != 1 or isinstance(others[0], Literal) or others[0] not in self._views:
-            return None
-        view = self._views[others[0]]
-        if not self._is_read_once(view.leaf):
-            return None
-        places, outputs = self._places(view), matrix.outputs
-        if places.ndim != matrix.ndim:
-            return None
-        first = places[tuple(slice(None) if d in outputs else slice(0, 1) for d in range(places.ndim))]
-        # What is only repeated has no stride, and is as large as all images.
-        repeated = all(
-            s == 0 or n == 1 for d, (s, n) in enumerate(zip(places.strides, places.shape)) if d not in outputs
-        )
-        if not repeated and (places != first).any():
-            return None
-        shape = self._program.shape(eqn.outputs[0])
-        wide = np.broadcast_to(first, [n if d in outputs else 1 for d, n in enumerate(shape)])
-        return view.leaf, wide.transpose([*_others(wide.ndim, outputs), *outputs]).reshape(-1)
-
-    def _moments(self, matrix: _Matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-        """Sums over images and places of x'x'^T, x'm^T, x' and m, with m what the dense layer gives and this one does not, and their
-        number."""
-        read = matrix.eqn.inputs[1 - matrix.operand]
-        array = jnp.asarray(read.value) if isinstance(read, Literal) else self._pruned[read]
-        missing = self._dense[matrix.eqn.outputs[0]] - self._pruned[matrix.eqn.outputs[0]]
-        step, inputs = len(missing), matrix.kernel
-        if matrix.by_images:
-            numbers = math.prod(missing.shape[1:]) * math.prod(inputs)
-            outputs = math.prod(missing.shape[d] for d in matrix.outputs)
-            step = max(1, _PATCHES * outputs**2 // max(numbers, 1))
-        sums: list[Any] = [0.0] * 4
-        for start in range(0, len(missing), step):
-            part = slice(start, start + step) if matrix.by_images else slice(None)
-            found = _sums(matrix.of_inputs(array[part]), matrix.of_result(missing[part]))
-            sums = [total + np.asarray(own, np.float64) for total, own in zip(sums, found)]
-        count = missing.size // math.prod(missing.shape[d] for d in matrix.outputs)
-        return (*sums, count)  # type: ignore[return-value]
+    leaves = jax.tree.leaves(mask_params(params, masks))
+    _run(network, leaves, state, images, visit)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves), finite
 
 
-@jax.jit
-def _sums(rows: jax.Array, residual: jax.Array) -> tuple[jax.Array, ...]:
+def _added(leaf: jax.Array, entries: np.ndarray, change: jax.Array) -> jax.Array:
+    """A leaf with changes added to its entries, row by row."""
+    flat = leaf.reshape(-1).astype(jnp.float32).at[entries].add(change)
+    return flat.reshape(leaf.shape).astype(leaf.dtype)
+
+
+def _solve(
+    rows: jax.Array, missing: jax.Array, kept: jax.Array, ridge: jax.Array | float, steps: int
+) -> jax.Array:
+    """Conjugate gradients for the change of the weights that stay, float32 `[inputs, outputs]`, from none on.
+
+    Minimises `|rows @ change - missing|^2 + ridge s |change|^2` where `kept`, with s the sum of squares of an input, in the mean of those
+    that an output reads; preconditioned by the diagonal (Shewchuk 1994, "An introduction to the conjugate gradient method").
+    """
     with jax.default_matmul_precision("highest"):
-        rows, residual = rows.astype(jnp.float32), residual.astype(jnp.float32)
-        return rows.T @ rows, rows.T @ residual, rows.sum(axis=0), residual.sum(axis=0)
+        gram, mask = rows.T @ rows, kept.astype(jnp.float32)
+        squares = jnp.diag(gram)[:, None]
+        held = ridge * _ratio((squares * mask).sum(axis=0, keepdims=True), mask.sum(axis=0, keepdims=True))
+        scale = _ratio(mask, squares + held)
+
+        def step(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            change, residual, direction, power = carry
+            image = mask * (gram @ direction + held * direction)
+            length = _ratio(power, (direction * image).sum(axis=0, keepdims=True))
+            change, residual = change + length * direction, residual - length * image
+            scaled = scale * residual
+            left = (residual * scaled).sum(axis=0, keepdims=True)
+            return change, residual, scaled + _ratio(left, power) * direction, left
+
+        residual = mask * (rows.T @ missing)
+        direction = scale * residual
+        power = (residual * direction).sum(axis=0, keepdims=True)
+        start = (jnp.zeros_like(residual), residual, direction, power)
+        return jax.lax.fori_loop(0, steps, step, start)[0]
 
 
-def _solved(gram: np.ndarray, product: np.ndarray, mask: np.ndarray, ridge: float) -> np.ndarray:
-    """float64 `[inputs, outputs]`: the change of the weights that stay; outputs of the same inputs are solved for together."""
-    change = np.zeros(product.shape)
-    patterns, which = np.unique(mask, axis=1, return_inverse=True)
-    for number, pattern in enumerate(patterns.T):
-        columns, rows = np.flatnonzero(which.reshape(-1) == number), np.flatnonzero(pattern)
-        own = gram[np.ix_(rows, rows)]
-        scale = np.trace(own) / max(len(rows), 1)
-        if scale > 0:
-            held = own + ridge * scale * np.eye(len(rows))
-            change[np.ix_(rows, columns)] = linalg.solve(held, product[np.ix_(rows, columns)], assume_a="pos")
-    return change
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, and 0 where b is 0: outputs that are solved exactly, or keep nothing, have no way to go."""
+    return jnp.where(b > 0.0, a / jnp.where(b > 0.0, b, 1.0), 0.0)
 
 
-def _others(ndim: int, axes: Sequence[int]) -> list[int]:
-    return [d for d in range(ndim) if d not in axes]
+def _run(
+    network: LinearNetwork,
+    leaves: list[Any],
+    state: Any,
+    images: jax.Array,
+    visit: Callable[[LinearLayer, jax.Array, jax.Array, list[Any]], None],
+) -> None:
+    """Runs the program on these leaves of the parameters. `visit` is shown each layer, what it reads and what it gives, and may put
+    other leaves in their place, with which the layer is then computed again."""
+    program = network.program
+    values: dict[int, Any] = dict(program.constants)
+    values.update(zip(program.inputs[len(leaves) :], [*jax.tree.leaves(state), images], strict=True))
 
+    def read(operand: Operand) -> Any:
+        if isinstance(operand, Literal):
+            return operand.value
+        view = network.views.get(operand)
+        return values[operand] if view is None else view.seen(leaves[view.leaf])
 
-def _applied(eqn: Equation, values: Mapping[int, Any]) -> list[Any]:
-    operands = [i.value if isinstance(i, Literal) else values[i] for i in eqn.inputs]
-    if eqn.function is not None:
-        return eqn.function(*operands)
-    results = eqn.primitive.bind(*operands, **eqn.params)
-    return list(results) if eqn.primitive.multiple_results else [results]
+    def applied(eqn: Equation) -> list[Any]:
+        operands = [read(operand) for operand in eqn.inputs]
+        if eqn.function is not None:
+            return eqn.function(*operands)
+        results = bind_lowered("lax", "float32", eqn, operands, eqn.params)
+        return list(results) if eqn.primitive.multiple_results else [results]
 
-
-def _views(program: Program, leaves: int) -> dict[int, _View]:
-    views: dict[int, _View] = {value: _View(leaf, ()) for leaf, value in enumerate(program.inputs[:leaves])}
     for eqn in program.equations:
-        source = eqn.inputs[0] if eqn.name in RENAMING else None
-        if isinstance(source, int) and source in views:
-            known = views[source]
-            views[eqn.outputs[0]] = _View(known.leaf, (*known.steps, eqn))
-    return views
+        if eqn.outputs[0] in network.views:
+            continue
+        results, layer = applied(eqn), network.layers.get(id(eqn))
+        if layer is not None:
+            kernel = leaves[layer.leaf]
+            visit(layer, read(eqn.inputs[1 - layer.operand]), results[0], leaves)
+            if leaves[layer.leaf] is not kernel:
+                results = applied(eqn)
+        values.update(zip(eqn.outputs, results, strict=True))

@@ -21,7 +21,7 @@ from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import _scored
 from sculpt.scoring.lowering import Precision
 from sculpt.scoring.plan import EvaluationPlan
-from sculpt.scoring.problem import make_problem
+from sculpt.scoring.problem import Repair, make_problem
 
 Choices = Sequence[tuple[str, Sequence[Any]]]
 """(field of `EvaluationPlan`, values to try); settled one after the other, the first values of all being the start. The name
@@ -102,6 +102,7 @@ def tune_plan(
     precision: Precision = "float32",
     choices: Choices | None = None,
     cache: str | Path | None = None,
+    repair: Repair = "recalibrate",
 ) -> Tuning:
     """Finds the fastest plan for `evaluate_policies` with these arguments.
 
@@ -118,6 +119,7 @@ def tune_plan(
       precision: of the scores; never chosen for speed, since it changes them.
       choices: values to try; None: what pays on this kind of device.
       cache: folder to keep the result in, by network, shapes, devices and versions; None: it is found anew each time.
+      repair: as for `evaluate_policies`.
 
     Raises:
       ValueError: if no plan fits into memory, `choices` name no field of a plan, the arguments do not fit, or there are
@@ -132,7 +134,9 @@ def tune_plan(
     _check_choices(choices)
     file, limit = None, _memory_limit()
     if cache is not None:
-        file = Path(cache) / f"plan-{_key(model, space, images, calibration, precision, choices)}.json"
+        file = (
+            Path(cache) / f"plan-{_key(model, space, images, calibration, precision, choices, repair)}.json"
+        )
         if (found := _read(file)) is not None and _fits(found, limit):
             return found
     trials: list[Trial] = []
@@ -143,7 +147,7 @@ def tune_plan(
         for trial in trials:
             if trial.plan == plan:
                 return trial
-        trials.append(_try(model, space, images, labels, calibration, plan, limit))
+        trials.append(_try(model, space, images, labels, calibration, plan, repair, limit))
         return trials[-1]
 
     best = EvaluationPlan(precision=precision, policy_shards=number)
@@ -178,12 +182,13 @@ def _try(
     labels: Any,
     calibration: Any,
     plan: EvaluationPlan,
+    repair: Repair,
     limit: int | None,
 ) -> Trial:
     """Compiles a plan, and times it where it fits."""
     if plan.devices > len(jax.devices()):
         return Trial(plan, None, None, 0.0, f"needs {plan.devices} devices, there are {len(jax.devices())}")
-    problem = make_problem(model, space, images, labels, calibration, plan)
+    problem = make_problem(model, space, images, labels, calibration, plan, repair)
     count = plan.policies_per_chunk * plan.policy_shards
     # Everything pruned a little: what is pruned does not change the work.
     policies = plan.place(jnp.zeros((count, space.num_sites), jnp.int32))
@@ -246,7 +251,13 @@ def _check_choices(choices: Choices) -> None:
 
 
 def _key(
-    model: Model, space: Space, images: Any, calibration: Any, precision: Precision, choices: Choices
+    model: Model,
+    space: Space,
+    images: Any,
+    calibration: Any,
+    precision: Precision,
+    choices: Choices,
+    repair: Repair,
 ) -> str:
     """Tells apart what the speed of a plan depends on: network, shapes, devices, versions."""
     program = space.trace.program
@@ -256,7 +267,17 @@ def _key(
     devices = [(device.platform, device.device_kind) for device in jax.devices()]
     shapes = [None if x is None else tuple(jnp.shape(x)) for x in (images, calibration)]
     cores = os.cpu_count()
-    about = (equations, len(space.sites), shapes, devices, cores, jax.__version__, precision, list(choices))
+    about = (
+        equations,
+        len(space.sites),
+        shapes,
+        devices,
+        cores,
+        jax.__version__,
+        precision,
+        list(choices),
+        repair,
+    )
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
 
 

@@ -24,6 +24,8 @@ from sculpt.agents.config import RULES
 from sculpt.agents.update import update
 from sculpt.model import Model
 from sculpt.pruning import cost, resource_used
+from sculpt.scoring import evaluate, score_policies
+from sculpt.scoring.env import Scorer
 from sculpt.training import FinetuneConfig, Split, Splits
 from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
 
@@ -35,7 +37,7 @@ run_module = importlib.import_module("sculpt.agents.run")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run(config: SearchConfig, seed: int = 0, scorer: TableScorer | None = None, **options) -> SearchResult:
+def run(config: SearchConfig, seed: int = 0, scorer: Scorer | None = None, **options) -> SearchResult:
     return search(
         toy_model(),
         toy_space(),
@@ -333,10 +335,10 @@ def test_correctness_04_settings_of_every_method_change_the_search(
     shapes: list[tuple] = []
 
     def watch(
-        model: Model, space: object, images: jax.Array, labels: object, calibration: object, plan: object
+        model: Model, space: object, images: jax.Array, labels: object, calibration: object, *others: object
     ):
         shapes.append((images.shape, jax.tree.map(jnp.shape, calibration)))
-        return original(model, space, images, labels, calibration, plan)  # type: ignore[arg-type]
+        return original(model, space, images, labels, calibration, *others)  # type: ignore[arg-type]
 
     original = run_module.make_problem
     monkeypatch.setattr(run_module, "make_problem", watch)
@@ -359,6 +361,7 @@ COVERED_ELSEWHERE = {
     "reward": "test_rounds_and_a_reward_that_has_to_hold_the_budget",
     "projection": "test_rounds_and_a_reward_that_has_to_hold_the_budget",
     "rerank": "test_the_last_choice_is_made_on_validation",
+    "repair": "test_candidates_are_reconstructed_where_that_is_asked_for",
     "rerank_finetune": "test_the_referee_fine_tunes_as_told",
     "checkpoint_every": "test_a_killed_search_resumes_to_the_same_result",
 }
@@ -384,17 +387,54 @@ def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     told: list[FinetuneConfig] = []
 
-    tune = rerank.finetune_policies
+    tune = rerank.finetune
 
     def listen(*arguments: Any, teacher: Model | None) -> Any:
-        told.append(arguments[4])
-        assert teacher is arguments[0]
+        told.append(arguments[3])
+        assert teacher is toy_model()
         return tune(*arguments, teacher=teacher)
 
-    monkeypatch.setattr(rerank, "finetune_policies", listen)
+    monkeypatch.setattr(rerank, "finetune", listen)
     wanted = FinetuneConfig(max_steps=2, learning_rate=0.123, distillation=0.5)
     run(dataclasses.replace(CONTROL, rerank=1, rerank_finetune=wanted))
     assert told == [wanted]
+
+
+@pytest.mark.parametrize("rerank", [0, 1])
+def test_candidates_are_reconstructed_where_that_is_asked_for(
+    rerank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy is without BatchNorm: they are, unless it is said that they are not."""
+    from sculpt.agents import rerank as module
+
+    fitted: list[Model] = []
+    original = module.reconstruct
+
+    def listen(*arguments: Any) -> Model:
+        fitted.append(original(*arguments))
+        return fitted[-1]
+
+    monkeypatch.setattr(module, "reconstruct", listen)
+    brief = FinetuneConfig(max_steps=1, learning_rate=1e-6) if rerank else FinetuneConfig()
+    config = dataclasses.replace(CONTROL, rerank=rerank, rerank_finetune=brief)
+    result = run(config)
+    assert len(fitted) == 1
+    splits = toy_splits()
+    images, labels = splits.normalise(splits.validation.images), splits.validation.labels
+    accuracy = float(evaluate(fitted[0], images, labels).accuracy)
+    assert result.validation_accuracy == pytest.approx(accuracy, abs=0.0 if rerank == 0 else 0.03)
+    run(dataclasses.replace(config, repair="recalibrate"))
+    assert len(fitted) == 1
+
+
+def test_a_search_scores_what_it_is_told_to_repair() -> None:
+    scores = [
+        run(dataclasses.replace(CONTROL, repair=repair), scorer=score_policies).history[-1]["mean_accuracy"]
+        for repair in ("reconstruct", None, "recalibrate")
+    ]
+    assert scores[0] == scores[1] != scores[2]
+    with pytest.raises(ValueError, match="repair='reconstruct' fits layers on calibration images"):
+        dataclasses.replace(CONTROL, repair="reconstruct", calibration_images=0)
 
 
 def test_impossible_wishes_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import sculpt
 from sculpt.scoring.evaluate import _scored
+from sculpt.scoring.reconstruct import BRIEF, RIDGE, _reconstructed
 from tests.networks import network, traced
 
 IMAGES = jax.random.normal(jax.random.key(0), (50, 8, 8, 3))
@@ -48,6 +51,40 @@ def test_scores_equal_a_plain_loop(name: str, calibrated: bool, chunk: int) -> N
         accuracy, loss = one_by_one(name, space, policy, calibration)
         assert float(scores.accuracy[i]) == pytest.approx(accuracy, abs=1e-6)
         assert float(scores.loss[i]) == pytest.approx(loss, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["residual", "biased"])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_scores_of_reconstructed_networks_equal_a_plain_loop(name: str, chunk: int) -> None:
+    model, space = network(name), sculpt.make_space(traced(name))
+    policies = sculpt.random_policies(space, jax.random.key(2), 5)
+    plan = sculpt.EvaluationPlan(policies_per_chunk=chunk, images_per_batch=16)
+    scores = sculpt.evaluate_policies(
+        model, space, policies, IMAGES, LABELS, IMAGES[:40], plan, repair="reconstruct"
+    )
+    for i, policy in enumerate(policies[:2]):
+        masks = sculpt.make_masks(space, model.params, policy)
+        params, _ = _reconstructed(
+            model.apply, BRIEF, model.params, model.state, masks, IMAGES[:40], jnp.float32(RIDGE)
+        )
+        expected = sculpt.evaluate(model.replace(params=params), IMAGES, LABELS)
+        # Conjugate gradients carry on what the two programs round differently.
+        assert float(scores.accuracy[i]) == pytest.approx(float(expected.accuracy), abs=0.021)
+        assert float(scores.loss[i]) == pytest.approx(float(expected.loss), rel=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "repair", "message"),
+    [
+        (None, "reconstruct", "needs calibration images"),
+        (IMAGES, "mend", "repair must be one of recalibrate, rec"),
+    ],
+)
+def test_impossible_repairs_are_refused(calibration: Any, repair: Any, message: str) -> None:
+    model, space = network("plain"), sculpt.make_space(traced("plain"))
+    policies = np.zeros((1, space.num_sites), np.int32)
+    with pytest.raises(ValueError, match=message):
+        sculpt.evaluate_policies(model, space, policies, IMAGES, LABELS, calibration, repair=repair)
 
 
 def test_no_retrace_between_calls_and_numbers_of_policies() -> None:

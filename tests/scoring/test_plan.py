@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sculpt
+from sculpt.scoring import Repair
 from sculpt.scoring.evaluate import _scored
 from tests.networks import network, traced
 
@@ -33,11 +34,15 @@ def space_of(name: str) -> sculpt.Space:
     return sculpt.make_space(traced(name))
 
 
-def scores(name: str, plan: sculpt.EvaluationPlan, number: int = 11) -> sculpt.Scores:
-    """Scores of some policies with recalibration on two batches."""
+def scores(
+    name: str, plan: sculpt.EvaluationPlan, number: int = 11, repair: Repair = "recalibrate"
+) -> sculpt.Scores:
+    """Scores of some policies, repaired on two batches."""
     space = space_of(name)
     policies = sculpt.random_policies(space, jax.random.key(2), number)
-    return sculpt.evaluate_policies(network(name), space, policies, IMAGES, LABELS, IMAGES[:128], plan)
+    return sculpt.evaluate_policies(
+        network(name), space, policies, IMAGES, LABELS, IMAGES[:128], plan, repair=repair
+    )
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -45,6 +50,14 @@ def test_every_plan_gives_the_same_scores(plan: sculpt.EvaluationPlan) -> None:
     expected, found = scores("residual", sculpt.EvaluationPlan()), scores("residual", plan)
     np.testing.assert_allclose(found.accuracy, expected.accuracy, atol=1.01 / 150)
     np.testing.assert_allclose(found.loss, expected.loss, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", ["im2col, vmap", "policies and images over devices"])
+def test_reconstruction_is_the_same_in_every_plan(plan: str) -> None:
+    expected = scores("residual", sculpt.EvaluationPlan(), repair="reconstruct")
+    found = scores("residual", PLANS[plan], repair="reconstruct")
+    np.testing.assert_allclose(found.accuracy, expected.accuracy, atol=1.01 / 150)
+    np.testing.assert_allclose(found.loss, expected.loss, atol=1e-3, rtol=1e-3)
 
 
 def test_a_plan_for_more_devices_than_there_are_says_so() -> None:
