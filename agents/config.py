@@ -265,11 +265,11 @@ class SearchConfig:
             f"SearchConfig.warm_start={self.warm_start}: method={self.method!r} has no use for it, leave it out",
         )
 
-    def reconstructs(self, model: Model) -> bool:
-        """Whether the layers of candidates of this network are fitted before they are scored."""
-        if self.repair is None:
-            return self.calibration_images > 0 and not jax.tree.leaves(model.state)
-        return self.repair == "reconstruct"
+    def repair_of(self, model: Model) -> Repair:
+        """What is done to the candidates of this network before they are scored."""
+        if self.repair is not None:
+            return self.repair
+        return "recalibrate" if jax.tree.leaves(model.state) or not self.calibration_images else "reconstruct"
 
     @property
     def budgets(self) -> tuple[float, ...]:

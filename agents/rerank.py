@@ -59,7 +59,7 @@ class Referee:
 
     def _repaired(self, masks: Any) -> Model:
         """The masked network, as it was scored in the search; statistics are left to fine-tuning where there is any."""
-        if self.calibration is not None and self.config.reconstructs(self.model):
+        if self.calibration is not None and self.config.repair_of(self.model) == "reconstruct":
             return reconstruct(self.model, masks, self.calibration)
         pruned = apply_masks(self.model, masks)
         if self.calibration is None or self.config.rerank:

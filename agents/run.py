@@ -138,8 +138,7 @@ def set_up(
     if not config.starts_from_energy:
         sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
     images, labels, calibration = _draw_images(splits, config, key)
-    repair = "reconstruct" if config.reconstructs(model) else "recalibrate"
-    problem = make_problem(model, space, images, labels, calibration, plan, repair)
+    problem = make_problem(model, space, images, labels, calibration, plan, config.repair_of(model))
     env = EnvParams(problem, jnp.asarray(config.budgets, jnp.float32))
     task = plan.place(Task(env, sites, fixed_policy(config.method, space, model.params, config.budget)))
     static = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)

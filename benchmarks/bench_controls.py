@@ -55,7 +55,9 @@ def searched(
     """One search, and the test accuracy of what it found after fine-tuning."""
     found = sculpt.search(model, space, splits, config, jax.random.key(seed))
     images = splits.normalise(splits.train.images[:RECONSTRUCTION_IMAGES])
-    small = compacted(model, space, found.policy, images if config.reconstructs(model) else None)
+    small = compacted(
+        model, space, found.policy, None if config.repair_of(model) == "recalibrate" else images
+    )
     folder.mkdir(parents=True, exist_ok=True)
     after = tuned(small, splits, task.finetune, 0, folder / f"seed{seed}", teacher=model)
     # Programs of compact networks are all different: a process may hold only so many.

@@ -3,7 +3,8 @@
     python -m benchmarks.bench_permutation --data DATA
 
 ResNet-20 and ResNet-56 (CIFAR-10 weights) get one n:m pattern in every layer that takes it, their channels in the order they came in and
-in that of `permute_channels`. Tested on lossless images, as masked and with BatchNorm recalibrated on 512 lossless train images.
+in that of `permute_channels`. Tested on lossless images: as masked, with BatchNorm recalibrated on 512 lossless train images, and with its
+layers reconstructed on them.
 """
 
 from __future__ import annotations
@@ -32,15 +33,22 @@ def images_of(file: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def results(
     model: Model, space: Space, label: str, images: np.ndarray, labels: np.ndarray, calibration: np.ndarray
-) -> tuple[float, float, float]:
-    """Mean share of a kernel's energy that stays, and accuracies in percent: as masked, recalibrated."""
+) -> list[float]:
+    """Mean share of a kernel's energy that stays, and accuracies in percent: as masked, recalibrated, reconstructed."""
     policy = [[option.label for option in site.options].index(label) for site in space.sites]
     choices = make_choices(space, model.params)
     retained = np.mean([choices[site.index].retained[policy[site.index]] for site in space.sites])
-    masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
-    networks = (masked, sculpt.recalibrate(masked, calibration))
-    accuracies = [100 * float(sculpt.evaluate(network, images, labels).accuracy) for network in networks]
-    return float(retained), accuracies[0], accuracies[1]
+    masks = sculpt.make_masks(space, model.params, policy)
+    masked = sculpt.apply_masks(model, masks)
+    networks = (
+        masked,
+        sculpt.recalibrate(masked, calibration),
+        sculpt.reconstruct(model, masks, calibration),
+    )
+    return [
+        float(retained),
+        *(100 * float(sculpt.evaluate(network, images, labels).accuracy) for network in networks),
+    ]
 
 
 def main() -> None:
@@ -56,8 +64,8 @@ def main() -> None:
         *provenance(),
         f"First 1,000 lossless test images of CIFAR-10; keys {', '.join(map(str, options.seeds))}, apart by /. Nothing is trained.",
         "",
-        "| network | pattern | order | energy kept | accuracy, masked | accuracy, recalibrated |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| network | pattern | order | energy kept | accuracy, masked | accuracy, recalibrated | accuracy, reconstructed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     folder = options.data / "cifar10"
     for name in ("resnet20", "resnet56"):
@@ -78,7 +86,7 @@ def main() -> None:
                 found = [results(m, space, label, *test, train[:CALIBRATION_IMAGES]) for m in networks]
                 columns = [
                     " / ".join(f"{row[place]:.{digits}f}" for row in found)
-                    for place, digits in ((0, 4), (1, 1), (2, 1))
+                    for place, digits in ((0, 4), (1, 1), (2, 1), (3, 1))
                 ]
                 lines.append(f"| {name} | {label} | {order} | {' | '.join(columns)} |")
     write_results("bench_permutation", lines)

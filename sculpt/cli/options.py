@@ -215,7 +215,8 @@ def _search_options(command: argparse.ArgumentParser) -> None:
         help="policies scored, rounded down to whole batches of 32 or so (512); not for uniform, magnitude and lamp, which propose one",
     )
     group.add_argument("--score-images", type=int, help="train images that each is scored on (256)")
-    group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
+    group.add_argument("--calibration-images", type=int, help="train images that it is repaired on (128)")
+    _repair_option(group)
     group.add_argument("--rerank", type=int, help="policies fine-tuned briefly for the last choice (4)")
     group.add_argument(
         "--front",
@@ -224,6 +225,14 @@ def _search_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--agent", help="agent.safetensors of another search, to begin with what was learned there (nothing)"
+    )
+
+
+def _repair_option(group: Any) -> None:
+    group.add_argument(
+        "--repair",
+        help="what is done to each before it is scored: recalibrate (its BatchNorm) or reconstruct (its layers are fitted to the dense ones; "
+        "the default without BatchNorm)",
     )
 
 
@@ -243,7 +252,7 @@ def _finetune_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reconstruct-images",
         type=int,
-        help="train images that what is left of each layer is fitted on before fine-tuning, such as 512 (0)",
+        help="train images that what is left of each layer is fitted on before fine-tuning (512 without BatchNorm, else 0)",
     )
 
 
@@ -254,7 +263,8 @@ def _policies_options(command: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="file for their scores: .jsonl or .parquet; run again to resume"
     )
     group.add_argument("--images", type=int, help="validation images that each is scored on (512, or all)")
-    group.add_argument("--calibration-images", type=int, help="train images for its BatchNorm (128)")
+    group.add_argument("--calibration-images", type=int, help="train images that it is repaired on (128)")
+    _repair_option(group)
     group.add_argument("--precision", help="float32 or bfloat16 (float32)")
     group.add_argument("--explain", action="store_true", help="show how the plan was found")
     plan = command.add_argument_group("the plan of their evaluation; without any of these it is tuned")

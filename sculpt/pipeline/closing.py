@@ -296,7 +296,7 @@ def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list
     remembered = 1 - found["unique_evaluations"] / found["evaluations"]
     policies = (
         f"{found['evaluations']} policies, {found['unique_evaluations']} distinct ({remembered:.0%} remembered), "
-        f"{found['n_score']} train images each"
+        f"{found['n_score']} train images each, repair: {found['repair']}"
     )
     numbers.append(Number("policies per second", f"{found['policies_per_second']:.2f}", "measured", policies))
     numbers.append(Number("search", f"{found['seconds']:.1f} s", "measured", policies))

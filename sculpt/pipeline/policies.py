@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from sculpt.agents import SearchConfig
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pruning.masks import check_policies
 from sculpt.report import RunDirectory
 from sculpt.scoring import (
     EvaluationPlan,
     PrecisionGap,
+    Repair,
     StreamReport,
     Tuning,
     evaluate_file,
@@ -47,7 +49,9 @@ class PolicyOptions:
     images: int | None = None
     """Images of the validation split, the first ones; None: 512, or all where there are fewer."""
     calibration_images: int = 128
-    """Images of the train split for the BatchNorm statistics of each policy; 0: the running ones."""
+    """Images of the train split for what `repair` does to each pruned network; 0: nothing."""
+    repair: Repair | None = None
+    """As `SearchConfig.repair`."""
     plan: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of `EvaluationPlan` that are asked for; none, or only the precision: the plan is tuned."""
     explain: bool = False
@@ -60,12 +64,18 @@ class PolicyOptions:
                 f"{self.calibration_images}"
             )
         check_calibration_images(self.calibration_images)
+        # Refuses what a search would.
+        self.search_config()
         check_scores_file(self.out, self.policies)
         if self.explain and (fixed := self.fixed_plan()) is not None:
             raise ValueError(
                 f"--explain says how a plan was tuned, and this one is given ({fixed.describe()}): "
                 "leave out --explain, or the options of the plan"
             )
+
+    def search_config(self) -> SearchConfig:
+        """A search that would score in the same way."""
+        return SearchConfig(calibration_images=self.calibration_images, repair=self.repair)
 
     def fixed_plan(self) -> EvaluationPlan | None:
         """The plan that is asked for, on all devices unless it says otherwise; None where it is to be tuned.
@@ -129,12 +139,15 @@ def score_policies_of_run(
     calibration = None
     if options.calibration_images:
         calibration = splits.normalise(splits.train.images[: options.calibration_images])
+    repair = options.search_config().repair_of(model)
     if chosen is None:
-        tuning = tune_plan(model, space, images, labels, calibration, cache=cache, **options.plan)
+        tuning = tune_plan(
+            model, space, images, labels, calibration, cache=cache, repair=repair, **options.plan
+        )
         chosen = tuning.plan
     gap = None
     if chosen.precision != "float32":
-        gap = precision_gap(model, space, np.stack(first), images, labels, calibration, chosen)
+        gap = precision_gap(model, space, np.stack(first), images, labels, calibration, chosen, repair)
     on_plan(chosen, tuning, gap)
     return evaluate_file(
         model,
@@ -145,5 +158,6 @@ def score_policies_of_run(
         labels,
         calibration,
         chosen,
+        repair=repair,
         on_progress=lambda report: on_progress(report, total),
     )

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sculpt import nets
 from sculpt.agents import SearchConfig
 from sculpt.agents.config import RULES
 from sculpt.arguments import is_whole
 from sculpt.deploy.engines import engine_of
+from sculpt.model import Model
 from sculpt.pruning import KINDS
 from sculpt.report.run_directory import RunDirectory
 from sculpt.scoring.recalibrate import check_calibration_images
@@ -20,6 +23,7 @@ from sculpt.training.decode import check_size
 from sculpt.training.load import ONE_SIZE
 from sculpt.training.recipes import LARGE_IMAGES
 
+_RECONSTRUCTION_IMAGES = 512
 _PATHS = ("data_dir", "weights", "agent")
 DEFAULT_IMPORTANCE = "energy"
 """What masks rank channels by when they are told nothing."""
@@ -137,7 +141,9 @@ class SearchSettings:
     score_images: int = 256
     """Images of the train split that a policy is scored on."""
     calibration_images: int = 128
-    """Further ones, for the BatchNorm statistics of each pruned network."""
+    """Further ones, for what `repair` does."""
+    repair: str | None = None
+    """What is done to each pruned network before it is scored; see `SearchConfig.repair`."""
     importance: str = DEFAULT_IMPORTANCE
     """Which channels of a group go first: one of `sculpt.pruning.KINDS`."""
     rerank: int = 4
@@ -194,6 +200,7 @@ class SearchSettings:
             objective=self.objective,  # type: ignore[arg-type]
             score_images=self.score_images,
             calibration_images=self.calibration_images,
+            repair=self.repair,  # type: ignore[arg-type]
             rerank=self.rerank,
             front=self.front,
         )
@@ -223,17 +230,24 @@ class FinetuneSettings:
     """Share of the loss that follows the dense network's predictions instead of the labels, in [0, 1]."""
     gradual: float = 0.0
     """Share of the steps, in [0, 1), over which pruned weights fade to zero; 0: they are zero at once."""
-    reconstruct_images: int = 0
-    """Images of the train split on which what is left of every layer is fitted to the dense layer, before the first step; 0: none."""
+    reconstruct_images: int | None = None
+    """Images of the train split on which what is left of every layer is fitted to the dense layer, before the first step; 0: none. None:
+    512 for networks without BatchNorm, which gain most by it (benchmarks/results/bench_reconstruct.md), and none with `gradual`."""
 
     def __post_init__(self) -> None:
         self._config(RECIPES["residual"])
-        if not is_whole(self.reconstruct_images, 0):
+        if self.reconstruct_images is not None and not is_whole(self.reconstruct_images, 0):
             raise ValueError(
                 f"reconstruct_images must be a whole number of at least 0, got {self.reconstruct_images!r}"
             )
         if self.gradual:
             _refuse(self, ("reconstruct_images",), "with --gradual pruned weights are there to begin with")
+
+    def images_to_reconstruct(self, model: Model) -> int:
+        """On how many images this network is reconstructed."""
+        if self.reconstruct_images is not None:
+            return self.reconstruct_images
+        return 0 if self.gradual or jax.tree.leaves(model.state) else _RECONSTRUCTION_IMAGES
 
     def config(self, train: TrainSettings, splits: Splits) -> FinetuneConfig:
         """How the pruned network is fine-tuned, by the recipe, batches and augmentation of the dense one."""

@@ -207,6 +207,7 @@ class Pipeline(Artefacts):
             "validation_accuracy": found.validation_accuracy,
             "n_validation": len(self.splits.validation.labels),
             "n_score": config.score_images,
+            "repair": config.repair_of(self.dense),
             "front": [dataclasses.asdict(point) | {"policy": point.policy.tolist()} for point in found.front],
             "pareto": [(ratio, accuracy) for ratio, accuracy, _ in found.pareto],
             "evaluations": found.evaluations,
@@ -222,8 +223,8 @@ class Pipeline(Artefacts):
         settings, train = self.finetune_settings, self.splits.train
         config = settings.config(self.train_settings, self.splits)
         start = self.dense
-        if settings.reconstruct_images:
-            images = self.splits.normalise(train.images[: settings.reconstruct_images])
+        if number := settings.images_to_reconstruct(self.dense):
+            images = self.splits.normalise(train.images[:number])
             start = reconstruct(self.dense, self.masks, images)
         model = finetune(
             start,
@@ -293,6 +294,7 @@ class Pipeline(Artefacts):
             train.labels[:score],
             images[score:] if calibrate else None,
             cache=self._plans,
+            repair=config.repair_of(self.dense),
         )
         if devices == jax.device_count():
             return tuning.plan

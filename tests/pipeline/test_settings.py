@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sculpt
 from sculpt.pipeline import FinetuneSettings, SearchSettings, TrainSettings
 from sculpt.pipeline.policies import PolicyOptions
 from sculpt.pipeline.settings import read_settings
@@ -157,6 +158,25 @@ def test_layers_are_fitted_only_where_weights_go_at_once() -> None:
         FinetuneSettings(reconstruct_images=64, gradual=0.5)
     with pytest.raises(ValueError, match="reconstruct_images must be a whole number of at least 0"):
         FinetuneSettings(reconstruct_images=-1)
+
+
+def test_networks_without_batchnorm_are_reconstructed() -> None:
+    with_state, without = (
+        sculpt.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}).replace(state=state)
+        for state in ({"mean": jnp.zeros(2)}, {})
+    )
+    assert [FinetuneSettings().images_to_reconstruct(m) for m in (with_state, without)] == [0, 512]
+    assert [
+        FinetuneSettings(reconstruct_images=7).images_to_reconstruct(m) for m in (with_state, without)
+    ] == [7, 7]
+    assert FinetuneSettings(gradual=0.5).images_to_reconstruct(without) == 0
+    for model, default in ((with_state, "recalibrate"), (without, "reconstruct")):
+        assert SearchSettings().config().repair_of(model) == default
+        assert SearchSettings(repair="recalibrate").config().repair_of(model) == "recalibrate"
+        options = PolicyOptions(Path("p.npy"), Path("s.jsonl"), repair="reconstruct")
+        assert options.search_config().repair_of(model) == "reconstruct"
+    with pytest.raises(ValueError, match="repair='reconstruct' fits layers on calibration images"):
+        PolicyOptions(Path("p.npy"), Path("s.jsonl"), calibration_images=0, repair="reconstruct")
 
 
 def test_images_to_score_on_are_counted() -> None:
