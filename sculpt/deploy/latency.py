@@ -113,22 +113,26 @@ def compare_latency(
     return found
 
 
-def median_seconds(call: Call, repeats: int) -> float:
-    """Median over `repeats` samples of the seconds that a call takes."""
-    (values,) = _samples({"call": call}, repeats).values()
-    return float(np.median(values))
+def seconds_beside(call: Call, reference: Call, repeats: int) -> tuple[float, float]:
+    """How many times as long as a reference a call takes, and the seconds of the reference: medians over `repeats` samples of both, each
+    taken beside one of the other."""
+    samples = _samples({"call": call, "reference": reference}, repeats)
+    own, other = (np.asarray(samples[name]) for name in ("call", "reference"))
+    return float(np.median(own / other)), float(np.median(other))
 
 
 def _samples(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
     # The first calls also fault memory in and settle clocks.
-    slowest = max(max(_seconds(call, 1) for _ in range(3)) for call in calls.values())
-    times = max(1, round(_SHORTEST_SAMPLE / max(slowest, 1e-7)))
+    slowest = {name: max(_seconds(call, 1) for _ in range(3)) for name, call in calls.items()}
+    times = {name: max(1, round(_SHORTEST_SAMPLE / max(took, 1e-7))) for name, took in slowest.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(repeats):
         # Who goes first takes turns, for the caches.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            samples[name].append(_seconds(calls[name], times))
+            # What a call finds in the caches is its own, however many others there are.
+            _seconds(calls[name], 1)
+            samples[name].append(_seconds(calls[name], times[name]))
     return samples
 
 

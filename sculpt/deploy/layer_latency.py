@@ -18,13 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_whole
-from sculpt.deploy.engines import Engine, confined, engine_of
+from sculpt.deploy.engines import Call, Engine, confined, engine_of
 from sculpt.deploy.environment import cores
-from sculpt.deploy.latency import compare_latency, median_seconds
+from sculpt.deploy.latency import compare_latency, seconds_beside
 from sculpt.deploy.layer_sizes import Part, find_parts, layers_of
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model, from_function
-from sculpt.pruning import Lookup, Space, apply_masks, compact, make_choices, make_masks, random_policies
+from sculpt.pruning import (
+    Lookup,
+    Space,
+    apply_masks,
+    compact,
+    energy_logits,
+    make_choices,
+    make_masks,
+    project,
+    with_resource,
+)
 from sculpt.pruning.filter_groups import bind_in_groups
 from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.masks import check_policies
@@ -33,7 +43,7 @@ from sculpt.tracing.program import Equation
 
 _BIND = bind_in_groups(bind)
 _CALIBRATION_BUDGETS = (0.2, 0.8)
-"""Between these shares of MACs the networks lie that the fit is made on."""
+"""Between these shares of the time of all layers the networks lie that the fit is made on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +67,7 @@ class LayerLatency:
     measured: np.ndarray
     """float32 `[networks]`: seconds per call of each."""
     predicted: np.ndarray
-    """float32 `[networks]`: seconds that a fit to the other networks predicts for each."""
+    """float32 `[networks]`: seconds that a fit to the other networks predicts for each. That of `resource` goes through the dense one."""
 
     @property
     def error(self) -> np.ndarray:
@@ -111,28 +121,25 @@ def measure_layers(
             f"expected an example input {dtype}[batch, {', '.join(map(str, shape))}], as the network was traced with, got "
             f"{x.dtype}{list(x.shape)}"
         )
-    parts = find_parts(space)
+    parts = find_parts(space, len(x))
     threads, runner = cores() if threads is None else threads, engine_of(engine)
     seconds = _measured(model, space, parts, len(x), runner, threads, repeats, on_progress)
     tables = [part.table(found) for part, found in zip(parts, seconds, strict=True)]
     layers = _lookup(space, parts, tables)
-    budgets = np.linspace(*_CALIBRATION_BUDGETS, networks - 1)
-    low = space.reachable[0]
-    drawn = [
-        random_policies(space, jax.random.fold_in(key, i), 1, float(max(budget, low + 1e-3)))[0]
-        for i, budget in enumerate(budgets)
-    ]
-    policies = np.stack([np.zeros(space.num_sites, np.int32), *map(np.asarray, drawn)]).astype(np.int32)
+    policies = _drawn(space, model, layers, networks, key)
     whole = {str(i): _left(model, space, policy) for i, policy in enumerate(policies)}
     latencies = compare_latency(whole, x, 3 * repeats, engine=engine, threads=threads)
     measured = np.asarray([latencies[str(i)].median for i in range(networks)])
     sums = np.asarray(layers.used(space, policies), np.float64)
+    others = [np.delete(np.arange(networks), i) for i in range(networks)]
+    fits = [_line, *[_line_through_first] * (networks - 1)]
     predicted = np.asarray(
-        [_line(np.delete(sums, i), np.delete(measured, i)) @ (1.0, sums[i]) for i in range(networks)]
+        [fit(sums[rest], measured[rest]) @ (1.0, sums[i]) for i, (fit, rest) in enumerate(zip(fits, others))]
     )
-    fixed, slope = _line(sums, measured)
-    total = float(fixed + slope * sums[0])
-    if slope <= 0.0 or total <= 0.0:
+    # Budgets are shares of the dense network's latency: there the line has no error.
+    fixed, slope = _line_through_first(sums, measured)
+    total = float(measured[0])
+    if slope <= 0.0:
         raise ValueError(
             f"whole networks took {np.array2string(1e3 * measured, precision=3)} ms where their layers take "
             f"{np.array2string(1e3 * sums, precision=3)} ms, which do not hang together: leave the machine to the measurement, or ask for "
@@ -159,6 +166,26 @@ def measure_layers(
     )
 
 
+def _drawn(space: Space, model: Model, layers: Lookup, number: int, key: jax.Array) -> np.ndarray:
+    """int32 `[number, sites]`: the dense network, then such as budgets of the layers' time leave, all options liked alike and those that
+    retain energy by turns: what a search finds is fast by this table, its errors in their favour included."""
+    dense = np.zeros(space.num_sites, np.int32)
+    seconds = float(layers.used(space, dense))
+    shares = dataclasses.replace(layers, total=seconds, values=(layers.values / seconds).astype(np.float32))
+    timed = with_resource(space, shares)
+    if timed.reachable[0] > _CALIBRATION_BUDGETS[1]:
+        timed = space  # the sites hardly change any layer
+    prior = energy_logits(timed, model.params)
+    low, high = _CALIBRATION_BUDGETS
+    drawn = [
+        project(
+            timed, prior * (i % 2), max(budget, timed.reachable[0] + 1e-3), jax.random.fold_in(key, i)
+        ).policy
+        for i, budget in enumerate(np.linspace(low, high, number - 1))
+    ]
+    return np.stack([dense, *map(np.asarray, drawn)]).astype(np.int32)
+
+
 def _left(model: Model, space: Space, policy: np.ndarray) -> Model:
     """What a policy leaves of a model."""
     masked = apply_masks(model, make_masks(space, model.params, policy))
@@ -169,6 +196,13 @@ def _line(sums: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """Intercept and slope float64 `[2]` of seconds over sums, by least squares of the relative error."""
     rows = np.stack([np.ones_like(sums), sums], axis=1) / seconds[:, None]
     return np.linalg.lstsq(rows, np.ones(len(sums)), rcond=None)[0]
+
+
+def _line_through_first(sums: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """The same, of those lines that go through the first point."""
+    x, y = (sums[1:] - sums[0]) / seconds[1:], (seconds[1:] - seconds[0]) / seconds[1:]
+    slope = float(x @ y / max(x @ x, 1e-30))
+    return np.asarray([seconds[0] - slope * sums[0], slope])
 
 
 def _measured(
@@ -193,15 +227,21 @@ def _measured(
             layers.setdefault(name, (part.equation, shapes, params))
             found.append(name)
         wanted.append(found)
-    seconds: dict[Any, float] = {}
+    ratios: dict[Any, float] = {}
+    usual: list[float] = []
+    reference: Call | None = None
     with confined(threads):
         for done, (name, layer) in enumerate(layers.items()):
             on_progress(done, len(layers))
             # Its arrays are made here: those of all sizes together may be more than memory holds.
             alone = _alone(*layer, runner.channels_first)
-            seconds[name] = median_seconds(runner.prepare(*alone, threads), repeats)
+            call = runner.prepare(*alone, threads)
+            reference = call if reference is None else reference
+            ratios[name], beside = seconds_beside(call, reference, repeats)
+            usual.append(beside)
     on_progress(len(layers), len(layers))
-    return [np.asarray([seconds[name] for name in found]) for found in wanted]
+    # Minutes lie between the first and the last, in which a machine may become slower and faster again.
+    return [np.median(usual) * np.asarray([ratios[name] for name in found]) for found in wanted]
 
 
 def _alone(

@@ -1,8 +1,9 @@
 """The sizes that a layer can be left with by the options of a space, and those at which it is measured.
 
-Time is no smooth function of the number of channels: libraries compute so many at once, and 56 of 64 may take longer than all. With up
-to two dimensions that shrink, a layer is measured at all sizes of either. Of more, all sizes of the two that have most, the others whole,
-are a correction to a coarse grid of all of them. Filters in groups (`rect_grouped`) are another factor, measured on the whole layer.
+Time is no smooth function of the number of channels: libraries compute so many at once, and 56 of 64 may take longer than all; a window of
+2 x 3 is computed in other ways than one of 3 x 3. So a layer is measured at all its sizes together, up to eight of each dimension, where that
+takes a minute or so. Of larger layers all sizes of the two dimensions that have most, the others whole, are a correction to a coarse grid of
+all dimensions. Filters in groups (`rect_grouped`) are another factor, measured on the whole layer.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from sculpt.pruning.family import Choice
 from sculpt.pruning.filter_groups import in_groups, mask_groups
 from sculpt.pruning.rewrite import REWRITES, Sizes
 from sculpt.tracing.axes import Atom, Axis
-from sculpt.tracing.program import CONTRACTIONS, Equation, Literal
+from sculpt.tracing.program import CONTRACTIONS, Equation, Literal, Program
 
 _LEVELS = 8
 """Sizes along a dimension, at the most, at which a layer is measured."""
 _FEWER_LEVELS = 3
-"""The same of the coarse grid of a layer with more than two dimensions that shrink."""
+"""The same of the coarse grid of a large layer with more than two dimensions that shrink."""
+_WORK = 1e11
+"""Multiply-accumulates of the whole layer times the points of a grid, up to which all sizes are measured together."""
 
 Layer = tuple[list[tuple[int, ...]], dict[str, Any]]
 """Shapes of a contraction's operands, and its parameters."""
@@ -144,8 +147,8 @@ class _SizesAtPoint(Sizes):
         return np.asarray(self.flow.axes.keep(axis, self._kept.get(axis, {})))
 
 
-def find_parts(space: Space) -> list[Part]:
-    """The contractions of a network.
+def find_parts(space: Space, batch: int) -> list[Part]:
+    """The contractions of a network, to be measured on so many images.
 
     Raises:
       ValueError: if there is none outside loops.
@@ -156,6 +159,7 @@ def find_parts(space: Space) -> list[Part]:
         for site in space.sites
         if site.family == "rect_grouped"
     }
+    images = flow.terms[flow.program.inputs[-1]][0]
     parts = []
     for eqn in flow.program.equations:
         if eqn.name not in CONTRACTIONS or flow.program.is_table(eqn):
@@ -163,12 +167,25 @@ def find_parts(space: Space) -> list[Part]:
         axes = [axis for value in eqn.inputs if not isinstance(value, Literal) for axis in flow.terms[value]]
         dimensions = tuple(_dimensions(counts, eqn, axes))
         sizes = [np.asarray(list(dimension.examples)) for dimension in dimensions]
-        most, fine = (_LEVELS, {}) if len(sizes) <= 2 else (_FEWER_LEVELS, _finer(sizes))
-        levels = tuple(_evenly(found, most) for found in sizes)
+        levels, fine = tuple(_evenly(found, _LEVELS) for found in sizes), {}
+        work = float(math.prod(map(len, levels))) * _macs(flow.program, eqn) * batch / flow.axes.size(images)
+        if len(sizes) > 2 and work > _WORK:
+            levels, fine = tuple(_evenly(found, _FEWER_LEVELS) for found in sizes), _finer(sizes)
         parts.append(Part(eqn, dimensions, levels, fine, grouped.get(id(eqn))))
     if not parts:
         raise ValueError("this network has no layers outside loops that could be measured by themselves")
     return parts
+
+
+def _macs(program: Program, eqn: Equation) -> int:
+    """Multiply-accumulates at the sizes that the program was traced with."""
+    first, kernel = (program.shape(value) for value in eqn.inputs)
+    numbers = eqn.params["dimension_numbers"]
+    if eqn.name == "conv_general_dilated":
+        summed = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+    else:
+        summed = math.prod(first[dim] for dim in numbers[0][0])
+    return math.prod(program.shape(eqn.outputs[0])) * summed
 
 
 def layers_of(space: Space, choices: Sequence[Choice], part: Part, batch: int) -> Iterator[Layer]:

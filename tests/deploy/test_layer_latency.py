@@ -57,7 +57,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         }
 
     monkeypatch.setattr(layer_latency, "engine_of", lambda name: Engine())
-    monkeypatch.setattr(layer_latency, "median_seconds", lambda seconds, repeats: seconds)
+    monkeypatch.setattr(layer_latency, "seconds_beside", lambda own, other, repeats: (own / other, other))
     monkeypatch.setattr(layer_latency, "compare_latency", whole)
 
 
@@ -97,7 +97,7 @@ def test_layers_are_those_of_the_batch(batch: int) -> None:
     model = sculpt.from_linen(module, jax.eval_shape(module.init, jax.random.key(0), x))
     program = flatten(model.apply, model.params, model.state, jax.eval_shape(lambda: x))
     space = sculpt.make_space(sculpt.trace(model, x), ("channels",))
-    dense = [list(layers_of(space, (), part, batch))[-1][0] for part in find_parts(space)]
+    dense = [list(layers_of(space, (), part, batch))[-1][0] for part in find_parts(space, batch)]
     layers = [e for e in program.equations if e.name in ("conv_general_dilated", "dot_general")]
     assert dense == [[program.shape(i) for i in layer.inputs] for layer in layers]
 
@@ -119,7 +119,8 @@ def test_a_file_keeps_it(tmp_path: Path) -> None:
 
 def test_a_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     # So few samples of so small networks may have any slope.
-    monkeypatch.setattr(layer_latency, "_line", lambda sums, seconds: np.asarray([0.0, 1.0]))
+    for fit in ("_line", "_line_through_first"):
+        monkeypatch.setattr(layer_latency, fit, lambda sums, seconds: np.asarray([0.0, 1.0]))
     space = sculpt.make_space(traced("function"), ("channels",))
     told: list[tuple[int, int]] = []
     found = measure_layers(
@@ -210,7 +211,7 @@ def test_axes_of_many_sites_are_told_apart_by_their_sum() -> None:
     module = DenseBlock()
     model = sculpt.from_linen(module, jax.eval_shape(module.init, jax.random.key(0), X[:1]))
     space = sculpt.make_space(sculpt.trace(model, X[:1]), ("channels",))
-    last = find_parts(space)[-1]
+    last = find_parts(space, 1)[-1]
     policy = np.asarray(sculpt.random_policies(space, jax.random.key(1), 1))[0]
     (dimension,) = last.dimensions
     place = sum(own[policy[site]] for site, own in last.steps.items())
