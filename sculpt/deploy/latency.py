@@ -72,7 +72,8 @@ def compare_latency(
     engine: str = "xla",
     threads: int | None = None,
 ) -> dict[str, Latency]:
-    """Latencies of several models on the same input, interleaved: each sample of one is taken beside one of the others.
+    """Latencies of several models on the same input, interleaved: each sample of one is taken beside one of the others, and after a call of
+    its own that is not timed.
 
     In XLA images and logits stay on the device; the other engines take and give host arrays.
 
