@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, get_args
 
-import jax
 import numpy as np
 
 from sculpt.arguments import check_argument, is_real, is_whole, without_numpy
 from sculpt.model import Model
 from sculpt.scoring.problem import Repair
+from sculpt.scoring.recalibrate import has_statistics
 from sculpt.scoring.reward import Objective, RewardConfig
 from sculpt.training.config import FinetuneConfig
 
@@ -135,8 +135,8 @@ class SearchConfig:
     """Further images of the train split, for what `repair` does to each pruned network; 0: nothing."""
     repair: Repair | None = None
     """"recalibrate": BatchNorm's statistics are taken of the pruned network; "reconstruct": its layers are fitted to what the dense ones
-    give (`sculpt.reconstruct`), before scoring and before the re-rank's fine-tuning. None: the former for networks with BatchNorm
-    (or other state), the latter for those without, whose masked candidates are near chance (benchmarks/results/bench_proxy.md)."""
+    give (`sculpt.reconstruct`), before scoring and, more closely, before the re-rank's fine-tuning (unless that lets weights fade). None: the
+    former for networks with BatchNorm (or other statistics), the latter for those without, whose masked candidates are near chance."""
     rerank: int = 8
     """At the end the best so many distinct policies are fine-tuned briefly and compared on the validation split; 0: off."""
     rerank_finetune: FinetuneConfig = _BRIEF
@@ -210,7 +210,8 @@ class SearchConfig:
     def _check_combinations(self) -> None:
         _require(
             self.repair != "reconstruct" or self.calibration_images > 0,
-            "SearchConfig.repair='reconstruct' fits layers on calibration images: set calibration_images",
+            "SearchConfig.repair='reconstruct' fits layers on calibration images, got calibration_images=0: ask for some, or for "
+            "repair 'recalibrate'",
         )
         _require(
             self.rounds == 1 or self.method == "agent",
@@ -269,7 +270,7 @@ class SearchConfig:
         """What is done to the candidates of this network before they are scored."""
         if self.repair is not None:
             return self.repair
-        return "recalibrate" if jax.tree.leaves(model.state) or not self.calibration_images else "reconstruct"
+        return "recalibrate" if has_statistics(model) or not self.calibration_images else "reconstruct"
 
     @property
     def budgets(self) -> tuple[float, ...]:

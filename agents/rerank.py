@@ -14,7 +14,7 @@ from sculpt.model import Model
 from sculpt.pruning import Space, apply_masks, make_masks
 from sculpt.scoring.evaluate import evaluate
 from sculpt.scoring.recalibrate import recalibrate
-from sculpt.scoring.reconstruct import reconstruct
+from sculpt.scoring.reconstruct import NotFinite, reconstruct
 from sculpt.training.data import Splits
 from sculpt.training.finetune import finetune
 from sculpt.training.run import TrainingDiverged
@@ -40,25 +40,26 @@ class Referee:
     def judge(self, policy: np.ndarray) -> float:
         """Validation accuracy in [0, 1] of `policy` int32 `[sites]`, after fine-tuning (or with `rerank` 0, before any).
 
-        A network whose fine-tuning diverges counts as 0.
+        A network whose reconstruction or fine-tuning diverges counts as 0.
         """
         masks = make_masks(self.space, self.model.params, jnp.asarray(policy))
-        pruned = self._repaired(masks)
-        if self.config.rerank:
-            config = self.config.rerank_finetune
-            teacher = self.model if config.needs_teacher else None
-            # Weights that are to fade must be there to begin with.
-            start = self.model if config.gradual else pruned
-            try:
+        config = self.config.rerank_finetune
+        try:
+            if not self.config.rerank:
+                pruned = self._repaired(masks)
+            else:
+                # Weights that are to fade must be there to begin with.
+                start = self.model if config.gradual else self._repaired(masks)
+                teacher = self.model if config.needs_teacher else None
                 pruned = finetune(start, masks, self.splits, config, self.key, teacher=teacher)
-            except TrainingDiverged:
-                return 0.0
+        except (NotFinite, TrainingDiverged):
+            return 0.0
         validation = self.splits.validation
         images = self.splits.normalise(validation.images)
         return float(evaluate(pruned, images, validation.labels).accuracy)
 
     def _repaired(self, masks: Any) -> Model:
-        """The masked network, as it was scored in the search; statistics are left to fine-tuning where there is any."""
+        """The masked network, reconstructed with all effort or recalibrated; statistics are left to fine-tuning where there is any."""
         if self.calibration is not None and self.config.repair_of(self.model) == "reconstruct":
             return reconstruct(self.model, masks, self.calibration)
         pruned = apply_masks(self.model, masks)

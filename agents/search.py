@@ -236,7 +236,7 @@ def _fingerprint(
 ) -> str:
     """Tells one search from another: settings, key, sites, weights, data, precision, what the agent begins with; not how often it
     is saved, nor its layout."""
-    settings = dataclasses.replace(config, checkpoint_every=1)
+    settings = dataclasses.replace(config, checkpoint_every=1, repair=config.repair_of(model))
     precision = task.problem.plan.precision
     digest = hashlib.sha256(repr((settings, precision, splits.name, splits.mean, splits.std)).encode())
     digest.update(np.asarray(jax.random.key_data(key)).tobytes())

@@ -1,8 +1,8 @@
 """The sizes that a layer can be left with by the options of a space, and those at which it is measured.
 
 Time is no smooth function of the number of channels: libraries compute so many at once, and 56 of 64 may take longer than all; a window of
-2 x 3 is computed in other ways than one of 3 x 3. So a layer is measured at all its sizes together, up to eight of each dimension, where that
-takes a minute or so. Of larger layers all sizes of the two dimensions that have most, the others whole, are a correction to a coarse grid of
+2 x 3 is computed in other ways than one of 3 x 3. So a layer is measured at all its sizes together, up to eight of each dimension, where
+they are not too many and it is not too large. Of other layers all sizes of the two dimensions that have most, the others whole, are a correction to a coarse grid of
 all dimensions. Filters in groups (`rect_grouped`) are another factor, measured on the whole layer.
 """
 
@@ -30,6 +30,8 @@ _FEWER_LEVELS = 3
 """The same of the coarse grid of a large layer with more than two dimensions that shrink."""
 _WORK = 1e11
 """Multiply-accumulates of the whole layer times the points of a grid, up to which all sizes are measured together."""
+_POINTS = 600
+"""The same of the points: each is compiled, and takes a tenth of a second at the least."""
 
 Layer = tuple[list[tuple[int, ...]], dict[str, Any]]
 """Shapes of a contraction's operands, and its parameters."""
@@ -168,8 +170,9 @@ def find_parts(space: Space, batch: int) -> list[Part]:
         dimensions = tuple(_dimensions(counts, eqn, axes))
         sizes = [np.asarray(list(dimension.examples)) for dimension in dimensions]
         levels, fine = tuple(_evenly(found, _LEVELS) for found in sizes), {}
-        work = float(math.prod(map(len, levels))) * _macs(flow.program, eqn) * batch / flow.axes.size(images)
-        if len(sizes) > 2 and work > _WORK:
+        points = math.prod(map(len, levels))
+        work = float(points) * _macs(flow.program, eqn) * batch / flow.axes.size(images)
+        if len(sizes) > 2 and (work > _WORK or points > _POINTS):
             levels, fine = tuple(_evenly(found, _FEWER_LEVELS) for found in sizes), _finer(sizes)
         parts.append(Part(eqn, dimensions, levels, fine, grouped.get(id(eqn))))
     if not parts:

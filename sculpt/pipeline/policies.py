@@ -63,7 +63,8 @@ class PolicyOptions:
                 f"expected --images of at least 1 and --calibration-images of at least 0, got {self.images} and "
                 f"{self.calibration_images}"
             )
-        check_calibration_images(self.calibration_images)
+        if self.repair != "reconstruct":
+            check_calibration_images(self.calibration_images)
         # Refuses what a search would.
         self.search_config()
         check_scores_file(self.out, self.policies)

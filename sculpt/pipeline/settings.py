@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from sculpt import nets
 from sculpt.agents import SearchConfig
 from sculpt.agents.config import RULES
@@ -17,7 +15,7 @@ from sculpt.deploy.engines import engine_of
 from sculpt.model import Model
 from sculpt.pruning import KINDS
 from sculpt.report.run_directory import RunDirectory
-from sculpt.scoring.recalibrate import check_calibration_images
+from sculpt.scoring.recalibrate import check_calibration_images, has_statistics
 from sculpt.training import RECIPES, FinetuneConfig, Recipe, Splits, recipe_for
 from sculpt.training.decode import check_size
 from sculpt.training.load import ONE_SIZE
@@ -182,7 +180,8 @@ class SearchSettings:
             )
         if self.method != "agent":
             _refuse(self, ("agent",), f"method {self.method} learns nothing that another could begin with")
-        check_calibration_images(self.calibration_images)
+        if self.repair != "reconstruct":
+            check_calibration_images(self.calibration_images)
         if self.importance not in KINDS:
             raise ValueError(f"importance must be one of {', '.join(KINDS)}, got {self.importance!r}")
         if self.method in RULES:
@@ -240,14 +239,14 @@ class FinetuneSettings:
             raise ValueError(
                 f"reconstruct_images must be a whole number of at least 0, got {self.reconstruct_images!r}"
             )
-        if self.gradual:
+        if self.gradual and self.reconstruct_images:
             _refuse(self, ("reconstruct_images",), "with --gradual pruned weights are there to begin with")
 
     def images_to_reconstruct(self, model: Model) -> int:
         """On how many images this network is reconstructed."""
         if self.reconstruct_images is not None:
             return self.reconstruct_images
-        return 0 if self.gradual or jax.tree.leaves(model.state) else _RECONSTRUCTION_IMAGES
+        return 0 if self.gradual or has_statistics(model) else _RECONSTRUCTION_IMAGES
 
     def config(self, train: TrainSettings, splits: Splits) -> FinetuneConfig:
         """How the pruned network is fine-tuned, by the recipe, batches and augmentation of the dense one."""

@@ -223,7 +223,8 @@ class Pipeline(Artefacts):
         settings, train = self.finetune_settings, self.splits.train
         config = settings.config(self.train_settings, self.splits)
         start = self.dense
-        if number := settings.images_to_reconstruct(self.dense):
+        number = min(settings.images_to_reconstruct(self.dense), len(train.labels))
+        if number:
             images = self.splits.normalise(train.images[:number])
             start = reconstruct(self.dense, self.masks, images)
         model = finetune(
@@ -238,7 +239,8 @@ class Pipeline(Artefacts):
         )
         self._save("params", model)
         recipe = self.train_settings.recipe_for(self.splits).name
-        return {"recipe": recipe, "config": dataclasses.asdict(config), **self._validated(model)}
+        told = {"recipe": recipe, "config": dataclasses.asdict(config), "reconstruct_images": number}
+        return {**told, **self._validated(model)}
 
     def _compact(self) -> dict[str, Any]:
         small = compact(self.tuned, self.space, self.policy, masks=self.masks)

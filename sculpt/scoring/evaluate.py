@@ -79,7 +79,7 @@ def score_params(problem: Problem, params: Any) -> Scores:
         right = _right(logits, labels).astype(jnp.float32)
         return (totals[0] + right.sum(), totals[1] + jnp.where(real, losses, 0.0).sum()), None
 
-    start = (jnp.zeros(()), jnp.zeros(()))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     (right, loss), _ = jax.lax.scan(one_batch, start, (problem.images, problem.labels))
     count = (problem.labels >= 0).sum().astype(jnp.float32)
     if shared is not None:
@@ -186,7 +186,8 @@ def evaluate_policies(
       `Scores` with `accuracy [n]` and `loss [n]`.
 
     Raises:
-      ValueError: if policies, images or labels do not fit, or the plan needs more devices than there are.
+      ValueError: if policies, images or labels do not fit, the plan needs more devices than there are, `repair` is unknown, or there are
+        no images to reconstruct on.
     """
     policies = check_policies(space, policies)
     if policies.ndim != 2 or not len(policies):

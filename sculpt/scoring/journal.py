@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked
@@ -283,6 +284,8 @@ def _about(problem: Problem) -> dict[str, Any]:
     def digest(tree: Any) -> str:
         found = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
             found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
             found.update(np.ascontiguousarray(leaf).tobytes())
         return found.hexdigest()

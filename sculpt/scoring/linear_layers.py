@@ -78,17 +78,17 @@ class LinearLayer:
         images = jnp.transpose(array, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
         spread = [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["lhs_dilation"])]
         padded = jax.lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
-        image, *corners = self.places
-        pixels = [
-            corner[:, None] * stride + offset * dilation
-            for corner, offset, stride, dilation in zip(
-                corners,
-                np.indices(self.window).reshape(len(self.window), -1),
-                params["window_strides"],
-                params["rhs_dilation"],
-            )
-        ]
-        return padded[(image[:, None], *pixels)].reshape(-1, len(self.entries))
+        image, *positions = self.places
+        corners = [position * stride for position, stride in zip(positions, params["window_strides"])]
+        dilation = params["rhs_dilation"]
+        extent = [(size - 1) * d + 1 for size, d in zip(self.window, dilation)]
+
+        def seen(image: jax.Array, *corner: jax.Array) -> jax.Array:
+            start, sizes = (image, *corner, 0), (1, *extent, padded.shape[-1])
+            patch = jax.lax.dynamic_slice(padded, start, sizes)
+            return jax.lax.slice(patch, (0,) * len(sizes), sizes, (1, *dilation, 1)).reshape(-1)
+
+        return jax.vmap(seen)(*(jnp.asarray(part, jnp.int32) for part in (image, *corners)))
 
     def rows_given(self, array: jax.Array) -> jax.Array:
         """`[rows, outputs]` of the layer's result."""
@@ -194,7 +194,7 @@ class _Finder:
     def _bias(self, eqn: Equation, outputs: Sequence[int]) -> tuple[int, np.ndarray] | None:
         """What is added to a layer's outputs, if it is a leaf that is the same at all places."""
         readers = self.readers.get(eqn.outputs[0], [])
-        if len(readers) != 1 or readers[0].name != "add":
+        if len(readers) != 1 or readers[0].name != "add" or eqn.outputs[0] in self.program.outputs:
             return None
         others = [i for i in readers[0].inputs if i != eqn.outputs[0]]
         if len(others) != 1 or isinstance(others[0], Literal) or others[0] not in self.views:

@@ -49,8 +49,8 @@ class Race:
     rungs: tuple[Rung, ...]
     """From few images to all."""
     work: float
-    """Forward passes through the network, calibration and the sample for the correlation included, as a share of what scoring
-    all policies on all images would have taken."""
+    """Forward passes through the network, calibration (reconstruction is counted as two over its images) and the sample for the correlation
+    included, as a share of what scoring all policies on all images would have taken."""
 
 
 @checked
@@ -106,8 +106,10 @@ def race_policies(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     number, total = len(policies), len(images)
     sizes = _sizes(min(first_images, total), total, factor)
-    # What a policy costs beside its score images: a training-mode pass over the calibration images.
-    fixed = 0 if calibration is None else images_used(len(calibration))
+    # What a policy costs beside its score images: a training-mode pass over the calibration images, or one and about another of fits.
+    fixed = 0
+    if calibration is not None:
+        fixed = 2 * len(calibration) if repair == "reconstruct" else images_used(len(calibration))
     drawn = np.asarray(jax.random.permutation(key, number))[: min(sample, number)]
     accuracy, loss = np.zeros(number, np.float32), np.zeros(number, np.float32)
     seen = np.zeros(number, np.int64)

@@ -95,6 +95,11 @@ def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_B
     return model.replace(state=_recalibrated(model.apply_train, model.params, model.state, batches))
 
 
+def has_statistics(model: Model) -> bool:
+    """Whether a model has state that recalibration could be about: floating-point numbers, not counters or keys of dropout."""
+    return any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(model.state))
+
+
 def into_batches(images: jax.Array, images_per_batch: int = _IMAGES_PER_BATCH) -> jax.Array:
     """Whole batches `[batches, batch, ...]` of images `[n, ...]`; one smaller batch if n is below the batch size."""
     n = images.shape[0]

@@ -1,4 +1,4 @@
-"""Reconstruction: what stays of every layer is fitted, in closed form, to what the dense layer gave; no gradient, a few hundred images.
+"""Reconstruction: what stays of every layer is fitted to what the dense layer gave; no gradient of the network, a few hundred images.
 
 Layer by layer in the order of the network, the weights W that a mask leaves of a kernel, and the bias b behind it, minimise
 
@@ -28,7 +28,7 @@ from sculpt.pruning.masks import apply_masks, check_masks, mask_params
 from sculpt.scoring.linear_layers import LinearLayer, LinearNetwork, find_linear_layers
 from sculpt.scoring.lowering import bind_lowered
 from sculpt.tracing.layers import Leaf
-from sculpt.tracing.program import Equation, Literal, Operand, flatten
+from sculpt.tracing.program import Equation, Literal, Operand, flatten, inlined
 from sculpt.tracing.trace import leaf_paths, shapes_of
 
 
@@ -46,6 +46,10 @@ RIDGE = 1e-3
 """How strongly weights are held where they were, in parts of the mean square of a layer's inputs."""
 FULL, BRIEF = Effort(16_384, 30), Effort(2048, 10)
 """For one network that is to be used, and for each of many that are to be compared."""
+
+
+class NotFinite(ValueError):
+    """A network that is no longer finite on some images."""
 
 
 @checked
@@ -66,11 +70,15 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) 
 
     Raises:
       ValueError: if the masks are not of the model, the model does not take the images, there is none, `ridge` is not above 0, or
-        activations are not finite.
+        activations are not finite (`NotFinite`).
     """
     if not is_real(ridge) or not ridge > 0:
         raise ValueError(f"ridge must be a number above 0, got {ridge!r}")
     check_masks(model, masks)
+    if not jax.tree_util.all_leaves([images]):
+        raise ValueError(
+            f"expected images [n, ...] as one array, got {type(images).__name__}: networks of several inputs cannot be reconstructed"
+        )
     x = jnp.asarray(images)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0 or not len(x):
         raise ValueError(
@@ -84,16 +92,17 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) 
     params, finite = _reconstructed(
         model.apply, FULL, model.params, model.state, masks, x, jnp.asarray(ridge, jnp.float32)
     )
-    for name, fine in finite.items():
-        if not fine:
-            raise ValueError(f"layer {name} reads or gives numbers that are not finite on these images")
+    if not np.all(finite):
+        network = linear_network(model.apply, model.params, model.state, x, FULL.rows)
+        layer = list(network.layers.values())[np.asarray(finite).argmin()]
+        raise NotFinite(f"layer {layer.name} reads or gives numbers that are not finite on these images")
     return apply_masks(model.replace(params=params), masks)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _reconstructed(
     apply: ApplyFn, effort: Effort, params: Any, state: Any, masks: Any, images: jax.Array, ridge: jax.Array
-) -> tuple[Any, dict[str, jax.Array]]:
+) -> tuple[Any, list[jax.Array]]:
     network = linear_network(apply, params, state, images, effort.rows)
     wanted = dense_rows(network, params, state, images)
     return fit_params(network, params, masks, state, images, wanted, ridge, effort.steps)
@@ -102,7 +111,8 @@ def _reconstructed(
 def linear_network(apply: ApplyFn, params: Any, state: Any, images: Any, rows: int) -> LinearNetwork:
     """The layers of a network that can be fitted on such images (shapes are enough), on `rows` places of each."""
     params, state = shapes_of((params, state))
-    program = flatten(apply, params, state, shapes_of(images))
+    # Whatever is computed again in the backward pass, or has a derivative of its own, is evaluated as it is written.
+    program = inlined(flatten(apply, params, state, shapes_of(images)))
     shapes = zip(leaf_paths(params), jax.tree.leaves(params))
     leaves = [Leaf(i, path, leaf.shape, leaf.dtype) for i, (path, leaf) in enumerate(shapes)]
     return find_linear_layers(program, leaves, rows)
@@ -128,7 +138,7 @@ def fit_params(
     wanted: Sequence[jax.Array],
     ridge: jax.Array | float,
     steps: int,
-) -> tuple[Any, dict[str, jax.Array]]:
+) -> tuple[Any, list[jax.Array]]:
     """Fits the parameters that masks leave. Pure: for use inside jit.
 
     Args:
@@ -141,15 +151,15 @@ def fit_params(
       steps: of conjugate gradients.
 
     Returns:
-      The parameters, and by the name of each layer whether all its numbers were finite (boolean scalars).
+      The parameters, and for each layer, in the order of the program, whether all its numbers were finite (boolean scalars).
     """
     kept = [jnp.asarray(mask) for mask in jax.tree.leaves(masks)]
-    targets, finite = iter(wanted), {}
+    targets, finite = iter(wanted), []
 
     def visit(layer: LinearLayer, read: jax.Array, given: jax.Array, leaves: list[Any]) -> None:
         rows = layer.rows_read(read).astype(jnp.float32)
         missing = next(targets) - layer.rows_given(given).astype(jnp.float32)
-        finite[layer.name] = jnp.isfinite(rows).all() & jnp.isfinite(missing).all()
+        finite.append(jnp.isfinite(rows).all() & jnp.isfinite(missing).all())
         mean_row, mean_missing = rows.mean(axis=0, keepdims=True), missing.mean(axis=0, keepdims=True)
         if layer.bias is not None:
             rows, missing = rows - mean_row, missing - mean_missing

@@ -427,6 +427,19 @@ def test_candidates_are_reconstructed_where_that_is_asked_for(
     assert len(fitted) == 1
 
 
+def test_a_candidate_that_cannot_be_reconstructed_counts_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sculpt.agents import rerank as module
+    from sculpt.scoring.reconstruct import NotFinite
+
+    def fail(*_: Any) -> Model:
+        raise NotFinite("layer stem reads or gives numbers that are not finite on these images")
+
+    monkeypatch.setattr(module, "reconstruct", fail)
+    assert run(dataclasses.replace(CONTROL, rerank=2)).validation_accuracy == 0.0
+    fading = FinetuneConfig(max_steps=2, gradual=0.5)
+    assert run(dataclasses.replace(CONTROL, rerank=1, rerank_finetune=fading)).validation_accuracy > 0.0
+
+
 def test_a_search_scores_what_it_is_told_to_repair() -> None:
     scores = [
         run(dataclasses.replace(CONTROL, repair=repair), scorer=score_policies).history[-1]["mean_accuracy"]

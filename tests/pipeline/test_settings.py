@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -163,18 +164,20 @@ def test_layers_are_fitted_only_where_weights_go_at_once() -> None:
 def test_networks_without_batchnorm_are_reconstructed() -> None:
     with_state, without = (
         sculpt.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}).replace(state=state)
-        for state in ({"mean": jnp.zeros(2)}, {})
+        for state in ({"mean": jnp.zeros(2)}, {"dropout": jax.random.key(0), "count": jnp.uint32(0)})
     )
     assert [FinetuneSettings().images_to_reconstruct(m) for m in (with_state, without)] == [0, 512]
     assert [
         FinetuneSettings(reconstruct_images=7).images_to_reconstruct(m) for m in (with_state, without)
     ] == [7, 7]
-    assert FinetuneSettings(gradual=0.5).images_to_reconstruct(without) == 0
+    for none in (None, 0):
+        assert FinetuneSettings(gradual=0.5, reconstruct_images=none).images_to_reconstruct(without) == 0
     for model, default in ((with_state, "recalibrate"), (without, "reconstruct")):
         assert SearchSettings().config().repair_of(model) == default
         assert SearchSettings(repair="recalibrate").config().repair_of(model) == "recalibrate"
         options = PolicyOptions(Path("p.npy"), Path("s.jsonl"), repair="reconstruct")
         assert options.search_config().repair_of(model) == "reconstruct"
+    assert SearchSettings(repair="reconstruct", calibration_images=100).config().calibration_images == 100
     with pytest.raises(ValueError, match="repair='reconstruct' fits layers on calibration images"):
         PolicyOptions(Path("p.npy"), Path("s.jsonl"), calibration_images=0, repair="reconstruct")
 

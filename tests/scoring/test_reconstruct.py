@@ -158,6 +158,56 @@ def test_activations_that_are_not_finite_are_named() -> None:
         sculpt.reconstruct(model, {"w": np.ones((4, 3), bool)}, jnp.zeros((8, 4)))
 
 
+def test_the_first_layer_that_is_not_finite_is_named() -> None:
+    model = sculpt.from_function(
+        lambda p, x: jax.nn.relu(jnp.sqrt(x) @ p["z"]["k"]) @ p["a"]["k"],
+        {"z": {"k": jnp.ones((4, 3))}, "a": {"k": jnp.ones((3, 2))}},
+    )
+    with pytest.raises(ValueError, match="layer z reads or gives numbers that are not finite"):
+        sculpt.reconstruct(
+            model, jax.tree.map(lambda w: np.ones(w.shape, bool), model.params), -jnp.ones((8, 4))
+        )
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "custom_vjp"])
+def test_layers_with_a_backward_pass_of_their_own_are_fitted(kind: str) -> None:
+    def layer(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.nn.relu(x @ w)
+
+    wrapped: Any = jax.checkpoint(layer)
+    if kind == "custom_vjp":
+        wrapped = jax.custom_vjp(layer)
+        wrapped.defvjp(lambda x, w: (layer(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"first": jax.random.normal(keys[0], (6, 8)), "second": jax.random.normal(keys[1], (8, 4))}
+    x = jax.random.normal(keys[2], (60, 6))
+    masks = {
+        "first": np.arange(8)[None] % 2 * np.ones((6, 1)) > 0,
+        "second": np.arange(8)[:, None] % 2 * np.ones(4) > 0,
+    }
+    fitted = [
+        sculpt.reconstruct(
+            sculpt.from_function(lambda p, x, f=f: f(f(x, p["first"]), p["second"]), params), masks, x
+        )
+        for f in (layer, wrapped)
+    ]
+    np.testing.assert_allclose(fitted[0].params["second"], fitted[1].params["second"], rtol=1e-5, atol=1e-5)
+    assert (np.asarray(fitted[1].params["second"])[1::2] != np.asarray(params["second"])[1::2]).all()
+
+
+def test_a_mean_is_not_moved_into_a_bias_that_another_output_lacks() -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"w": jax.random.normal(keys[0], (6, 4)), "b": jnp.zeros(4)}
+    model = sculpt.from_function(lambda p, x: (x @ p["w"] + p["b"][None], x @ p["w"]), params)
+    both = sculpt.from_function(lambda p, x: ((y := x @ p["w"]) + p["b"][None], y), params)
+    x = 1.0 + jax.random.normal(keys[1], (50, 6))
+    masks = {"w": np.arange(6)[:, None] % 2 * np.ones(4) > 0, "b": np.ones(4, bool)}
+    assert not np.asarray(sculpt.reconstruct(both, masks, x).params["b"]).any()
+    assert (
+        sculpt.reconstruct(model, masks, x).params["w"] == sculpt.apply_masks(model, masks).params["w"]
+    ).all()
+
+
 def test_nothing_pruned_changes_nothing() -> None:
     model = network("residual")
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), model.params)
@@ -200,6 +250,7 @@ def test_what_is_compacted_is_the_same_network() -> None:
         (IMAGES[:0], 1e-3, "normalised floating-point images"),
         (np.zeros((4, 8, 8, 3), np.uint8), 1e-3, "normalise them first"),
         (IMAGES[..., :2], 1e-3, "the model does not take images"),
+        ({"image": IMAGES}, 1e-3, r"expected images \[n, ...\] as one array, got dict"),
     ],
 )
 def test_refusals(images: Any, ridge: float, says: str) -> None:
