@@ -43,7 +43,14 @@ def layers_of(
         x = splits.normalise(splits.train.images[: options.batch])
         save_layers(
             sculpt.measure_layers(
-                model, space, x, jax.random.key(0), engine=options.engine, threads=1, networks=12
+                model,
+                space,
+                x,
+                jax.random.key(0),
+                engine=options.engine,
+                threads=1,
+                networks=12,
+                all_sizes=True,
             ),
             file,
         )

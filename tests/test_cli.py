@@ -85,6 +85,7 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--score-images", "1000"), "need 1128 images of the train split of digits, which has 1097"),
         ((*NEW, "--calibration-images", "896"), "--calibration-images 896 need 1152 images"),
         ((*NEW, "--calibration-images", "65"), "--calibration-images must be .*got 65: take 64 or 128"),
+        ((*NEW, "--latency-all-sizes"), "no latency is measured without --resource latency"),
         ((*NEW, "--repair", "mend"), "--repair must be one of recalibrate, reconstruct, got 'mend'"),
         (
             (*NEW, "--augment", "mirror"),

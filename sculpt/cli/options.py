@@ -201,6 +201,11 @@ def _search_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--latency-batch", type=int, help="images per call, likewise (32)")
     group.add_argument(
+        "--latency-all-sizes",
+        action="store_true",
+        help="measure layers at all their sizes together: longer, more accurate",
+    )
+    group.add_argument(
         "--importance",
         help="which channels stay: energy, l1, l2, batch_norm, geometric_median, taylor, activation or random (energy)",
     )

@@ -90,11 +90,12 @@ def measure_layers(
     threads: int | None = None,
     networks: int = 8,
     repeats: int = 7,
+    all_sizes: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LayerLatency:
     """Measures how long each layer takes under the options of its sites; `sculpt.deploy.save_layers` keeps it.
 
-    Minutes: a tenth of a second and more for every size of every layer (ResNet-20, channels and windows, batch 32: 2,960 sizes, six minutes).
+    A tenth of a second and more for every size of every layer (ResNet-20, channels and windows, batch 32: 720 sizes, or 2,960).
 
     Args:
       model: the dense network.
@@ -106,6 +107,8 @@ def measure_layers(
       threads: as for `compare_latency`.
       networks: how many are measured whole, the dense one included; 3 at least.
       repeats: samples of each layer and size; of whole networks three times as many.
+      all_sizes: whether layers with more than two dimensions that shrink (channels in and out, and windows) are measured at all their
+        sizes together, up to 600 each and where they are not too large: takes some four times as long, and is more accurate.
       on_progress: told how many of how many sizes of layers are done.
 
     Raises:
@@ -123,7 +126,7 @@ def measure_layers(
             f"expected an example input {dtype}[batch, {', '.join(map(str, shape))}], as the network was traced with, got "
             f"{x.dtype}{list(x.shape)}"
         )
-    parts = find_parts(space, len(x))
+    parts = find_parts(space, len(x), all_sizes)
     threads, runner = cores() if threads is None else threads, engine_of(engine)
     seconds = _measured(model, space, parts, len(x), runner, threads, repeats, on_progress)
     tables = [part.table(found) for part, found in zip(parts, seconds, strict=True)]

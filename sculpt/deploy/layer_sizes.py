@@ -1,8 +1,8 @@
 """The sizes that a layer can be left with by the options of a space, and those at which it is measured.
 
 Time is no smooth function of the number of channels: libraries compute so many at once, and 56 of 64 may take longer than all; a window of
-2 x 3 is computed in other ways than one of 3 x 3. So a layer is measured at all its sizes together, up to eight of each dimension, where
-they are not too many and it is not too large. Of other layers all sizes of the two dimensions that have most, the others whole, are a correction to a coarse grid of
+2 x 3 is computed in other ways than one of 3 x 3. So a layer can be measured at all its sizes together, up to eight of each dimension, where
+they are not too many and it is not too large. Else all sizes of the two dimensions that have most, the others whole, are a correction to a coarse grid of
 all dimensions. Filters in groups (`rect_grouped`) are another factor, measured on the whole layer.
 """
 
@@ -149,8 +149,8 @@ class _SizesAtPoint(Sizes):
         return np.asarray(self.flow.axes.keep(axis, self._kept.get(axis, {})))
 
 
-def find_parts(space: Space, batch: int) -> list[Part]:
-    """The contractions of a network, to be measured on so many images.
+def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
+    """The contractions of a network, to be measured on so many images, where `all_sizes` says so at all sizes together.
 
     Raises:
       ValueError: if there is none outside loops.
@@ -172,7 +172,7 @@ def find_parts(space: Space, batch: int) -> list[Part]:
         levels, fine = tuple(_evenly(found, _LEVELS) for found in sizes), {}
         points = math.prod(map(len, levels))
         work = float(points) * _macs(flow.program, eqn) * batch / flow.axes.size(images)
-        if len(sizes) > 2 and (work > _WORK or points > _POINTS):
+        if len(sizes) > 2 and (not all_sizes or work > _WORK or points > _POINTS):
             levels, fine = tuple(_evenly(found, _FEWER_LEVELS) for found in sizes), _finer(sizes)
         parts.append(Part(eqn, dimensions, levels, fine, grouped.get(id(eqn))))
     if not parts:

@@ -202,6 +202,7 @@ class Artefacts:
                 self.noise(settings.latency_batch),
                 self.key("layers"),
                 engine=settings.latency_engine,
+                all_sizes=settings.latency_all_sizes,
                 on_progress=on_progress,
             )
             save_layers(found, file)

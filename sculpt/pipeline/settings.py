@@ -128,6 +128,8 @@ class SearchSettings:
     """Engine that layers are measured in, for the resource "latency"."""
     latency_batch: int = 32
     """Images per call, likewise."""
+    latency_all_sizes: bool = False
+    """Whether layers are measured at all their sizes together, which takes longer and is more accurate."""
     families: tuple[str, ...] = ("channels", "rect")
     """Pattern families."""
     method: str = "agent"
@@ -176,7 +178,9 @@ class SearchSettings:
                 )
         else:
             _refuse(
-                self, ("latency_engine", "latency_batch"), "no latency is measured without --resource latency"
+                self,
+                ("latency_engine", "latency_batch", "latency_all_sizes"),
+                "no latency is measured without --resource latency",
             )
         if self.method != "agent":
             _refuse(self, ("agent",), f"method {self.method} learns nothing that another could begin with")

@@ -157,7 +157,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "2:4": _in_place(sparse.two_of_four_sites, sparse.choose_n_of_m, _SPARSE_CORES),
     "nm": _in_place(
-        sparse.n_of_m_sites, sparse.choose_n_of_m, f"where 2:4 or 1:4 is chosen, {_SPARSE_CORES}"
+        sparse.n_of_m_sites, sparse.choose_n_of_m, f"{_SPARSE_CORES}, where 2:4 or 1:4 is chosen"
     ),
     "block": _in_place(sparse.block_sites, sparse.choose_blocks, _NONE),
     "entries4": _in_place(sparse.four_entry_sites, sparse.choose_four_entries, _NONE),

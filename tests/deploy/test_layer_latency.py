@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 import sculpt
-from sculpt.deploy import layer_latency
+from sculpt.deploy import layer_latency, layer_sizes
 from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
 from sculpt.deploy.layer_sizes import find_parts, layers_of
 from sculpt.tracing.program import flatten
@@ -76,7 +76,9 @@ def test_layers_add_up_to_networks(
 ) -> None:
     """Time proportional to weights is linear in every size: interpolation is exact, whatever a policy leaves."""
     space = sculpt.make_space(traced(name), families, min_keep=min_keep)
-    found = measure_layers(network(name), space, X, jax.random.key(0), networks=5)
+    found = measure_layers(
+        network(name), space, X, jax.random.key(0), networks=5, all_sizes=name == "function"
+    )
     np.testing.assert_allclose(found.predicted, found.measured, rtol=within)
     assert found.error.max() < within
     policies = np.asarray(sculpt.random_policies(space, jax.random.key(1), 5))
@@ -100,6 +102,20 @@ def test_layers_are_those_of_the_batch(batch: int) -> None:
     dense = [list(layers_of(space, (), part, batch))[-1][0] for part in find_parts(space, batch)]
     layers = [e for e in program.equations if e.name in ("conv_general_dilated", "dot_general")]
     assert dense == [[program.shape(i) for i in layer.inputs] for layer in layers]
+
+
+def test_all_sizes_are_more_points_where_they_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = sculpt.make_space(traced("function"), ("channels", "rect"))
+
+    def numbers(**asked: bool) -> list[int]:
+        return [len(part.points) for part in find_parts(space, 4, **asked)]
+
+    coarse, full = numbers(), numbers(all_sizes=True)
+    assert sum(full) > sum(coarse) and max(full) <= 600
+    for limit in ("_POINTS", "_WORK"):
+        with monkeypatch.context() as patched:
+            patched.setattr(layer_sizes, limit, 1)
+            assert numbers(all_sizes=True) == coarse
 
 
 @pytest.mark.usefixtures("clock")
