@@ -63,7 +63,7 @@ class SearchResult:
     """Its theoretical MACs kept / dense."""
     validation_accuracy: float
     """Its accuracy on the validation split after the re-rank's brief fine-tuning (with `rerank=0`: before any)."""
-    history: tuple[Metrics, ...]
+    history: tuple[Metrics, ...] = dataclasses.field(repr=False)
     """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward", "reward_spread" (standard
     deviation), "mean_accuracy", "budget_error", "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
     "explained_variance" (critic), "credit_explained" (per-site regression), "epochs" (done). With several budgets "best" is that
@@ -72,7 +72,7 @@ class SearchResult:
     """A sentence for the user where learning has found no more than luck would have, see `sculpt.agents.diagnosis`."""
     front: tuple[FrontPoint, ...]
     """The best policy found for each of the search's budgets, before any fine-tuning; none for a budget that no policy met."""
-    pareto: tuple[tuple[float, float, np.ndarray], ...]
+    pareto: tuple[tuple[float, float, np.ndarray], ...] = dataclasses.field(repr=False)
     """(share of the resource used, accuracy on the score images, policy) of the archived policies that no other one beats in both."""
     evaluations: int
     """Policies scored, repeats included."""
@@ -86,7 +86,7 @@ class SearchResult:
     """Evaluations per second, repeats included; the first block of updates, which compiles, is left out if it can be."""
     method: str
     """Which method proposed the policies."""
-    agent: Params | None
+    agent: Params | None = dataclasses.field(repr=False)
     """What the agent learned that holds for other networks too: for `search(..., agent=)`. None for other methods."""
 
 

@@ -7,6 +7,7 @@ frozen dataclasses that compare by value, so that adapting the same module twice
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,14 @@ class Model:
     """Pytree of floating-point arrays."""
     state: State
     """Pytree of the remaining arrays; `{}` where there are none."""
+
+    def __repr__(self) -> str:
+        def size(tree: Any) -> str:
+            # JAX puts objects of its own in the place of arrays now and then.
+            shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(tree)]
+            return f"{sum(map(math.prod, shapes)):,} numbers in {len(shapes)} {'array' if len(shapes) == 1 else 'arrays'}"
+
+        return f"Model(params: {size(self.params)}, state: {size(self.state)})"
 
     def replace(self, **changes: Any) -> Model:
         """Returns a copy with the named fields changed."""

@@ -29,6 +29,13 @@ def test_evaluation_is_pure_and_training_returns_a_state_of_the_same_structure(n
     assert np.array_equal(logits, same_logits)
 
 
+def test_a_model_is_shown_by_its_sizes() -> None:
+    model = sculpt.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 300))})
+    assert repr(model) == "Model(params: 1,200 numbers in 1 array, state: 0 numbers in 0 arrays)"
+    assert repr(jax.eval_shape(lambda: model)) == repr(model)
+    assert repr(jax.tree.map(lambda _: object(), model)).startswith("Model(params: 1 numbers")
+
+
 def test_adapting_the_same_module_twice_shares_compiled_programs() -> None:
     module, key = Plain(), jax.random.key(0)
     variables = module.init(key, IMAGES)

@@ -538,7 +538,8 @@ def test_a_search_on_an_accelerator_tunes_its_plan(finished: Path, monkeypatch: 
     monkeypatch.setattr(stages, "tune_plan", tuned)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert Pipeline(folder, {}, plans=Path("plans"))._plan(config).image_shards == 2
-    assert asked == {"images": 256, "labels": 256, "calibration": 128, "cache": Path("plans")}
+    told = {"images": 256, "labels": 256, "calibration": 128, "cache": Path("plans"), "repair": "recalibrate"}
+    assert asked == told
     assert Pipeline(folder, {}, devices=3)._plan(config) == sculpt.EvaluationPlan(8, 256, policy_shards=3)
 
 

@@ -186,7 +186,18 @@ def caption_of(record: dict[str, Any], seed: int) -> str:
     return (
         f"Accuracy: n = {record['n_test']} test images; masked: {recalibrated}not fine-tuned. Latency: median [quartiles] "
         f"of n = {record['n_latency']} calls of {record['latency_batch']} images. "
-        f"Seed {seed}, {record['device']}, jax {record['versions']['jax']}."
+        f"Seed {seed}, {record['device']}, jax {record['versions']['jax']}.{_slow(record)}"
+    )
+
+
+def _slow(record: dict[str, Any]) -> str:
+    """A sentence where the compact network is no faster than the dense one."""
+    rows = {row["name"]: row for row in record["rows"]}
+    if rows["compact"]["latency_ms"] < rows["dense"]["latency_ms"]:
+        return ""
+    return (
+        " Compact is no faster than dense here: fewer MACs need not be (a budget of --resource latency, widths by --round-to, or larger "
+        "batches may help)."
     )
 
 

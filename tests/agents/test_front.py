@@ -87,7 +87,8 @@ def test_policies_are_compared_within_their_budget() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_learning_compares_policies_within_their_budget(rounds: int) -> None:
-    config = dataclasses.replace(BASE, front=(0.3,), rounds=rounds)
+    # Reconstructed, the toy says of every image what the dense one does, and all policies are equally good.
+    config = dataclasses.replace(BASE, front=(0.3,), rounds=rounds, repair="recalibrate")
     program, task, _ = set_up(
         toy_model(), toy_space(), toy_splits(), config, jax.random.key(0), EvaluationPlan()
     )
