@@ -136,7 +136,7 @@ class SearchConfig:
     repair: Repair | None = None
     """"recalibrate": BatchNorm's statistics are taken of the pruned network; "reconstruct": its layers are fitted to what the dense ones
     give (`sculpt.reconstruct`), before scoring and, more closely, before the re-rank's fine-tuning (unless that lets weights fade). None: the
-    former for networks with BatchNorm (or other statistics), the latter for those without, whose masked candidates are near chance."""
+    former for networks with BatchNorm (or other statistics), the latter for those without, whose masked candidates are often near chance."""
     rerank: int = 8
     """At the end the best so many distinct policies are fine-tuned briefly and compared on the validation split; 0: off."""
     rerank_finetune: FinetuneConfig = _BRIEF

@@ -22,7 +22,7 @@ import numpy as np
 
 import sculpt
 from benchmarks.stages import in_words, stage
-from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, tuned
+from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, to_reconstruct, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.agents import Method
 from sculpt.agents.cma_es import load_evosax
@@ -37,8 +37,6 @@ METHODS = {name: {"method": name} for name in get_args(Method)} | {
 """Row of the table -> fields of `SearchConfig`. Warm: begins from retained energy, as the agent, the table and CMA-ES do."""
 RERANK = 4
 """So many of the best policies are fine-tuned briefly before one is chosen."""
-RECONSTRUCTION_IMAGES = 512
-"""For what was chosen, before it is fine-tuned."""
 LOOKS = (128, 256, 512, 1024, 2048)
 """Evaluations after which the best so far is told."""
 
@@ -54,10 +52,7 @@ def searched(
 ) -> dict[str, Any]:
     """One search, and the test accuracy of what it found after fine-tuning."""
     found = sculpt.search(model, space, splits, config, jax.random.key(seed))
-    images = splits.normalise(splits.train.images[:RECONSTRUCTION_IMAGES])
-    small = compacted(
-        model, space, found.policy, None if config.repair_of(model) == "recalibrate" else images
-    )
+    small = compacted(model, space, found.policy, to_reconstruct(model, splits))
     folder.mkdir(parents=True, exist_ok=True)
     after = tuned(small, splits, task.finetune, 0, folder / f"seed{seed}", teacher=model)
     # Programs of compact networks are all different: a process may hold only so many.

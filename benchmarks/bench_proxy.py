@@ -4,8 +4,8 @@
 
 Tasks are those of `tasks`, their dense network trained once, with seed 0. Half of the policies are drawn with all options
 alike, half by retained energy, all within one budget. Each is scored in every way on the same images of the train split, and
-fine-tuned as the task says (networks without BatchNorm from where `reconstruct` leaves them); what is to be foretold is its accuracy on validation and test images after that. Policies are kept
-under --run and skipped when they are there already.
+fine-tuned as the task says (networks without BatchNorm from where `reconstruct` leaves them); what is to be foretold is its accuracy on
+validation and test images after that. Policies are kept under --run and skipped when they are there already.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import scipy.stats
 
 import sculpt
 from benchmarks.stages import in_words, stage
-from benchmarks.tasks import Task, begin, compacted, parser_of
+from benchmarks.tasks import Task, begin, compacted, parser_of, to_reconstruct
 from benchmarks.timing import provenance, write_results
 from sculpt.model import Model
 from sculpt.pruning import Space, energy_logits, project
 from sculpt.scoring import Repair
 from sculpt.training import Splits
 
-SCORE_IMAGES, CALIBRATION_IMAGES, RECONSTRUCTION_IMAGES = 256, 128, 512
+SCORE_IMAGES, CALIBRATION_IMAGES = 256, 128
 STEPS = (10, 50)
 """Lengths of the short fine-tunings."""
 PROXIES = (
@@ -126,8 +126,7 @@ def foretold(
 
 def finetuned(model: Model, space: Space, splits: Splits, task: Task, policy: np.ndarray) -> dict[str, float]:
     """Accuracy in percent of the compact network after the task's fine-tuning, on validation and test images together."""
-    images = splits.normalise(splits.train.images[:RECONSTRUCTION_IMAGES])
-    small = compacted(model, space, policy, None if model.state else images)
+    small = compacted(model, space, policy, to_reconstruct(model, splits))
     after = sculpt.finetune(small, None, splits, task.finetune, jax.random.key(0))
     parts = (splits.validation, splits.test)
     images = np.concatenate([splits.normalise(part.images) for part in parts])

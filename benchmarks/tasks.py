@@ -17,7 +17,7 @@ from sculpt.model import Model
 from sculpt.pruning import Space
 from sculpt.training import Splits, load_parquet
 
-DISTILLATION = 0.5
+DISTILLATION, RECONSTRUCTION_IMAGES = 0.5, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +191,13 @@ def dense_network(task: Task, splits: Splits, seed: int, folder: Path, data: Pat
     stage(folder / "dense.json", lambda: tuned(start, splits, task.train, seed, folder / "dense"))
     like = {"params": start.params, "state": start.state}
     return start.replace(**sculpt.load_params(folder / "dense.safetensors", like))
+
+
+def to_reconstruct(model: Model, splits: Splits) -> Any:
+    """Normalised train images on which a pruned network is reconstructed before it is fine-tuned; None where that is not the default."""
+    if sculpt.SearchConfig().repair_of(model) == "recalibrate":
+        return None
+    return splits.normalise(splits.train.images[:RECONSTRUCTION_IMAGES])
 
 
 def compacted(model: Model, space: Space, policy: Any, images: Any = None) -> Model:

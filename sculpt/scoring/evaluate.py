@@ -179,8 +179,7 @@ def evaluate_policies(
         running statistics, with which a pruned network is often near chance.
       plan: how the work is laid out; None: one device, as `EvaluationPlan()`. `tune_plan` finds the fastest.
       repair: what `calibration` is for. "reconstruct" fits the weights that each policy leaves to what the dense network gives, all
-        images at once, as a shorter `sculpt.reconstruct`; statistics then stay. Slower, and for networks without BatchNorm the
-        way to scores that tell policies apart (benchmarks/results/bench_proxy.md).
+        images at once, as a shorter `sculpt.reconstruct`; statistics then stay. Slower; meant for networks without BatchNorm.
 
     Returns:
       `Scores` with `accuracy [n]` and `loss [n]`.

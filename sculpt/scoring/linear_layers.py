@@ -15,6 +15,9 @@ from sculpt.tracing.layers import RENAMING, Layer, Leaf, find_layers
 from sculpt.tracing.program import Equation, Literal, Program
 from sculpt.tracing.trace import axis_flow
 
+_MOST_WEIGHTS = 1 << 23
+"""Of a kernel: inputs squared times outputs is what fitting multiplies, far more than the network itself where both are thousands."""
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -54,10 +57,11 @@ class LinearLayer:
     equation: Equation
     operand: int
     """Which operand the kernel is."""
-    leaf: int
-    """The kernel's leaf."""
-    entries: np.ndarray
-    """int `[inputs, outputs]`: which entry of the leaf, row by row, each weight of the matrix is."""
+    kernel: View
+    kernel_order: tuple[int, ...]
+    """The kernel's axes: those that are summed over, then those of outputs."""
+    shape: tuple[int, int]
+    """(inputs, outputs) of the matrix."""
     bias: tuple[int, np.ndarray] | None
     """The leaf that is added to the outputs and read nowhere else, and int `[outputs]`: which of its entries each output gets."""
     window: tuple[int, ...]
@@ -67,13 +71,24 @@ class LinearLayer:
     places: tuple[np.ndarray, ...]
     """int `[rows]` for each axis of places."""
 
+    def matrix(self, leaf: jax.Array) -> jax.Array:
+        """`[inputs, outputs]` of the kernel's leaf, in the leaf's dtype."""
+        steps = tuple(step for step in self.kernel.steps if step.name != "convert_element_type")
+        seen = dataclasses.replace(self.kernel, steps=steps).seen(leaf)
+        return jnp.transpose(seen, self.kernel_order).reshape(self.shape)
+
+    def of_matrix(self, matrix: jax.Array, like: jax.Array) -> jax.Array:
+        """The leaf, of the shape of `like`, whose matrix this is."""
+        leaf = jax.ShapeDtypeStruct(like.shape, matrix.dtype)
+        return jax.linear_transpose(self.matrix, leaf)(matrix)[0]
+
     def rows_read(self, array: jax.Array) -> jax.Array:
         """`[rows, inputs]` of what the layer reads."""
         params = self.equation.params
         if self.equation.name != "conv_general_dilated":
             summed = params["dimension_numbers"][0][1 - self.operand]
             ordered = jnp.transpose(array, [*_others(array.ndim, summed), *summed])
-            return ordered[self.places].reshape(-1, len(self.entries))
+            return ordered[self.places].reshape(-1, self.shape[0])
         numbers = params["dimension_numbers"]
         images = jnp.transpose(array, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
         spread = [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["lhs_dilation"])]
@@ -92,7 +107,7 @@ class LinearLayer:
 
     def rows_given(self, array: jax.Array) -> jax.Array:
         """`[rows, outputs]` of the layer's result."""
-        return jnp.transpose(array, self.order)[self.places].reshape(-1, self.entries.shape[1])
+        return jnp.transpose(array, self.order)[self.places].reshape(-1, self.shape[1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +125,8 @@ class LinearNetwork:
 def find_linear_layers(program: Program, leaves: Sequence[Leaf], rows: int) -> LinearNetwork:
     """What can be fitted, on at most `rows` places of each layer, drawn once and for all.
 
-    Not layers inside loops, convolutions in groups, and kernels that are read more than once or are computed from other parameters.
+    Not layers inside loops, convolutions in groups, and kernels that are read more than once, are computed from other parameters, or
+    have more than 8,388,608 weights.
     """
     views = {value: View(leaf, ()) for leaf, value in enumerate(program.inputs[: len(leaves)])}
     readers: dict[int, list[Equation]] = {}
@@ -160,25 +176,26 @@ class _Finder:
         positions, outputs = _result_axes(self.program, eqn, layer.operand)
         if not positions:
             return
-        kernel = view.places(self.program, self.leaves[view.leaf].shape)
+        kernel = self.program.shape(operand)
+        if math.prod(kernel) > _MOST_WEIGHTS:
+            return
         window: tuple[int, ...] = ()
         if layer.kind == "conv":
             spec = params["dimension_numbers"].rhs_spec
-            window = tuple(kernel.shape[d] for d in spec[2:])
-            kernel = kernel.transpose((*spec[2:], spec[1], spec[0]))
-            entries = kernel.reshape(-1, kernel.shape[-1])
+            window = tuple(kernel[d] for d in spec[2:])
+            summed = (*spec[2:], spec[1])
         else:
             summed = params["dimension_numbers"][0][layer.operand]
-            inputs = math.prod(kernel.shape[d] for d in summed)
-            entries = kernel.transpose([*summed, *_others(kernel.ndim, summed)]).reshape(inputs, -1)
+        inputs = math.prod(kernel[d] for d in summed)
         shape = self.program.shape(eqn.outputs[0])
         places = _drawn([shape[d] for d in positions], self.rows)
         yield LinearLayer(
             name=layer.name,
             equation=eqn,
             operand=layer.operand,
-            leaf=view.leaf,
-            entries=entries,
+            kernel=view,
+            kernel_order=(*summed, *_others(len(kernel), summed)),
+            shape=(inputs, math.prod(shape[d] for d in outputs)),
             bias=self._bias(eqn, outputs),
             window=window,
             order=(*positions, *outputs),

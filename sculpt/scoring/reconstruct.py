@@ -27,9 +27,8 @@ from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import apply_masks, check_masks, mask_params
 from sculpt.scoring.linear_layers import LinearLayer, LinearNetwork, find_linear_layers
 from sculpt.scoring.lowering import bind_lowered
-from sculpt.tracing.layers import Leaf
 from sculpt.tracing.program import Equation, Literal, Operand, flatten, inlined
-from sculpt.tracing.trace import leaf_paths, shapes_of
+from sculpt.tracing.trace import leaves_of, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,8 @@ class NotFinite(ValueError):
 def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) -> Model:
     """Applies masks, and fits what they leave of every layer to what the dense layer gave on some images.
 
-    Left as masked are layers inside loops, convolutions in groups, and kernels that are read more than once or are computed from other
-    parameters. BatchNorm keeps its statistics: what its layers give has been fitted to what they were taken of.
+    Left as masked are layers inside loops, convolutions in groups, and kernels that are read more than once, are computed from other
+    parameters, or have more than 8,388,608 weights. BatchNorm keeps its statistics: what its layers give has been fitted to what they were taken of.
 
     Args:
       model: the dense network.
@@ -113,9 +112,7 @@ def linear_network(apply: ApplyFn, params: Any, state: Any, images: Any, rows: i
     params, state = shapes_of((params, state))
     # Whatever is computed again in the backward pass, or has a derivative of its own, is evaluated as it is written.
     program = inlined(flatten(apply, params, state, shapes_of(images)))
-    shapes = zip(leaf_paths(params), jax.tree.leaves(params))
-    leaves = [Leaf(i, path, leaf.shape, leaf.dtype) for i, (path, leaf) in enumerate(shapes)]
-    return find_linear_layers(program, leaves, rows)
+    return find_linear_layers(program, leaves_of(params), rows)
 
 
 def dense_rows(network: LinearNetwork, params: Any, state: Any, images: jax.Array) -> list[jax.Array]:
@@ -163,15 +160,17 @@ def fit_params(
         mean_row, mean_missing = rows.mean(axis=0, keepdims=True), missing.mean(axis=0, keepdims=True)
         if layer.bias is not None:
             rows, missing = rows - mean_row, missing - mean_missing
-        change = _solve(rows, missing, kept[layer.leaf].reshape(-1)[layer.entries], ridge, steps)
-        leaves[layer.leaf] = _added(leaves[layer.leaf], layer.entries, change)
+        own = layer.kernel.leaf
+        change = _solve(rows, missing, layer.matrix(kept[own].astype(jnp.float32)), ridge, steps)
+        leaves[own] = _added(leaves[own], layer.of_matrix(change, leaves[own]))
         if layer.bias is not None:
             leaf, units = layer.bias
             with jax.default_matmul_precision("highest"):
                 shift = (mean_missing - mean_row @ change)[0]
             # Where one number is added to several outputs it moves by their mean.
-            shared = np.bincount(units, minlength=leaves[leaf].size)[units].astype(np.float32)
-            moved = _added(leaves[leaf], units, shift / shared)
+            times = np.maximum(np.bincount(units, minlength=leaves[leaf].size), 1).astype(np.float32)
+            means = jnp.zeros(times.shape, jnp.float32).at[units].add(shift) / times
+            moved = _added(leaves[leaf], means.reshape(leaves[leaf].shape))
             leaves[leaf] = jnp.where(kept[leaf], moved, jnp.zeros((), moved.dtype))
 
     leaves = jax.tree.leaves(mask_params(params, masks))
@@ -179,22 +178,21 @@ def fit_params(
     return jax.tree.unflatten(jax.tree.structure(params), leaves), finite
 
 
-def _added(leaf: jax.Array, entries: np.ndarray, change: jax.Array) -> jax.Array:
-    """A leaf with changes added to its entries, row by row."""
-    flat = leaf.reshape(-1).astype(jnp.float32).at[entries].add(change)
-    return flat.reshape(leaf.shape).astype(leaf.dtype)
+def _added(leaf: jax.Array, change: jax.Array) -> jax.Array:
+    """Their sum, computed in float32."""
+    return (leaf.astype(jnp.float32) + change).astype(leaf.dtype)
 
 
 def _solve(
-    rows: jax.Array, missing: jax.Array, kept: jax.Array, ridge: jax.Array | float, steps: int
+    rows: jax.Array, missing: jax.Array, mask: jax.Array, ridge: jax.Array | float, steps: int
 ) -> jax.Array:
     """Conjugate gradients for the change of the weights that stay, float32 `[inputs, outputs]`, from none on.
 
-    Minimises `|rows @ change - missing|^2 + ridge s |change|^2` where `kept`, with s the sum of squares of an input, in the mean of those
+    Minimises `|rows @ change - missing|^2 + ridge s |change|^2` where `mask` is 1 and not 0, with s the sum of squares of an input, in the mean of those
     that an output reads; preconditioned by the diagonal (Shewchuk 1994, "An introduction to the conjugate gradient method").
     """
     with jax.default_matmul_precision("highest"):
-        gram, mask = rows.T @ rows, kept.astype(jnp.float32)
+        gram = rows.T @ rows
         squares = jnp.diag(gram)[:, None]
         held = ridge * _ratio((squares * mask).sum(axis=0, keepdims=True), mask.sum(axis=0, keepdims=True))
         scale = _ratio(mask, squares + held)
@@ -251,8 +249,8 @@ def _run(
             continue
         results, layer = applied(eqn), network.layers.get(id(eqn))
         if layer is not None:
-            kernel = leaves[layer.leaf]
+            kernel = leaves[layer.kernel.leaf]
             visit(layer, read(eqn.inputs[1 - layer.operand]), results[0], leaves)
-            if leaves[layer.leaf] is not kernel:
+            if leaves[layer.kernel.leaf] is not kernel:
                 results = applied(eqn)
         values.update(zip(eqn.outputs, results, strict=True))

@@ -129,6 +129,12 @@ def leaf_paths(tree: Any) -> list[str]:
     return ["/".join(map(str, parts)) for parts in leaf_parts(tree)]
 
 
+def leaves_of(params: Any) -> tuple[Leaf, ...]:
+    """The arrays of parameters (shapes are enough), in order."""
+    arrays = zip(leaf_paths(params), jax.tree.leaves(params))
+    return tuple(Leaf(i, path, tuple(x.shape), x.dtype) for i, (path, x) in enumerate(arrays))
+
+
 def shapes_of(tree: Any) -> Any:
     """The tree with arrays replaced by `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), tree)
@@ -155,10 +161,7 @@ def trace(model: Model, example_input: Any) -> Trace:
             f"{x.dtype}{['batch', *x.shape[1:]]}".replace("'", "") for x in jax.tree.leaves(inputs)
         )
         raise ValueError(f"the model does not take the example input {shapes}: {error}") from error
-    paths = leaf_paths(params)
-    leaves = tuple(
-        Leaf(i, p, tuple(x.shape), x.dtype) for i, (p, x) in enumerate(zip(paths, jax.tree.leaves(params)))
-    )
+    leaves = leaves_of(params)
     read = {o for eqn in program.equations for o in eqn.inputs if isinstance(o, int)}
     if not read & set(program.inputs[: len(leaves)]):
         raise ValueError(

@@ -13,6 +13,8 @@ from flax import linen as nn
 
 import sculpt
 from sculpt.model import Model
+from sculpt.scoring import linear_layers
+from sculpt.scoring.reconstruct import BRIEF, RIDGE, _reconstructed
 from tests.architectures.architecture import from_linen
 from tests.networks import NETWORKS, network, traced
 
@@ -156,6 +158,40 @@ def test_activations_that_are_not_finite_are_named() -> None:
     model = sculpt.from_function(lambda p, x: jnp.log(x) @ p["w"], {"w": jnp.ones((4, 3))})
     with pytest.raises(ValueError, match=r"layer w.* not finite"):
         sculpt.reconstruct(model, {"w": np.ones((4, 3), bool)}, jnp.zeros((8, 4)))
+
+
+def test_huge_kernels_stay_as_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"large": jax.random.normal(keys[0], (6, 9)), "small": jax.random.normal(keys[1], (9, 4))}
+    masks = {name: np.arange(w.shape[0])[:, None] % 2 * np.ones(w.shape) > 0 for name, w in params.items()}
+    x = jax.random.normal(keys[2], (40, 6))
+    monkeypatch.setattr(linear_layers, "_MOST_WEIGHTS", 40)
+    fitted = sculpt.reconstruct(
+        sculpt.from_function(lambda p, x: jnp.tanh(x @ p["large"]) @ p["small"], params), masks, x
+    ).params
+    np.testing.assert_array_equal(fitted["large"], np.where(masks["large"], params["large"], 0.0))
+    assert (fitted["small"] != np.where(masks["small"], params["small"], 0.0)).any()
+
+
+def test_no_array_of_the_size_of_a_kernel_is_written_into_the_program() -> None:
+    params = {"kernel": jnp.ones((3, 3, 32, 64)), "head": jnp.ones((64, 500))}
+
+    def network(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=dims)
+        return y.mean((1, 2)) @ p["head"]
+
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    lowered = _reconstructed.lower(
+        lambda p, state, x: network(p, x),
+        BRIEF,
+        params,
+        {},
+        masks,
+        jnp.ones((8, 6, 6, 32)),
+        jnp.float32(RIDGE),
+    )
+    assert len(lowered.as_text()) < 100_000
 
 
 def test_the_first_layer_that_is_not_finite_is_named() -> None:
