@@ -20,10 +20,18 @@ LEARNERS = ("agent", "table")
 """Methods that learn by PPO."""
 RULES = ("uniform", "magnitude", "lamp")
 """Methods without chance, which propose one policy over and over."""
-_FROM_ENERGY = (*LEARNERS, "cma_es")
 
 _LARGE_BATCH_FROM = 2048
-_OF_LEARNERS = ("front", "learning_rate", "epochs", "clip_ratio", "entropy", "final_entropy", "kl_limit")
+_OF_LEARNERS = (
+    "sensitivity",
+    "front",
+    "learning_rate",
+    "epochs",
+    "clip_ratio",
+    "entropy",
+    "final_entropy",
+    "kl_limit",
+)
 _BRIEF = FinetuneConfig(max_steps=100)
 
 
@@ -90,6 +98,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "entropy": ("a number of at least 0", lambda value: value >= 0),
     "final_entropy": ("a number of at least 0, or None", lambda value: value >= 0),
     "kl_limit": ("a number above 0, or None", lambda value: value > 0),
+    "sensitivity": ("in [0, 1)", lambda value: 0 <= value < 1),
     "discount": _SHARE,
     "gae_lambda": _SHARE,
 }
@@ -110,8 +119,9 @@ class SearchConfig:
     evaluations: "table" (PPO on a table of logits, without the graph), "random", "evolution" (aging evolution), "cma_es" (on
     logits), "greedy" (each site by itself first), and the fixed rules "uniform", "magnitude" and "lamp"."""
     warm_start: bool | None = None
-    """Whether the first proposals favour options that retain energy. None: for "agent", "table" and "cma_es"; "random" and
-    "evolution" then begin with all options alike. The other methods have no use for it."""
+    """Whether the first proposals favour options that retain energy. None: for "cma_es", and for "agent" and "table" where no single
+    sites are scored first (see `sensitivity`) or an agent was taught elsewhere; "random" and "evolution" then begin with all options
+    alike. The other methods have no use for it."""
     budget: float = 0.5
     """MACs kept / dense MACs, or the share of another resource (`sculpt.with_resource`), that the policy found must not exceed, in
     (0, 1]."""
@@ -141,6 +151,10 @@ class SearchConfig:
     """At the end the best so many distinct policies are fine-tuned briefly and compared on the validation split; 0: off."""
     rerank_finetune: FinetuneConfig = _BRIEF
     """How each of them is fine-tuned."""
+    sensitivity: float = 0.125
+    """Of the evaluations, up to this share are spent first on single sites, all others dense: as many options of every site as there is
+    room for. The first proposals then favour what does the score little harm. 0: none. With `projection` alone. For "agent" and "table";
+    "greedy" scores all options so."""
     agent: AgentConfig = AgentConfig()
     """The size of the agent. For `method="agent"` alone; what follows for "table" too; other methods refuse another value."""
     learning_rate: float = 3e-3
@@ -240,6 +254,11 @@ class SearchConfig:
             f"SearchConfig.projection=False needs method='agent' or 'table': method={self.method!r} has only the projection "
             "to keep the budget",
         )
+        _require(
+            self.projection or self.sensitivity == SearchConfig.sensitivity,
+            f"SearchConfig.sensitivity={self.sensitivity} needs projection=True: a reward that has to hold the budget would learn from "
+            "single sites, all of them beyond it",
+        )
         # The plain settings are what a compiled program, which knows of no re-rank, has in their place.
         _require(
             self.rerank > 0 or self.rerank_finetune in (_BRIEF, FinetuneConfig()),
@@ -276,11 +295,6 @@ class SearchConfig:
     def budgets(self) -> tuple[float, ...]:
         """All budgets, that of the policy to be chosen first."""
         return (self.budget, *self.front)
-
-    @property
-    def starts_from_energy(self) -> bool:
-        """Whether the first proposals favour options that retain energy."""
-        return self.method in _FROM_ENERGY if self.warm_start is None else self.warm_start
 
     @property
     def batch(self) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sculpt.agents import cma_es
 from sculpt.agents.config import RULES, Method, SearchConfig
+from sculpt.agents.sensitivity import options_each, sensitivity_logits, singles, singles_first
 from sculpt.model import Params
 from sculpt.pruning import Space, lamp_policy, magnitude_policy, project, uniform_policy
 from sculpt.scoring.archive import Archive
@@ -27,7 +27,6 @@ POPULATION = 64
 TOURNAMENT = 16
 """Of these, so many are drawn, and the best becomes a parent."""
 _STEP = 4.0  # logits by which a child resists each step away from its parent, against Gumbel noise of scale 1
-_TRUST = 3.0  # logits per standard deviation of the scores of single options, against the same noise
 
 
 def fixed_policy(method: Method, space: Space, params: Params, budget: float) -> jax.Array:
@@ -89,6 +88,7 @@ def propose(
       key: for the draws.
     """
     number, method = config.batch, config.method
+    each = options_each(config, space)
     if method in RULES:
         return Proposals(jnp.broadcast_to(rule, (number, space.num_sites)), None, state)
     draw_key, project_key = jax.random.split(key)
@@ -102,11 +102,13 @@ def propose(
         steps = jnp.abs(jnp.arange(space.max_options)[None, None] - targets[:, :, None]).astype(jnp.float32)
         logits = jnp.where(archive.count > 0, -_STEP * weights[:, :, None] * steps, logits)
     elif method == "greedy":
-        logits = jnp.broadcast_to(_favoured(space, archive, config.objective), logits.shape)
+        # All options are scored by themselves: what they retain is never asked for.
+        favoured = sensitivity_logits(space, jnp.ones_like(prior), each, archive, config.objective)
+        logits = jnp.broadcast_to(favoured, logits.shape)
     keys = jax.random.split(project_key, number)
     policies = jax.vmap(lambda row, k: project(space, row, budget, k).policy)(logits, keys)
     if method == "greedy":
-        policies = _alone_first(space, archive.total, policies)
+        policies = singles_first(singles(space, each), archive.total, policies)
     return Proposals(policies, None, state)
 
 
@@ -115,40 +117,6 @@ def after(config: SearchConfig, proposals: Proposals, worth: jax.Array, key: jax
     if config.method != "cma_es":
         return proposals.state
     return cma_es.tell(proposals.drawn, worth, proposals.state, key)
-
-
-def singles(space: Space) -> np.ndarray:
-    """int32 `[m, sites]`: the dense policy, then every other option of every site with all other sites dense."""
-    rows = [np.zeros(space.num_sites, np.int32)]
-    for site, options in enumerate(space.num_options):
-        for option in range(1, options):
-            rows.append(np.zeros(space.num_sites, np.int32))
-            rows[-1][site] = option
-    return np.stack(rows)
-
-
-def _alone_first(space: Space, total: jax.Array, policies: jax.Array) -> jax.Array:
-    """The next of `singles` as long as there are any, then the policies given."""
-    alone = jnp.asarray(singles(space))
-    turn = total + jnp.arange(len(policies))
-    return jnp.where((turn < len(alone))[:, None], alone[jnp.minimum(turn, len(alone) - 1)], policies)
-
-
-def _favoured(space: Space, archive: Archive, objective: Objective) -> jax.Array:
-    """Logits float32 `[sites, options]`: what each option does to the score by itself, in units of its spread over all."""
-    worth = quality(archive.accuracy, archive.loss, objective)
-    used = jnp.arange(worth.size) < archive.count
-    pruned = (archive.policies > 0).sum(axis=1)
-    dense = jnp.max(jnp.where(used & (pruned == 0), worth, -jnp.inf))
-    site = jnp.argmax(archive.policies > 0, axis=1)
-    option = jnp.take_along_axis(archive.policies, site[:, None], axis=1)[:, 0]
-    # Rows that are no single option are sent out of range, hence dropped.
-    row = jnp.where(used & (pruned == 1), site, space.num_sites)
-    found = jnp.zeros((space.num_sites, space.max_options), jnp.float32)
-    found = found.at[row, option].set(worth - dense, mode="drop")
-    valid = jnp.asarray(space.valid)
-    deviation = jnp.sqrt(jnp.mean(found**2, where=valid))
-    return _TRUST * found / jnp.maximum(deviation, 1e-6)
 
 
 def _breed(

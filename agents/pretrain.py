@@ -54,8 +54,8 @@ def pretrain(
 
     Args:
       lessons: the networks.
-      config: `evaluations` is that of each network. Budgets in `front` teach the agent to heed the budget. Nothing is re-ranked
-        or kept on disk: settings of that have no effect.
+      config: `evaluations` is that of each network. Budgets in `front` teach the agent to heed the budget. No single sites are scored first,
+        nothing is re-ranked or kept on disk: settings of that have no effect.
       key: `jax.random.key`.
       on_metrics: called with the lesson's index and a row as in `SearchResult.history`, after every update.
       plan: as for `search`.
@@ -79,7 +79,9 @@ def pretrain(
         for budget in config.budgets:
             check_budget(lesson.space, budget)
     plan = plan or EvaluationPlan()
-    config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, own_logits=False))
+    config = dataclasses.replace(
+        config, sensitivity=0.0, agent=dataclasses.replace(config.agent, own_logits=False)
+    )
     data_key, init_key, update_key = jax.random.split(key, 3)
     runs = []
     for index, lesson in enumerate(lessons):

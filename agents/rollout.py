@@ -8,10 +8,12 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sculpt.agents import distributions
 from sculpt.agents.actor_critic import PolicyNetwork, SiteInputs, forward
 from sculpt.agents.gatv2 import Graph
+from sculpt.agents.sensitivity import singles_first
 from sculpt.pruning import Space, project
 from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
 
@@ -66,8 +68,10 @@ def play(
     sites: SiteInputs,
     key: jax.Array,
     projection: bool,
+    alone: np.ndarray,
 ) -> tuple[EnvState, Rollout]:
-    """One episode in every environment of `env`, from the dense network on."""
+    """One episode in every environment of `env`, from the dense network on; as long as any are left, policies are taken from the
+    `singles` `alone` instead of drawn."""
     reset_key, key = jax.random.split(key)
     start, state = env.reset(reset_key, env_params, state)
 
@@ -78,6 +82,7 @@ def play(
         seen = select_state(graphs, slice(0, len(env_params.budget))) if env.rounds == 1 else graphs
         logits, values = in_turn(forward(agent, agent_params, seen, sites), env.num_envs)
         policies, prices = act(env.space, logits, env.budgets(env_params), act_key, projection)
+        policies = singles_first(alone, state.archive.total, policies)
         log_probs = distributions.log_prob(distributions.at_price(logits, prices, sites.cost), policies)
         graphs, state, rewards, terminated, _, info = env.step(step_key, state, policies, env_params)
         continues = 1.0 - terminated.astype(jnp.float32)

@@ -14,6 +14,7 @@ import numpy as np
 from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.controls import fixed_policy
+from sculpt.agents.sensitivity import starts_from_energy
 from sculpt.agents.update import (
     Metrics,
     Program,
@@ -135,7 +136,7 @@ def set_up(
 ) -> tuple[Program, Task, jax.Array | None]:
     """The program of a search, its arrays (images are drawn by `key`), and the images to calibrate on."""
     sites = site_inputs(space, model.params)
-    if not config.starts_from_energy:
+    if not starts_from_energy(config, space):
         sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
     images, labels, calibration = _draw_images(splits, config, key)
     problem = make_problem(model, space, images, labels, calibration, plan, config.repair_of(model))

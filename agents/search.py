@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from sculpt.agents.config import SearchConfig
-from sculpt.agents.controls import singles
 from sculpt.agents.diagnosis import doubt
 from sculpt.agents.rerank import Referee
 from sculpt.agents.run import Run, set_up
+from sculpt.agents.sensitivity import options_each, singles
 from sculpt.agents.transfer import check_agent, portable
 from sculpt.agents.update import (
     TOLERANCE,
@@ -65,7 +65,7 @@ class SearchResult:
     """Its accuracy on the validation split after the re-rank's brief fine-tuning (with `rerank=0`: before any)."""
     history: tuple[Metrics, ...] = dataclasses.field(repr=False)
     """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward", "reward_spread" (standard
-    deviation), "mean_accuracy", "budget_error", "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
+    deviation), "single_sites" (policies of it that prune one site only, to tell what that does), "mean_accuracy", "budget_error", "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
     "explained_variance" (critic), "credit_explained" (per-site regression), "epochs" (done). With several budgets "best" is that
     of the first, all others are over the policies of all."""
     doubt: str | None
@@ -122,7 +122,7 @@ def search(
         `sculpt.tune_plan` finds the fastest.
       scorer: what scores policies; another one than the network itself is for experiments.
       agent: what an agent learned on other networks, `SearchResult.agent` or what `sculpt.agents.pretrain` returned: this one
-        begins with it.
+        begins with it, and with what the energy tells (`config.warm_start`), as those did.
 
     Raises:
       ValueError: if a budget cannot be reached, the train split is too small, `agent` is of another size than `config.agent`, or
@@ -136,11 +136,14 @@ def search(
         check_budget(space, budget)
     if agent is not None:
         check_agent(config, agent)
-    if config.method == "greedy" and config.evaluations <= (alone := len(singles(space))):
+    alone = len(singles(space, options_each(config, space)))
+    if config.method == "greedy" and config.evaluations <= alone:
         raise ValueError(
             f"method 'greedy' scores {alone} policies of one pruned site first: evaluations must be more, got {config.evaluations}"
         )
     plan = plan or EvaluationPlan()
+    if agent is not None and config.warm_start is None:
+        config = dataclasses.replace(config, warm_start=True)  # it was taught beside what the energy tells
     data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)
     program, task, calibration = set_up(model, space, splits, config, data_key, plan, scorer)
     run = Run.start(program, task, plan, init_key, config, agent)

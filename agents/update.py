@@ -15,6 +15,7 @@ from sculpt.agents.actor_critic import ActorCritic, SiteInputs
 from sculpt.agents.config import LEARNERS, SearchConfig
 from sculpt.agents.credit import init_credit
 from sculpt.agents.rollout import play
+from sculpt.agents.sensitivity import options_each, sensitivity_logits, singles
 from sculpt.agents.table import TablePolicy
 from sculpt.agents.transfer import check_fits, transplant
 from sculpt.model import Params
@@ -25,6 +26,7 @@ from sculpt.training.config import FinetuneConfig
 
 METRICS = (
     "evaluations", "unique", "best", "mean_reward", "reward_spread", "mean_accuracy", "budget_error", "reward_weight",
+    "single_sites",
 )  # fmt: skip
 """What every method measures, once an update."""
 AGENT_METRICS = (
@@ -156,7 +158,7 @@ def _update(
     key = jax.random.fold_in(key, state.update)
     turn = _learning_turn if config.method in LEARNERS else _control_turn
     env_state, learnt, rewards, info, measured = turn(program, task, state, key)
-    done = state.update + 1
+    done, policies = state.update + 1, config.policies_per_update
     progress = done.astype(jnp.float32) / config.updates
     measured |= {
         "evaluations": env_state.archive.total.astype(jnp.float32),
@@ -169,6 +171,7 @@ def _update(
             jnp.abs(info.used - jnp.broadcast_to(env.budgets(task.env), info.used.shape))
         ),
         "reward_weight": env_state.reward.weight,
+        "single_sites": jnp.clip(_singles_left(program, state), 0, policies).astype(jnp.float32),
     }
     env_state = env.adapt(env_state, info.used, task.env, progress)
     return dataclasses.replace(state, update=done, env=env_state, **learnt), measured
@@ -181,8 +184,15 @@ _Turn = tuple[EnvState, dict[str, Any], jax.Array, StepInfo, dict[str, jax.Array
 def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:
     config, env = program.config, program.env
     agent = network_of(config)
+    each, left = options_each(config, env.space), _singles_left(program, state)
+    sites = task.sites
+    if each:
+        archive = state.env.archive
+        told = sensitivity_logits(env.space, sites.retained, each, archive, config.objective)
+        sites = dataclasses.replace(sites, prior=sites.prior + jnp.where(left > 0, 0.0, told))
+    alone = singles(env.space, each)
     env_state, rollout = play(
-        agent, state.agent, env, task.env, state.env, task.sites, key, config.projection
+        agent, state.agent, env, task.env, state.env, sites, key, config.projection, alone
     )
     batch, credit, credited = ppo.prepare(
         config, rollout, state.credit, env.space.max_options, len(task.env.budget)
@@ -190,7 +200,7 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
     free = np.flatnonzero(env.space.num_options > 1)
     entropy = ppo.entropy_weight(config, state.update)
     params, optimizer, measured = ppo.learn(
-        state.agent, state.optimizer, agent, batch, task.sites, free, config, entropy
+        state.agent, state.optimizer, agent, batch, sites, free, config, entropy
     )
     critic = rollout.values[:-1].reshape(-1)
     measured |= {
@@ -198,7 +208,16 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
         "credit_explained": credited,
     }
     learnt = {"agent": params, "optimizer": optimizer, "credit": credit}
+    if each:  # from policies that were not drawn nothing can be learned
+        before = {name: getattr(state, name) for name in learnt}
+        learnt = jax.tree.map(lambda new, old: jnp.where(left > 0, old, new), learnt, before)
     return env_state, learnt, rollout.rewards, rollout.info, measured
+
+
+def _singles_left(program: Program, state: SearchState) -> jax.Array:
+    """int32 scalar: how many policies of single sites are still to be scored, of all that this search scores; below 0 afterwards."""
+    alone = len(singles(program.env.space, options_each(program.config, program.env.space)))
+    return alone - state.env.archive.total
 
 
 def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:

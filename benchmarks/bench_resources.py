@@ -3,9 +3,9 @@
     python -m benchmarks.bench_resources --data DATA --tasks digits-resnet8 --seeds 0 1 2
 
 Tasks are those of `tasks`, their dense network trained (or fine-tuned) once, with seed 0. The latency of every layer under every
-option is measured first; then the agent searches channels and windows, for several budgets of either kind, and of both at once. What
-it finds is compacted, its latency measured beside the dense network's, and fine-tuned alike and tested. Everything is kept under --run
-and skipped when it is there already. `--also onnxruntime openvino litert` measures what was found in other engines too.
+option is measured first; then the agent searches channels and windows, for several budgets of either kind, and of both at once. With `--engines xla onnxruntime` a budget of latency holds in each of
+them. What is found is compacted, its latency measured beside the dense network's in the first, and fine-tuned alike and tested. Everything
+is kept under --run and skipped when it is there already. `--also onnxruntime openvino litert` measures what was found in other engines too.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ ALLOWANCE = 1.4
 
 
 def layers_of(
-    model: Model, space: Space, splits: Splits, options: argparse.Namespace, file: Path
+    model: Model, space: Space, splits: Splits, engine: str, batch: int, file: Path
 ) -> LayerLatency:
-    """The latency of the layers, measured unless it is kept already."""
+    """The latency of the layers in an engine, measured unless it is kept already."""
     if not file.exists():
-        x = splits.normalise(splits.train.images[: options.batch])
+        x = splits.normalise(splits.train.images[:batch])
         save_layers(
             sculpt.measure_layers(
                 model,
                 space,
                 x,
                 jax.random.key(0),
-                engine=options.engine,
+                engine=engine,
                 threads=1,
                 networks=12,
                 all_sizes=True,
@@ -60,7 +60,7 @@ def layers_of(
 def searched(
     model: Model,
     space: Space,
-    latency: LayerLatency,
+    latencies: Sequence[LayerLatency],
     splits: Splits,
     task: Task,
     budget: float,
@@ -75,13 +75,17 @@ def searched(
     found = sculpt.search(model, space, splits, config, jax.random.key(seed))
     small = compacted(model, space, found.policy)
     x = splits.normalise(splits.train.images[: options.batch])
-    times = sculpt.compare_latency({"dense": model, "small": small}, x, 60, engine=options.engine, threads=1)
+    times = sculpt.compare_latency(
+        {"dense": model, "small": small}, x, 60, engine=options.engines[0], threads=1
+    )
     folder.mkdir(parents=True, exist_ok=True)
     after = tuned(small, splits, task.finetune, 0, folder / f"seed{seed}", teacher=model)
     jax.clear_caches()
     return {
         "macs": found.macs_ratio,
-        "predicted": float(latency.seconds(space, found.policy)) / latency.resource.total,
+        "predicted": [
+            float(latency.seconds(space, found.policy)) / latency.resource.total for latency in latencies
+        ],
         "measured": times["small"].median / times["dense"].median,
         "quartiles": [second / times["dense"].median for second in times["small"].spread],
         "score": found.score,
@@ -110,8 +114,9 @@ def rows_of(folder: Path, engines: Sequence[str]) -> list[str]:
             continue
         kind, budget = place.name.rsplit("-", 1)
         columns = [
-            " / ".join(f"{result[name]:.3f}" for result in results)
-            for name in ("macs", "predicted", "measured")
+            " / ".join(f"{result['macs']:.3f}" for result in results),
+            " / ".join(", ".join(f"{share:.3f}" for share in result["predicted"]) for result in results),
+            " / ".join(f"{result['measured']:.3f}" for result in results),
         ]
         tests = [result["test"] for result in results]
         for engine in engines:
@@ -132,21 +137,26 @@ def report(options: argparse.Namespace) -> None:
         "",
         *provenance(),
         f"{options.evaluations} evaluations by the agent, families {' and '.join(options.families)}, the best 4 fine-tuned briefly before one is chosen, then "
-        f"fine-tuned with the dense network as its teacher. Latency: {options.engine}, batch {options.batch}, one thread, median of 60 "
-        "interleaved samples, as a share of the dense network's; predicted: from the layers. Budgets of both: MACs up to it, latency up to "
+        f"fine-tuned with the dense network as its teacher. Latency: {options.engines[0]}, batch {options.batch}, one thread, median of 60 "
+        "interleaved samples, as a share of the dense network's; predicted: from the layers, in {' and '.join(options.engines)}, each of which must keep the budget. Budgets of both: MACs up to it, latency up to "
         f"{ALLOWANCE} times it. Values of the seeds apart by /.",
     ]
     for name in TASKS:
         folder = options.run / name
         if rows := rows_of(folder, options.also):
-            latency = load_layers(folder / "layers.safetensors")
+            errors = []
+            for engine in options.engines:
+                latency = load_layers(folder / f"layers-{engine}.safetensors")
+                errors.append(
+                    f"{engine}: prediction of {len(latency.measured)} networks from the others off by "
+                    f"{100 * np.median(latency.error):.1f}% in the median, {100 * latency.error.max():.1f}% at the most; dense "
+                    f"{1e3 * latency.measured[0]:.2f} ms. "
+                )
             lines += [
                 "",
                 f"## {name}",
                 "",
-                f"Prediction of {len(latency.measured)} networks from the others: off by {100 * np.median(latency.error):.1f}% in the "
-                f"median, {100 * latency.error.max():.1f}% at the most; dense {1e3 * latency.measured[0]:.2f} ms. "
-                f"Fine-tuning: {in_words(TASKS[name].finetune)}.",
+                f"{''.join(errors)}Fine-tuning: {in_words(TASKS[name].finetune)}.",
                 "",
                 "| budget of | budget | MACs kept | latency predicted | latency measured | speed-up | "
                 f"{''.join(f'in {engine} | ' for engine in options.also)}test accuracy | mean |",
@@ -158,7 +168,7 @@ def report(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__, "bench_resources", ["digits-resnet8"])
-    parser.add_argument("--engine", default="xla")
+    parser.add_argument("--engines", nargs="+", default=["xla"], choices=list(ENGINES), metavar="ENGINE")
     parser.add_argument("--also", nargs="+", default=[], choices=list(ENGINES), metavar="ENGINE")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--latency", type=float, nargs="*", default=[0.5, 0.6, 0.7])
@@ -176,16 +186,20 @@ def main() -> None:
             folder,
             options.data,
             evaluations=options.evaluations,
-            engine=options.engine,
+            engines=options.engines,
             batch=options.batch,
             families=options.families,
         )
         trace = sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:])))
         space = sculpt.make_space(trace, families=options.families)
-        latency = layers_of(dense, space, splits, options, folder / "layers.safetensors")
+        latencies = []
+        for engine in options.engines:
+            file = folder / f"layers-{engine}.safetensors"
+            latencies.append(layers_of(dense, space, splits, engine, options.batch, file))
+        resources = [latency.resource for latency in latencies]
         spaces = {
-            "latency": sculpt.with_resource(space, latency.resource),
-            "both": sculpt.with_resource(space, {"macs": 1.0, latency.resource: ALLOWANCE}),
+            "latency": sculpt.with_resource(space, resources),
+            "both": sculpt.with_resource(space, {"macs": 1.0, **dict.fromkeys(resources, ALLOWANCE)}),
             "macs": space,
         }
         for kind, limited in spaces.items():
@@ -200,7 +214,7 @@ def main() -> None:
                         searched,
                         dense,
                         limited,
-                        latency,
+                        latencies,
                         splits,
                         task,
                         budget,

@@ -13,7 +13,8 @@ import pytest
 
 from sculpt.agents import SearchConfig
 from sculpt.agents.config import LEARNERS, RULES, Method
-from sculpt.agents.controls import Proposals, after, fixed_policy, propose, singles, start
+from sculpt.agents.controls import Proposals, after, fixed_policy, propose, start
+from sculpt.agents.sensitivity import singles
 from sculpt.pruning import cost, make_choices
 from sculpt.scoring.archive import Archive, empty_archive
 from tests.agents.toys import toy_model, toy_space
@@ -53,7 +54,7 @@ def rule(method: str) -> jax.Array:
 
 @pytest.mark.parametrize("method", CONTROLS)
 def test_every_proposal_meets_the_budget(method: str) -> None:
-    alone = len(singles(toy_space()))
+    alone = len(singles(toy_space(), toy_space().max_options))
     archive = empty_archive(64, toy_space().num_sites)
     archive = dataclasses.replace(archive, total=jnp.int32(alone))  # greedy is through with these
     policies = proposed(method, archive, rule(method), jax.random.key(0))
@@ -64,7 +65,7 @@ def test_every_proposal_meets_the_budget(method: str) -> None:
 
 
 def test_greedy_scores_every_option_by_itself_and_then_favours_what_does_least_harm() -> None:
-    alone = singles(toy_space())
+    alone = singles(toy_space(), toy_space().max_options)
     assert len(alone) == 1 + int((toy_space().num_options - 1).sum())
     assert ((alone > 0).sum(axis=1) <= 1).all() and len(np.unique(alone, axis=0)) == len(alone)
     archive = empty_archive(len(alone), toy_space().num_sites)

@@ -33,7 +33,9 @@ def test_a_rise_of_the_mean_or_a_best_beyond_luck_is_learning() -> None:
     def history(late: float, best: float) -> list[dict[str, float]]:
         means = [0.5, 0.5, 0.5, late]
         rows = [{"evaluations": 32.0 * (i + 1), "mean_reward": mean} for i, mean in enumerate(means)]
-        return [{**row, "reward_spread": 0.1, "best": best} for row in rows]
+        # Single sites keep nearly everything: what follows is no fall.
+        alone = {"evaluations": 0.0, "mean_reward": 0.9, "reward_spread": 0.01, "single_sites": 32.0}
+        return [alone, *({**row, "reward_spread": 0.1, "best": best, "single_sites": 0.0} for row in rows)]
 
     config = SearchConfig(evaluations=128)
     sentence = doubt(config, history(0.52, 0.7))

@@ -16,6 +16,7 @@ from sculpt.agents.distributions import at_price, log_prob
 from sculpt.agents.ppo import prepare
 from sculpt.agents.rollout import play
 from sculpt.agents.run import set_up
+from sculpt.agents.sensitivity import singles
 from sculpt.agents.update import TOLERANCE, init_state, make_program, network_of
 from sculpt.scoring import EvaluationPlan
 from sculpt.scoring.env import PruningEnv
@@ -23,6 +24,7 @@ from tests.agents.test_search import BASE, plain, run
 from tests.agents.toys import toy_model, toy_space, toy_splits
 
 FRONT = dataclasses.replace(BASE, front=(0.3, 0.7, 0.9))
+NONE_ALONE = singles(toy_space(), 0)
 
 
 def test_every_budget_gets_its_best_policy() -> None:
@@ -54,7 +56,9 @@ def test_episodes_take_the_budgets_in_turn_and_each_meets_its_own() -> None:
 
     @jax.jit
     def rollout(key: jax.Array):
-        return play(agent, state.agent, program.env, task.env, state.env, task.sites, key, True)[1]
+        return play(agent, state.agent, program.env, task.env, state.env, task.sites, key, True, NONE_ALONE)[
+            1
+        ]
 
     played = rollout(jax.random.key(2))
     # Every episode is chosen for by the logits of its own budget.
@@ -97,7 +101,9 @@ def test_learning_compares_policies_within_their_budget(rounds: int) -> None:
     @jax.jit
     def advantages(offset: jax.Array) -> jax.Array:
         key, agent = jax.random.key(2), network_of(config)
-        played = play(agent, state.agent, program.env, task.env, state.env, task.sites, key, True)[1]
+        played = play(
+            agent, state.agent, program.env, task.env, state.env, task.sites, key, True, NONE_ALONE
+        )[1]
         # Where all policies are one, the regression explains nothing, and only the comparison is left.
         alike = jnp.zeros_like(played.policies)
         played = dataclasses.replace(played, policies=alike, rewards=played.rewards + offset[None])

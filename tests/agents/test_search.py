@@ -361,6 +361,7 @@ COVERED_ELSEWHERE = {
     "reward": "test_rounds_and_a_reward_that_has_to_hold_the_budget",
     "projection": "test_rounds_and_a_reward_that_has_to_hold_the_budget",
     "rerank": "test_the_last_choice_is_made_on_validation",
+    "sensitivity": "test_sensitivity.test_the_share_of_the_evaluations_decides_how_many_options_are_scored",
     "repair": "test_candidates_are_reconstructed_where_that_is_asked_for",
     "rerank_finetune": "test_the_referee_fine_tunes_as_told",
     "checkpoint_every": "test_a_killed_search_resumes_to_the_same_result",
