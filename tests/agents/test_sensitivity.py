@@ -25,7 +25,7 @@ from sculpt.pruning import site_features
 from sculpt.scoring import EvaluationPlan
 from sculpt.scoring.archive import Archive, empty_archive
 from tests.agents.test_search import BASE, plain, run, search_module
-from tests.agents.toys import TableScorer, toy_model, toy_space
+from tests.agents.toys import TableScorer, toy_model, toy_space, toy_splits
 
 EVERY = toy_space().max_options
 
