@@ -330,7 +330,7 @@ def test_a_search_by_loss_and_another_importance(
     wishes = ["--importance", "l1", "--objective", "loss", "--score-images", "64"]
     cheap = ["--method", "uniform", "--rerank", "0", "--calibration-images", "64"]
     assert main(["search", *wishes, *cheap, *ONE_DEVICE, "--run", str(folder)]) == 0
-    for stage in (["finetune", "--finetune-clip-norm", "2", "--reconstruct-images", "32"], ["compact"]):
+    for stage in (["finetune", "--finetune-clip-norm", "2", "--reconstruct-images", "32"], ["compact"], ["evaluate"]):
         assert main([*stage, "--run", str(folder)]) == 0
     assert (asked[0].augment, asked[0].clip_norm) == ("shift", 2.0)
     run = Pipeline(RunDirectory.existing(folder), {})
@@ -349,6 +349,10 @@ def test_a_search_by_loss_and_another_importance(
     masked = sculpt.apply_masks(run.dense, run.masks)
     dense, untouched, fitted = (m.apply(m.params, m.state, images) for m in (run.dense, masked, run.tuned))
     assert np.square(fitted - dense).mean() < np.square(untouched - dense).mean()
+    rows = {row["name"]: row for row in run.run.record("evaluate")["rows"]}
+    assert list(rows) == ["dense", "masked", "reconstructed", "fine-tuned", "compact"]
+    told = json.loads((folder / "result.json").read_text())["pruned"]["test_accuracy_before_finetune"]
+    assert told == rows["reconstructed"]["accuracy"]
     # The compact network keeps those channels too.
     assert run.run.record("compact")["max_abs_diff"] <= 1e-4
 
@@ -481,7 +485,7 @@ def test_many_policies_of_a_finished_run(
     assert main([*base, *sizes, *fixed]) == 0
     text = capsys.readouterr().out
     assert "plan: 1 policies x 64 images at a time, lax convolutions in float32, 2 x 1 devices" in text
-    assert f"3 policies in {out}, 0 of them from before; 2 evaluated, 33% remembered" in text
+    assert f"policies in {out}: 3, 0 of them from before; 2 evaluated, 33% remembered" in text
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["policy"] for row in rows] == [[0] * len(policy), policy, policy]
     assert rows[0]["macs_ratio"] == 1.0 and rows[1] == rows[2] | {"index": 1}
@@ -615,7 +619,7 @@ def test_latency_in_engines_is_measured_printed_kept_and_reported(
         assert 0 < row["quartiles_ms"][0] <= row["median_ms"] <= row["quartiles_ms"][1]
         assert (row["n"], row["threads"], row["precision"]) == (2, 1, "float32")
     report = (run.path / "report.html").read_text()
-    assert "latency, compact, onnxruntime, 1 threads, batch 3" in report
+    assert "latency, compact, onnxruntime, threads 1, batch 3" in report
     svg = (run.path / "plots" / "latency.svg").read_bytes()
     assert base64.b64encode(svg).decode() in report
     assert run.done("report")

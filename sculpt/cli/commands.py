@@ -105,7 +105,7 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
         report = score_policies_of_run(run, asked, cache_folder(), on_plan, on_progress)
         watcher.finish("evaluate", report.seconds)
     console.print(
-        f"{report.policies} policies in {asked.out}, {report.resumed} of them from before; "
+        f"policies in {asked.out}: {report.policies}, {report.resumed} of them from before; "
         f"{report.evaluated} evaluated, {report.hit_rate:.0%} remembered, "
         f"{report.policies_per_second:.1f} policies/s",
         highlight=False,

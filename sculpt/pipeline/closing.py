@@ -73,6 +73,8 @@ def measure(p: Pipeline) -> dict[str, Any]:
     calibration = train_images[: images_used(min(_CALIBRATION, len(train_images)))]
     masked = recalibrate(apply_masks(p.dense, p.masks), p.splits.normalise(calibration))
     networks = {"dense": p.dense, "masked": masked, "fine-tuned": p.tuned, "compact": p.small}
+    if fitted := p.run.record("finetune")["reconstruct_images"]:
+        networks = networks | {"reconstructed": p.reconstructed(fitted)}
     accuracy = {name: _accuracy(m, images, labels) for name, m in networks.items()}
     timed = {name: networks[name] for name in ("dense", "fine-tuned", "compact")}
     latency = compare_latency(timed, p.example)
@@ -83,9 +85,9 @@ def measure(p: Pipeline) -> dict[str, Any]:
         "masked": (theoretical_macs(p.space, p.policy, p.masks), trace.macs, left),
         "compact": (theoretical_macs(p.space, p.policy, p.masks), compacted["macs"], compacted["params"]),
     }
-    costs["fine-tuned"] = costs["masked"]
+    costs["fine-tuned"] = costs["reconstructed"] = costs["masked"]
     rows = []
-    for name in networks:
+    for name in filter(networks.__contains__, ("dense", "masked", "reconstructed", "fine-tuned", "compact")):
         seconds = latency.get(name)
         median = None if seconds is None else 1e3 * seconds.median
         spread = None if seconds is None else tuple(1e3 * s for s in seconds.spread)
@@ -106,6 +108,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
         "n_latency": latency["dense"].n,
         "latency_batch": latency["dense"].batch,
         "n_calibration": len(calibration) if jax.tree.leaves(p.dense.state) else 0,
+        "n_reconstruct": fitted,
         "splits": {
             "train": len(train_images),
             "validation": len(p.splits.validation.labels),
@@ -142,7 +145,7 @@ def result(p: Pipeline, record: dict[str, Any]) -> dict[str, Any]:
         },
         "pruned": {
             "test_accuracy": small["accuracy"],
-            "test_accuracy_before_finetune": rows["masked"]["accuracy"],
+            "test_accuracy_before_finetune": rows.get("reconstructed", rows["masked"])["accuracy"],
             "macs_theoretical": small["macs_theoretical"],
             "macs_realised": small["macs_realised"],
             "params": small["params"],
@@ -183,8 +186,12 @@ def caption_of(record: dict[str, Any], seed: int) -> str:
     """What the closing table was taken over."""
     calibration = record["n_calibration"]
     recalibrated = f"BatchNorm recalibrated on {calibration} train images, " if calibration else ""
+    fitted = record["n_reconstruct"]
+    reconstructed = (
+        f"; reconstructed: fitted to the dense network on {fitted} train images, likewise" if fitted else ""
+    )
     return (
-        f"Accuracy: n = {record['n_test']} test images; masked: {recalibrated}not fine-tuned. Latency: median [quartiles] "
+        f"Accuracy: n = {record['n_test']} test images; masked: {recalibrated}not fine-tuned{reconstructed}. Latency: median [quartiles] "
         f"of n = {record['n_latency']} calls of {record['latency_batch']} images. "
         f"Seed {seed}, {record['device']}, jax {record['versions']['jax']}.{_slow(record)}"
     )
@@ -268,7 +275,7 @@ def _latency_caption(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     engines = ", ".join(dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows))
     return (
-        f"Latency by engine: median and quartiles of {first['n']} samples, interleaved; {first['threads']} threads, "
+        f"Latency by engine: median and quartiles of {first['n']} samples, interleaved; threads: {first['threads']}, "
         f"{first['precision']}, {first['device']}; {engines}"
     )
 
@@ -315,7 +322,7 @@ def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list
         Number("re-rank", f"{found['rerank_seconds']:.1f} s", "measured", "brief fine-tuning of the best")
     )
     for row in latency_rows(p.run):
-        what = f"latency, {row['network']}, {row['engine']}, {row['threads']} threads, batch {row['batch']}"
+        what = f"latency, {row['network']}, {row['engine']}, threads {row['threads']}, batch {row['batch']}"
         low, high = row["quartiles_ms"]
         value = f"{row['median_ms']:.3f} ms [{low:.3f}, {high:.3f}]"
         numbers.append(Number(what, value, "measured", f"{row['n']} samples"))

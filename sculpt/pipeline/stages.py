@@ -222,13 +222,9 @@ class Pipeline(Artefacts):
     def _finetune(self) -> dict[str, Any]:
         settings, train = self.finetune_settings, self.splits.train
         config = settings.config(self.train_settings, self.splits)
-        start = self.dense
         number = min(settings.images_to_reconstruct(self.dense), len(train.labels))
-        if number:
-            images = self.splits.normalise(train.images[:number])
-            start = reconstruct(self.dense, self.masks, images)
         model = finetune(
-            start,
+            self.reconstructed(number) if number else self.dense,
             self.masks,
             self.splits,
             config,
@@ -241,6 +237,10 @@ class Pipeline(Artefacts):
         recipe = self.train_settings.recipe_for(self.splits).name
         told = {"recipe": recipe, "config": dataclasses.asdict(config), "reconstruct_images": number}
         return {**told, **self._validated(model)}
+
+    def reconstructed(self, number: int) -> Model:
+        """The masked network fitted to the dense one on so many train images: what fine-tuning begins with, where that is asked for."""
+        return reconstruct(self.dense, self.masks, self.splits.normalise(self.splits.train.images[:number]))
 
     def _compact(self) -> dict[str, Any]:
         small = compact(self.tuned, self.space, self.policy, masks=self.masks)

@@ -19,7 +19,7 @@ class Row:
     """One state of the network."""
 
     name: str
-    """"dense", "masked", "fine-tuned" or "compact"."""
+    """"dense", "masked", "reconstructed" (where fine-tuning begins with that), "fine-tuned" or "compact"."""
     accuracy: float
     """Share of the test images classified correctly, in [0, 1]."""
     macs_theoretical: int
@@ -120,6 +120,6 @@ def _about(rows: Sequence[Mapping[str, Any]]) -> str:
     first = rows[0]
     engines = ", ".join(dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows))
     return (
-        f"Milliseconds per call: median [quartiles] of n = {first['n']} samples, dense and compact in turn. {first['threads']} threads, "
+        f"Milliseconds per call: median [quartiles] of n = {first['n']} samples, dense and compact in turn. Threads: {first['threads']}, "
         f"{first['precision']}, {first['device']}; {engines}."
     )

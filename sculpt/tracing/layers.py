@@ -223,7 +223,7 @@ class _Finder:
             summed = sums[operand]
             inputs = math.prod(shape[d] for d in summed)
             kind, strides, kernel_size, out_spatial = "dense", (), (), ()
-            channels = (inputs, math.prod(shape) // inputs)
+            channels = (inputs, math.prod(n for d, n in enumerate(shape) if d not in summed))
             in_dims = list(summed)
             out_dims = [d for d in range(len(shape)) if d not in summed and d not in batches[operand]]
         own = view.axes if view.plain and (operand == 1 or kind == "dense") else None

@@ -34,12 +34,21 @@ def test_the_chosen_policy_is_drawn_where_its_accuracy_is_known() -> None:
 
 def test_the_caption_tells_of_statistics_where_there_are_any() -> None:
     rows = [{"name": name, "latency_ms": 2.0} for name in ("dense", "compact")]
-    record = {"n_test": 9, "n_latency": 3, "latency_batch": 2, "device": "cpu", "versions": {"jax": "1"}}
+    record = {
+        "n_test": 9,
+        "n_latency": 3,
+        "latency_batch": 2,
+        "device": "cpu",
+        "versions": {"jax": "1"},
+        "n_reconstruct": 0,
+    }
     record |= {"rows": rows}
     with_statistics, without = (caption_of({**record, "n_calibration": n}, 0) for n in (64, 0))
     assert "masked: BatchNorm recalibrated on 64 train images, not fine-tuned." in with_statistics
     assert "masked: not fine-tuned." in without and "BatchNorm" not in without
     assert "Compact is no faster than dense here" in without
+    fitted = caption_of({**record, "n_calibration": 0, "n_reconstruct": 512}, 0)
+    assert "masked: not fine-tuned; reconstructed: fitted to the dense network on 512 train images" in fitted
     faster = record | {"n_calibration": 0, "rows": [rows[0], {"name": "compact", "latency_ms": 1.0}]}
     assert "faster" not in caption_of(faster, 0)
 
