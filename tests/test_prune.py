@@ -330,7 +330,11 @@ def test_a_search_by_loss_and_another_importance(
     wishes = ["--importance", "l1", "--objective", "loss", "--score-images", "64"]
     cheap = ["--method", "uniform", "--rerank", "0", "--calibration-images", "64"]
     assert main(["search", *wishes, *cheap, *ONE_DEVICE, "--run", str(folder)]) == 0
-    for stage in (["finetune", "--finetune-clip-norm", "2", "--reconstruct-images", "32"], ["compact"], ["evaluate"]):
+    for stage in (
+        ["finetune", "--finetune-clip-norm", "2", "--reconstruct-images", "32"],
+        ["compact"],
+        ["evaluate"],
+    ):
         assert main([*stage, "--run", str(folder)]) == 0
     assert (asked[0].augment, asked[0].clip_norm) == ("shift", 2.0)
     run = Pipeline(RunDirectory.existing(folder), {})

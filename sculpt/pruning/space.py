@@ -53,6 +53,9 @@ class Space:
     importance: Importance | None
     """What channels are ranked by; None for the energy of the parameters that masks are made of."""
 
+    def __repr__(self) -> str:
+        return f"Space({self.num_sites} sites of {', '.join(self.families)}, in {self.trace})"
+
     @property
     def num_sites(self) -> int:
         return len(self.sites)

@@ -177,7 +177,7 @@ class _Finder:
         if not positions:
             return
         kernel = self.program.shape(operand)
-        if math.prod(kernel) > _MOST_WEIGHTS:
+        if not 0 < math.prod(kernel) <= _MOST_WEIGHTS:
             return
         window: tuple[int, ...] = ()
         if layer.kind == "conv":

@@ -67,6 +67,12 @@ class Trace:
     leaf_monomials: tuple[Monomials, ...]
     """Size of each parameter leaf as a polynomial in atom sizes."""
 
+    def __repr__(self) -> str:
+        return (
+            f"Trace({len(self.layers)} layers, {len(self.groups)} groups of coupled axes, {self.macs:,} MACs, "
+            f"{self.num_params:,} parameters)"
+        )
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one image, without the batch.

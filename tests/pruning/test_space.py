@@ -164,3 +164,11 @@ def test_graph_follows_the_policy_and_the_budget_and_nothing_random() -> None:
         sculpt.random_policies(space, jax.random.key(0), 2)
     )
     assert batched.shape == (2, *dense.nodes.shape)
+
+
+def test_what_was_traced_is_shown_by_what_matters_of_it() -> None:
+    trace = traced("residual")
+    shown = f"{len(trace.layers)} layers, {len(trace.groups)} groups of coupled axes, {trace.macs:,} MACs"
+    assert repr(trace).startswith(f"Trace({shown}, ") and len(repr(trace)) < 120
+    space = sculpt.make_space(trace)
+    assert repr(space) == f"Space({space.num_sites} sites of channels, rect, in {trace!r})"

@@ -293,3 +293,21 @@ def test_refusals(images: Any, ridge: float, says: str) -> None:
     masks, _ = pruned("residual", ("channels", "rect"))
     with pytest.raises(ValueError, match=says):
         sculpt.reconstruct(network("residual"), masks, images, ridge=ridge)
+
+
+def test_layers_of_size_zero_are_passed_over() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"first": (4, 6), "empty": (4, 0), "back": (0, 3), "last": (6, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+    def network(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        kept = jax.nn.relu(x @ params["first"]) @ params["last"]
+        return kept + jax.nn.relu(x @ params["empty"]) @ params["back"]
+
+    model, x = sculpt.from_function(network, params), jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+    masks = {name: jnp.ones(shape, bool) for name, shape in shapes.items()}
+    masks["last"] = masks["last"].at[2:].set(False)
+    fitted, masked = sculpt.reconstruct(model, masks, x), sculpt.apply_masks(model, masks)
+    dense = network(params, x)
+    near, far = (np.square(network(m.params, x) - dense).mean() for m in (fitted, masked))
+    assert near < far
