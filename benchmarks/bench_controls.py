@@ -32,9 +32,10 @@ from sculpt.pruning import Space
 from sculpt.training import Splits
 
 METHODS = {name: {"method": name} for name in get_args(Method)} | {
-    f"{name}, warm": {"method": name, "warm_start": True} for name in ("random", "evolution")
+    f"{name}, warm": {"method": name, "warm_start": True} for name in ("agent", "random", "evolution")
 }
-"""Row of the table -> fields of `SearchConfig`. Warm: begins from retained energy, as CMA-ES does; the agent and the table begin from single sites."""
+"""Row of the table -> fields of `SearchConfig`. Warm: begins from retained energy, as CMA-ES does; the agent and the table begin from
+single sites, "agent, warm" from both."""
 RERANK = 4
 """So many of the best policies are fine-tuned briefly before one is chosen."""
 LOOKS = (128, 256, 512, 1024, 2048)
