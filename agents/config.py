@@ -255,7 +255,7 @@ class SearchConfig:
             "to keep the budget",
         )
         _require(
-            self.projection or self.sensitivity == SearchConfig.sensitivity,
+            self.projection or self.sensitivity in (0.0, SearchConfig.sensitivity),
             f"SearchConfig.sensitivity={self.sensitivity} needs projection=True: a reward that has to hold the budget would learn from "
             "single sites, all of them beyond it",
         )

@@ -23,8 +23,8 @@ def doubt(config: SearchConfig, history: Sequence[Mapping[str, float]]) -> str |
 
     Two things must be so. The best score is no better than that of as many policies drawn as in the first update, before anything
     was learned, by the mean and spread of these. And the mean of the last quarter of the updates is above that of the first by no
-    more than two standard errors. Updates that score single sites do not count. Nothing is said of searches for several budgets, or whose reward holds the budget, for whose
-    rewards are no qualities.
+    more than two standard errors. Updates that score single sites do not count. Nothing is said of searches for several budgets, or
+    whose reward holds the budget, since their rewards are no qualities.
     """
     history = [row for row in history if not row["single_sites"]]
     if config.method not in LEARNERS or config.front or not config.projection or len(history) < 4:
@@ -37,6 +37,6 @@ def doubt(config: SearchConfig, history: Sequence[Mapping[str, float]]) -> str |
         return None
     return (
         f"learning has found nothing that luck would not have: policies scored {late:.3f} on average in the last quarter of the search, "
-        f"{mean:.3f} in its first, and the best of them {last['best']:.3f}; more evaluations may help, unless the budget is too "
+        f"{mean:.3f} before anything was learned, and the best of them {last['best']:.3f}; more evaluations may help, unless the budget is too "
         "easy or too hard for policies to differ"
     )

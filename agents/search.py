@@ -17,11 +17,7 @@ from sculpt.agents.rerank import Referee
 from sculpt.agents.run import Run, set_up
 from sculpt.agents.sensitivity import options_each, singles
 from sculpt.agents.transfer import check_agent, portable
-from sculpt.agents.update import (
-    TOLERANCE,
-    Metrics,
-    ranking,
-)
+from sculpt.agents.update import TOLERANCE, Metrics, ranking
 from sculpt.arguments import checked
 from sculpt.model import Model, Params
 from sculpt.pruning import Space, check_budget, cost
@@ -64,10 +60,12 @@ class SearchResult:
     validation_accuracy: float
     """Its accuracy on the validation split after the re-rank's brief fine-tuning (with `rerank=0`: before any)."""
     history: tuple[Metrics, ...] = dataclasses.field(repr=False)
-    """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward", "reward_spread" (standard
-    deviation), "single_sites" (policies of it that prune one site only, to tell what that does), "mean_accuracy", "budget_error", "reward_weight", "seconds", and for the agent "entropy" (nats a site), "kl", "clip_fraction", "value_loss",
-    "explained_variance" (critic), "credit_explained" (per-site regression), "epochs" (done). With several budgets "best" is that
-    of the first, all others are over the policies of all."""
+    """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward",
+    "reward_spread" (standard deviation), "mean_accuracy", "budget_error", "reward_weight", "single_sites" (policies of it that
+    prune one site only, see `SearchConfig.sensitivity`), "seconds", and for the agent "entropy" (nats a site), "kl",
+    "clip_fraction", "value_loss", "explained_variance" (critic), "credit_explained" (per-site regression), "epochs" (done). With
+    several budgets "best" is that of the first, all others are over the policies of all. Nothing is learned in updates with
+    single sites, whose rewards are of policies that keep nearly everything."""
     doubt: str | None
     """A sentence for the user where learning has found no more than luck would have, see `sculpt.agents.diagnosis`."""
     front: tuple[FrontPoint, ...]
@@ -136,8 +134,8 @@ def search(
         check_budget(space, budget)
     if agent is not None:
         check_agent(config, agent)
-    alone = len(singles(space, options_each(config, space)))
-    if config.method == "greedy" and config.evaluations <= alone:
+    alone = len(singles(space, options_each(config, space))) if config.method == "greedy" else 0
+    if 0 < config.evaluations <= alone:
         raise ValueError(
             f"method 'greedy' scores {alone} policies of one pruned site first: evaluations must be more, got {config.evaluations}"
         )

@@ -17,7 +17,7 @@ from sculpt.scoring.archive import Archive
 from sculpt.scoring.reward import Objective, quality
 
 _TRUST = 3.0
-"""Logits per standard deviation of what options do to the score, against Gumbel noise of scale 1 (of `energy_logits` alike)."""
+"""Logits of an option whose effect on the score is the root mean square of all; the draw adds Gumbel noise of scale 1."""
 _FARTHEST = 2.0
 """Beyond the last scored option the line through it and the one before is followed so many times their distance."""
 

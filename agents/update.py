@@ -159,6 +159,7 @@ def _update(
     turn = _learning_turn if config.method in LEARNERS else _control_turn
     env_state, learnt, rewards, info, measured = turn(program, task, state, key)
     done, policies = state.update + 1, config.policies_per_update
+    single_sites = len(_alone(program)) - state.env.archive.total
     progress = done.astype(jnp.float32) / config.updates
     measured |= {
         "evaluations": env_state.archive.total.astype(jnp.float32),
@@ -171,7 +172,7 @@ def _update(
             jnp.abs(info.used - jnp.broadcast_to(env.budgets(task.env), info.used.shape))
         ),
         "reward_weight": env_state.reward.weight,
-        "single_sites": jnp.clip(_singles_left(program, state), 0, policies).astype(jnp.float32),
+        "single_sites": jnp.clip(single_sites, 0, policies).astype(jnp.float32),
     }
     env_state = env.adapt(env_state, info.used, task.env, progress)
     return dataclasses.replace(state, update=done, env=env_state, **learnt), measured
@@ -184,13 +185,13 @@ _Turn = tuple[EnvState, dict[str, Any], jax.Array, StepInfo, dict[str, jax.Array
 def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:
     config, env = program.config, program.env
     agent = network_of(config)
-    each, left = options_each(config, env.space), _singles_left(program, state)
+    each, alone = options_each(config, env.space), _alone(program)
+    left = len(alone) - state.env.archive.total
     sites = task.sites
     if each:
         archive = state.env.archive
         told = sensitivity_logits(env.space, sites.retained, each, archive, config.objective)
         sites = dataclasses.replace(sites, prior=sites.prior + jnp.where(left > 0, 0.0, told))
-    alone = singles(env.space, each)
     env_state, rollout = play(
         agent, state.agent, env, task.env, state.env, sites, key, config.projection, alone
     )
@@ -214,10 +215,9 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
     return env_state, learnt, rollout.rewards, rollout.info, measured
 
 
-def _singles_left(program: Program, state: SearchState) -> jax.Array:
-    """int32 scalar: how many policies of single sites are still to be scored, of all that this search scores; below 0 afterwards."""
-    alone = len(singles(program.env.space, options_each(program.config, program.env.space)))
-    return alone - state.env.archive.total
+def _alone(program: Program) -> np.ndarray:
+    """int32 `[m, sites]`: the policies of single sites that this search scores before any other."""
+    return singles(program.env.space, options_each(program.config, program.env.space))
 
 
 def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:

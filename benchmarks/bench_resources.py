@@ -3,9 +3,10 @@
     python -m benchmarks.bench_resources --data DATA --tasks digits-resnet8 --seeds 0 1 2
 
 Tasks are those of `tasks`, their dense network trained (or fine-tuned) once, with seed 0. The latency of every layer under every
-option is measured first; then the agent searches channels and windows, for several budgets of either kind, and of both at once. With `--engines xla onnxruntime` a budget of latency holds in each of
-them. What is found is compacted, its latency measured beside the dense network's in the first, and fine-tuned alike and tested. Everything
-is kept under --run and skipped when it is there already. `--also onnxruntime openvino litert` measures what was found in other engines too.
+option is measured first; then the agent searches channels and windows, for several budgets of either kind, and of both at
+once. With `--engines xla onnxruntime` a budget of latency holds in each of them. What is found is compacted, its latency
+measured beside the dense network's in the first, and fine-tuned alike and tested. Everything is kept under --run and skipped
+when it is there already. `--also onnxruntime openvino litert` measures what was found in other engines too.
 """
 
 from __future__ import annotations
@@ -136,10 +137,11 @@ def report(options: argparse.Namespace) -> None:
         "# Budgets of measured latency and of MACs",
         "",
         *provenance(),
-        f"{options.evaluations} evaluations by the agent, families {' and '.join(options.families)}, the best 4 fine-tuned briefly before one is chosen, then "
-        f"fine-tuned with the dense network as its teacher. Latency: {options.engines[0]}, batch {options.batch}, one thread, median of 60 "
-        "interleaved samples, as a share of the dense network's; predicted: from the layers, in {' and '.join(options.engines)}, each of which must keep the budget. Budgets of both: MACs up to it, latency up to "
-        f"{ALLOWANCE} times it. Values of the seeds apart by /.",
+        f"{options.evaluations} evaluations by the agent, families {' and '.join(options.families)}, the best 4 fine-tuned "
+        "briefly before one is chosen, then fine-tuned with the dense network as its teacher. Latency: "
+        f"{options.engines[0]}, batch {options.batch}, one thread, median of 60 interleaved samples, as a share of the dense "
+        f"network's; predicted: from the layers, in {' and '.join(options.engines)}, each of which must keep the budget. "
+        f"Budgets of both: MACs up to it, latency up to {ALLOWANCE} times it. Values of the seeds apart by /.",
     ]
     for name in TASKS:
         folder = options.run / name

@@ -72,9 +72,15 @@ def measure(p: Pipeline) -> dict[str, Any]:
     train_images = p.splits.train.images
     calibration = train_images[: images_used(min(_CALIBRATION, len(train_images)))]
     masked = recalibrate(apply_masks(p.dense, p.masks), p.splits.normalise(calibration))
-    networks = {"dense": p.dense, "masked": masked, "fine-tuned": p.tuned, "compact": p.small}
-    if fitted := p.run.record("finetune")["reconstruct_images"]:
-        networks = networks | {"reconstructed": p.reconstructed(fitted)}
+    fitted = p.run.record("finetune").get("reconstruct_images", 0)
+    reconstructed = {"reconstructed": p.reconstructed(fitted)} if fitted else {}
+    networks = {
+        "dense": p.dense,
+        "masked": masked,
+        **reconstructed,
+        "fine-tuned": p.tuned,
+        "compact": p.small,
+    }
     accuracy = {name: _accuracy(m, images, labels) for name, m in networks.items()}
     timed = {name: networks[name] for name in ("dense", "fine-tuned", "compact")}
     latency = compare_latency(timed, p.example)
@@ -87,7 +93,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
     }
     costs["fine-tuned"] = costs["reconstructed"] = costs["masked"]
     rows = []
-    for name in filter(networks.__contains__, ("dense", "masked", "reconstructed", "fine-tuned", "compact")):
+    for name in networks:
         seconds = latency.get(name)
         median = None if seconds is None else 1e3 * seconds.median
         spread = None if seconds is None else tuple(1e3 * s for s in seconds.spread)
@@ -186,7 +192,7 @@ def caption_of(record: dict[str, Any], seed: int) -> str:
     """What the closing table was taken over."""
     calibration = record["n_calibration"]
     recalibrated = f"BatchNorm recalibrated on {calibration} train images, " if calibration else ""
-    fitted = record["n_reconstruct"]
+    fitted = record.get("n_reconstruct", 0)
     reconstructed = (
         f"; reconstructed: fitted to the dense network on {fitted} train images, likewise" if fitted else ""
     )

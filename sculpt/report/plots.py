@@ -36,10 +36,10 @@ def _svg(figure: Figure) -> str:
 
 
 def reward_plot(history: Sequence[Mapping[str, Any]]) -> str:
-    """Best and mean reward over the policies scored.
+    """Best and mean reward over the policies scored; no mean of updates with single sites, whose policies keep nearly everything.
 
     Args:
-      history: rows of a search with "evaluations", "best" and "mean_reward".
+      history: rows of a search with "evaluations", "best", "mean_reward" and "single_sites".
 
     Raises:
       ValueError: if there is no row.
@@ -48,8 +48,9 @@ def reward_plot(history: Sequence[Mapping[str, Any]]) -> str:
         raise ValueError("expected at least one row of a search's history, got none")
     figure, axes = _figure()
     evaluations = [row["evaluations"] for row in history]
-    for name, label in (("best", "best so far"), ("mean_reward", "mean of the update")):
-        axes.plot(evaluations, [row.get(name, np.nan) for row in history], label=label, marker=".")
+    means = [np.nan if row.get("single_sites") else row["mean_reward"] for row in history]
+    axes.plot(evaluations, [row.get("best", np.nan) for row in history], label="best so far", marker=".")
+    axes.plot(evaluations, means, label="mean of the update", marker=".")
     axes.set(xlabel="policies scored", ylabel="reward", title="Search")
     axes.legend()
     return _svg(figure)

@@ -51,6 +51,11 @@ LAGRANGIAN = RewardConfig(kind="lagrangian")
         ({"projection": False}, "would ignore the budget"),
         ({"projection": False, "reward": LAGRANGIAN, "method": "random"}, "needs method='agent'"),
         (
+            {"projection": False, "reward": LAGRANGIAN, "sensitivity": 0.3},
+            "sensitivity=0.3 needs projection=True",
+        ),
+        ({"sensitivity": 1.0}, r"sensitivity must be in \[0, 1\), got 1.0"),
+        (
             {"method": "evolution", "agent": AgentConfig(hidden=16)},
             "agent=AgentConfig.* needs method='agent'",
         ),
@@ -66,6 +71,10 @@ LAGRANGIAN = RewardConfig(kind="lagrangian")
 def test_refusals(wrong: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         SearchConfig(**wrong)
+
+
+def test_without_a_projection_single_sites_may_be_switched_off() -> None:
+    assert SearchConfig(projection=False, reward=LAGRANGIAN, sensitivity=0.0).sensitivity == 0.0
 
 
 @pytest.mark.parametrize("wrong", [{"hidden": 10}, {"layers": 0}, {"heads": 0}])

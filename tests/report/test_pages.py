@@ -67,6 +67,15 @@ def test_reward_and_pareto_plots_are_svg_and_repeatable() -> None:
         reward_plot([])
 
 
+def test_single_sites_have_no_mean_reward() -> None:
+    rows = [
+        {"evaluations": 32.0 * i, "best": 0.1 * i, "mean_reward": 0.05 * i, "single_sites": 0.0}
+        for i in (1, 2, 3)
+    ]
+    high, low = ({**rows[0], "mean_reward": mean, "single_sites": 32.0} for mean in (0.9, 0.2))
+    assert reward_plot([high, *rows[1:]]) == reward_plot([low, *rows[1:]]) != reward_plot(rows)
+
+
 def test_layer_and_graph_plots(space: sculpt.Space) -> None:
     for make in (kept_plot, graph_plot):
         dense, cut = make(space, np.zeros(space.num_sites, np.int32)), make(space, policy(space))
