@@ -3,7 +3,9 @@
 from sculpt.agents.actor_critic import ActorCritic, SiteInputs, site_inputs
 from sculpt.agents.config import AgentConfig, Method, SearchConfig
 from sculpt.agents.pretrain import Lesson, pretrain
-from sculpt.agents.search import FrontPoint, SearchResult, search
+from sculpt.agents.result import FrontPoint, SearchResult
+from sculpt.agents.search import search
+from sculpt.agents.seeds import search_seeds
 from sculpt.scoring.reward import RewardConfig
 
 __all__ = [
@@ -18,5 +20,6 @@ __all__ = [
     "SiteInputs",
     "pretrain",
     "search",
+    "search_seeds",
     "site_inputs",
 ]

@@ -14,7 +14,8 @@ import numpy as np
 from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.controls import fixed_policy
-from sculpt.agents.sensitivity import starts_from_energy
+from sculpt.agents.sensitivity import options_each, singles, starts_from_energy
+from sculpt.agents.transfer import check_agent
 from sculpt.agents.update import (
     Metrics,
     Program,
@@ -27,7 +28,7 @@ from sculpt.agents.update import (
     update,
 )
 from sculpt.model import Model, Params
-from sculpt.pruning import Space
+from sculpt.pruning import Space, check_budget
 from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
 from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
@@ -123,6 +124,26 @@ class Run:
         skip = self.config.checkpoint_every if self.config.updates > self.config.checkpoint_every else 0
         timed = self.seconds[skip:]
         return self.config.policies_per_update * len(timed) / max(float(timed.sum()), 1e-9)
+
+
+def settled(config: SearchConfig, space: Space, agent: Params | None) -> SearchConfig:
+    """The settings of a search of this space, with what an `agent` taught elsewhere decides.
+
+    Raises:
+      ValueError: if a budget cannot be reached, `agent` is of another size than `config.agent`, or there are too few evaluations.
+    """
+    for budget in config.budgets:
+        check_budget(space, budget)
+    alone = len(singles(space, options_each(config, space))) if config.method == "greedy" else 0
+    if 0 < config.evaluations <= alone:
+        raise ValueError(
+            f"method 'greedy' scores {alone} policies of one pruned site first: evaluations must be more, got {config.evaluations}"
+        )
+    if agent is None:
+        return config
+    check_agent(config, agent)
+    # It was taught beside what the energy tells.
+    return config if config.warm_start is not None else dataclasses.replace(config, warm_start=True)
 
 
 def set_up(

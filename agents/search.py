@@ -1,4 +1,4 @@
-"""Searching for a policy: `search`, and what it returns."""
+"""Searching for a policy: `search`."""
 
 from __future__ import annotations
 
@@ -12,80 +12,19 @@ import jax
 import numpy as np
 
 from sculpt.agents.config import SearchConfig
-from sculpt.agents.diagnosis import doubt
 from sculpt.agents.rerank import Referee
-from sculpt.agents.run import Run, set_up
-from sculpt.agents.sensitivity import options_each, singles
-from sculpt.agents.transfer import check_agent, portable
-from sculpt.agents.update import TOLERANCE, Metrics, ranking
+from sculpt.agents.result import SearchResult, make_result, shortlist
+from sculpt.agents.run import Run, set_up, settled
+from sculpt.agents.update import Metrics
 from sculpt.arguments import checked
 from sculpt.model import Model, Params
-from sculpt.pruning import Space, check_budget, cost
-from sculpt.scoring.archive import Archive
+from sculpt.pruning import Space
 from sculpt.scoring.env import EnvParams, Scorer
 from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
-from sculpt.scoring.reward import RewardState
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.data import Splits
 from sculpt.training.stream import content
-
-
-@dataclasses.dataclass(frozen=True)
-class FrontPoint:
-    """The best policy within a budget."""
-
-    budget: float
-    """Share of the space's resource that it must not exceed."""
-    policy: np.ndarray
-    """int32 `[sites]`."""
-    score: float
-    """Its reward: accuracy (or minus the loss) on the score images."""
-    used: float
-    """Share of the space's resource that it uses: of the theoretical MACs, by default."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchResult:
-    """What a search found."""
-
-    policy: np.ndarray
-    """int32 `[sites]`: the chosen policy."""
-    score: float
-    """Its reward in the search: accuracy (or minus the loss) on the score images, before any fine-tuning."""
-    used: float
-    """Share of the space's resource that it uses; `macs_ratio`, but for `sculpt.with_resource`."""
-    macs_ratio: float
-    """Its theoretical MACs kept / dense."""
-    validation_accuracy: float
-    """Its accuracy on the validation split after the re-rank's brief fine-tuning (with `rerank=0`: before any)."""
-    history: tuple[Metrics, ...] = dataclasses.field(repr=False)
-    """One row per update: "update", "evaluations", "unique", "best" (once a policy has met the budget), "mean_reward",
-    "reward_spread" (standard deviation), "mean_accuracy", "budget_error", "reward_weight", "single_sites" (policies of it that
-    prune one site only, see `SearchConfig.sensitivity`), "seconds", and for the agent "entropy" (nats a site), "kl",
-    "clip_fraction", "value_loss", "explained_variance" (critic), "credit_explained" (per-site regression), "epochs" (done). With
-    several budgets "best" is that of the first, all others are over the policies of all. Nothing is learned in updates with
-    single sites, whose rewards are of policies that keep nearly everything."""
-    doubt: str | None
-    """A sentence for the user where learning has found no more than luck would have, see `sculpt.agents.diagnosis`."""
-    front: tuple[FrontPoint, ...]
-    """The best policy found for each of the search's budgets, before any fine-tuning; none for a budget that no policy met."""
-    pareto: tuple[tuple[float, float, np.ndarray], ...] = dataclasses.field(repr=False)
-    """(share of the resource used, accuracy on the score images, policy) of the archived policies that no other one beats in both."""
-    evaluations: int
-    """Policies scored, repeats included."""
-    unique_evaluations: int
-    """Distinct policies scored."""
-    seconds: float
-    """Wall time of the updates, compilation included, re-rank not; summed over resumed runs."""
-    rerank_seconds: float
-    """Wall time of the re-rank's fine-tuning and scoring; likewise."""
-    policies_per_second: float
-    """Evaluations per second, repeats included; the first block of updates, which compiles, is left out if it can be."""
-    method: str
-    """Which method proposed the policies."""
-    agent: Params | None = dataclasses.field(repr=False)
-    """What the agent learned that holds for other networks too: for `search(..., agent=)`. None for other methods."""
 
 
 @checked
@@ -130,18 +69,7 @@ def search(
         raise ValueError(
             "a search over several hosts keeps no checkpoints: leave directory out, or search on one host"
         )
-    for budget in config.budgets:
-        check_budget(space, budget)
-    if agent is not None:
-        check_agent(config, agent)
-    alone = len(singles(space, options_each(config, space))) if config.method == "greedy" else 0
-    if 0 < config.evaluations <= alone:
-        raise ValueError(
-            f"method 'greedy' scores {alone} policies of one pruned site first: evaluations must be more, got {config.evaluations}"
-        )
-    plan = plan or EvaluationPlan()
-    if agent is not None and config.warm_start is None:
-        config = dataclasses.replace(config, warm_start=True)  # it was taught beside what the energy tells
+    plan, config = plan or EvaluationPlan(), settled(config, space, agent)
     data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)
     program, task, calibration = set_up(model, space, splits, config, data_key, plan, scorer)
     run = Run.start(program, task, plan, init_key, config, agent)
@@ -164,66 +92,29 @@ def search(
             if keeper is not None:
                 keeper.save(block.stop, run.tree(block.state))
             block = following or run.launch(update_key)
-        archive, metrics = jax.device_get((run.state.env.archive, run.state.metrics))
-        order, rewards = ranking(archive, run.state.env.reward, config.budget, config.objective)
-        # Policies beyond the budget are considered only where none meets it.
-        within = int((archive.used[order] <= config.budget + TOLERANCE).sum())
-        candidates = order[: min(max(config.rerank, 1), within or len(order))]
-        for place, row in enumerate(candidates):
+        state = jax.device_get(run.state)
+        listed = shortlist(config, state)
+        for place, policy in enumerate(listed.policies):
             if np.isnan(run.judged[place]):
                 begun = time.perf_counter()
-                run.judged[place] = referee.judge(archive.policies[row])
+                run.judged[place] = referee.judge(policy)
                 run.judging[place] = time.perf_counter() - begun
                 if keeper is not None:
                     keeper.save(config.updates + place + 1, run.tree(run.state))
     finally:
         if keeper is not None:
             keeper.close()
-    best = int(
-        np.argmax(run.judged[: len(candidates)])
-    )  # the earlier, that is the better scored, where they tie
-    history = tuple(run.row(metrics, i) for i in range(config.updates))
-    return SearchResult(
-        policy=archive.policies[candidates[best]],
-        score=float(rewards[best]),
-        used=float(archive.used[candidates[best]]),
-        macs_ratio=float(cost(space, archive.policies[candidates[best]]).macs_ratio),
-        validation_accuracy=float(run.judged[best]),
-        history=history,
-        doubt=doubt(config, history),
-        front=_front(archive, run.state.env.reward, config),
-        pareto=_pareto(archive),
-        evaluations=int(archive.total),
-        unique_evaluations=int(archive.count),
-        seconds=float(run.seconds.sum()),
-        rerank_seconds=float(run.judging.sum()),
-        policies_per_second=run.speed(),
-        method=config.method,
-        agent=portable(jax.device_get(run.state.agent)) if config.method == "agent" else None,
+    return make_result(
+        config,
+        space,
+        state,
+        listed,
+        run.judged[: len(listed.policies)],
+        tuple(run.row(state.metrics, i) for i in range(config.updates)),
+        float(run.seconds.sum()),
+        float(run.judging.sum()),
+        run.speed(),
     )
-
-
-def _front(archive: Archive, rewards: RewardState, config: SearchConfig) -> tuple[FrontPoint, ...]:
-    """The best archived policy of each budget."""
-    points = []
-    for budget in config.budgets:
-        order, worth = ranking(archive, rewards, budget, config.objective)
-        used = float(archive.used[order[0]])
-        if used <= budget + TOLERANCE:
-            points.append(FrontPoint(budget, archive.policies[order[0]], float(worth[0]), used))
-    return tuple(points)
-
-
-def _pareto(archive: Archive) -> tuple[tuple[float, float, np.ndarray], ...]:
-    """Archived policies not dominated in (less used, higher accuracy), by rising use."""
-    count = int(archive.count)
-    used, accuracy = archive.used[:count], archive.accuracy[:count]
-    front, highest = [], -1.0
-    for row in np.lexsort((-accuracy, used)):
-        if accuracy[row] > highest:
-            highest = float(accuracy[row])
-            front.append((float(used[row]), highest, np.asarray(archive.policies[row])))
-    return tuple(front)
 
 
 def _fingerprint(

@@ -3,8 +3,8 @@
     JAX_NUM_CPU_DEVICES=2 python -m benchmarks.bench_search
 
 The same search is run twice in one process: once scoring networks, once with a scorer that costs nothing, so that what
-remains is the agent (graph network, sampling, projection, PPO) and the host's work. Compilation is left out: rates are of the
-blocks of updates after the first one.
+remains is the agent (graph network, sampling, projection, PPO) and the host's work. With `--seeds 5` so many searches at once
+(`search_seeds`) follow, in both ways. Compilation is left out: rates are of the blocks of updates after the first one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import sculpt
 from benchmarks.bench_evaluate import NETS
 from benchmarks.timing import provenance, spread, write_results
+from sculpt.agents import search_seeds
 from sculpt.scoring import Problem, Scores, score_policies
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="to score on")
     parser.add_argument("--calibration-images", type=int, default=128)
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--seeds", type=int, default=1, help="searches at once, beside one")
     parser.add_argument("--tune", action="store_true", help="tune the plan first")
     options = parser.parse_args()
     size = NETS[options.net]
@@ -76,6 +78,11 @@ def main() -> None:
             model, space, splits, config, jax.random.key(0), plan=plan, scorer=scorer
         )
         seconds[name] = [row["seconds"] for row in results[name].history[1:]]
+        if options.seeds > 1:
+            at_once = search_seeds(
+                model, space, splits, config, jax.random.key(0), options.seeds, plan=plan, scorer=scorer
+            )
+            seconds[f"{name}, seeds"] = [row["seconds"] for row in at_once[0].history[1:]]
     whole, agent = (statistics.median(seconds[name]) for name in ("networks", "nothing"))
     result = results["networks"]
     lines = [
@@ -90,9 +97,15 @@ def main() -> None:
         "| --- | --- | --- |",
         f"| whole update | {spread(seconds['networks'])} | 100% |",
         f"| agent, projection, PPO, host | {spread(seconds['nothing'], 3)} | {agent / whole:.1%} |",
-        "",
-        f"{config.batch / whole:.2f} evaluations per second, repeats included.",
     ]
+    if options.seeds > 1:
+        for what, name in (("whole update", "networks"), ("agent, projection, PPO, host", "nothing")):
+            together = seconds[f"{name}, seeds"]
+            times = options.seeds * statistics.median(seconds[name]) / statistics.median(together)
+            lines.append(
+                f"| {what}, {options.seeds} seeds at once | {spread(together, 3)} | {times:.2f} times as fast as in turn |"
+            )
+    lines += ["", f"{config.batch / whole:.2f} evaluations per second, repeats included."]
     write_results(f"bench_search_{options.net}", lines)
 
 

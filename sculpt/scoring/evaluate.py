@@ -97,10 +97,15 @@ def score_policies(problem: Problem, policies: jax.Array, count: jax.Array | int
 
     The loop runs `count / policies_per_chunk` times on each device, so a traced `count` leaves work undone instead of
     masked. Over several devices policies are dealt out one by one, so that all have work whatever `count` is, and every
-    device ends with all scores.
+    device ends with all scores. Under `vmap` the policies asked for are scored in one such loop, one batch behind the other: networks
+    side by side are what the plan decides about.
     """
+    return _score(problem, policies, jnp.asarray(policies.shape[0] if count is None else count, jnp.int32))
+
+
+@jax.custom_batching.custom_vmap
+def _score(problem: Problem, policies: jax.Array, count: jax.Array) -> Scores:
     plan, n = problem.plan, policies.shape[0]
-    count = jnp.asarray(n if count is None else count, jnp.int32)
     if plan.devices == 1:
         return _score_rows(problem, policies, count)
     shards = plan.policy_shards
@@ -115,6 +120,33 @@ def score_policies(problem: Problem, policies: jax.Array, count: jax.Array | int
     # The gathered scores are alike on all devices, which the check cannot see through the loop.
     run = jax.shard_map(on_device, mesh=plan.mesh(), in_specs=specs, out_specs=P(), check_vma=False)
     return jax.tree.map(lambda s: s.reshape(-1)[:n], run(problem, dealt, count))
+
+
+@_score.def_vmap
+def _score_batches(
+    batches: int, mapped: Any, problem: Problem, policies: jax.Array, count: jax.Array
+) -> tuple[Scores, Scores]:
+    arguments, treedef = jax.tree.flatten((problem, policies, count))
+    flags = jax.tree.leaves(mapped)
+    if any(jax.tree.leaves(mapped[0])):  # each batch has a problem of its own: one after another
+
+        def one(rows: list[jax.Array]) -> Scores:
+            own = iter(rows)
+            return _score(
+                *treedef.unflatten([next(own) if flag else arg for arg, flag in zip(arguments, flags)])
+            )
+
+        scores = jax.lax.map(one, [arg for arg, flag in zip(arguments, flags) if flag])
+        return scores, Scores(True, True)  # type: ignore[arg-type]
+    policies, count = (
+        value if flag else jnp.broadcast_to(value, (batches, *value.shape))
+        for value, flag in zip((policies, count), mapped[1:])
+    )
+    asked = (jnp.arange(policies.shape[1])[None] < count[:, None]).reshape(-1)
+    order = jnp.argsort(~asked, stable=True)
+    together = _score(problem, policies.reshape(-1, policies.shape[2])[order], asked.sum(dtype=jnp.int32))
+    scores = jax.tree.map(lambda s: s[jnp.argsort(order)].reshape(policies.shape[:2]), together)
+    return scores, Scores(True, True)  # type: ignore[arg-type]
 
 
 def _score_rows(problem: Problem, policies: jax.Array, count: jax.Array) -> Scores:
