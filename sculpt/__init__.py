@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sculpt.deploy import (
         Latency,
         compare_latency,
+        export_litert,
         export_onnx,
         export_stablehlo,
         fold,
@@ -86,6 +87,7 @@ _HOMES = {
     "sculpt.deploy": (
         "Latency",
         "compare_latency",
+        "export_litert",
         "export_onnx",
         "export_stablehlo",
         "fold",
@@ -152,7 +154,7 @@ _HOMES = {
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_SUBPACKAGES = ("agents", "nets")
+_SUBPACKAGES = ("agents", "deploy", "nets", "pruning", "scoring", "training")
 
 __all__ = [
     "AgentConfig",
@@ -186,6 +188,7 @@ __all__ = [
     "evaluate",
     "evaluate_file",
     "evaluate_policies",
+    "export_litert",
     "export_onnx",
     "export_stablehlo",
     "finetune",

@@ -201,6 +201,11 @@ def _search_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--latency-batch", type=int, help="images per call, likewise (32)")
     group.add_argument(
+        "--latency-threads",
+        type=int,
+        help="CPU cores of the engine, likewise (all); leave the machine to the measurement",
+    )
+    group.add_argument(
         "--latency-all-sizes",
         action="store_true",
         help="measure layers at all their sizes together: longer, more accurate",

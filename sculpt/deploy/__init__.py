@@ -4,6 +4,7 @@ from sculpt.deploy.environment import device_name, versions
 from sculpt.deploy.fold import fold
 from sculpt.deploy.latency import Latency, compare_latency, measure_latency
 from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
+from sculpt.deploy.litert_export import export_litert
 from sculpt.deploy.model_file import load_model, save_model
 from sculpt.deploy.onnx_export import export_onnx
 from sculpt.deploy.params import load_metadata, load_params, save_params
@@ -15,6 +16,7 @@ __all__ = [
     "LayerLatency",
     "compare_latency",
     "device_name",
+    "export_litert",
     "export_onnx",
     "export_stablehlo",
     "fold",

@@ -19,7 +19,7 @@ import numpy as np
 
 from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
 from sculpt.deploy.environment import cores, required
-from sculpt.deploy.fold import fold
+from sculpt.deploy.litert_export import interpreted, litert_program, require_litert
 from sculpt.deploy.onnx_export import IMAGES, LOGITS, export_onnx
 from sculpt.model import Model
 
@@ -91,7 +91,7 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         with _onnx_file(model, x) as file:
             session = onnxruntime.InferenceSession(
                 file.read_bytes(), options, providers=["CPUExecutionProvider"]
@@ -134,48 +134,10 @@ class LiteRt:
     channels_first = False
 
     def require(self) -> None:
-        required("litert_converter", "litert")
-        required("ai_edge_litert", "litert")
+        require_litert()
 
     def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
-        litert: Any = importlib.import_module("ai_edge_litert.interpreter")
-        interpreter = litert.Interpreter(model_content=_litert_file(model, x), num_threads=threads)
-        interpreter.allocate_tensors()
-        images, logits = (
-            d[0]["index"] for d in (interpreter.get_input_details(), interpreter.get_output_details())
-        )
-
-        def call() -> np.ndarray:
-            interpreter.set_tensor(images, x)
-            interpreter.invoke()
-            return interpreter.get_tensor(logits)
-
-        return call
-
-
-def _litert_file(model: Model, x: np.ndarray) -> bytes:
-    """A model as a file of LiteRT for this batch size.
-
-    Raises:
-      ValueError: if the converter does not take the model.
-    """
-    names = ("converter_api_ext", "mlir.ir", "mlir.passmanager")
-    converter, ir, passes = (importlib.import_module(f"litert_converter.{name}") for name in names)
-    folded = fold(model, x)
-    program = jax.jit(lambda images: folded.apply(folded.params, folded.state, images))
-    text = program.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).as_text()
-    context = ir.Context()
-    converter.prepare_mlir_context(context)
-    with context, ir.Location.unknown():
-        try:
-            module = ir.Module.parse(text)
-            main = next(f for f in module.body.operations if f.name.value == "main")
-            converter.set_signature(main.operation, "serving_default", [IMAGES], [LOGITS])
-            converter.run_convert_to_tfl_passes(module, passes.PassManager(), converter.ConvertToTFLConfig())
-            return converter.export_flatbuffer_to_bytes(module.operation)
-        # Errors of MLIR have no common base but Exception.
-        except Exception as error:
-            raise ValueError(f"litert-converter does not take this model: {error}") from error
+        return interpreted(litert_program(model, x), x, threads)
 
 
 ENGINES: dict[str, Engine] = {
@@ -205,7 +167,10 @@ def prepared(name: str, model: Model, x: np.ndarray, threads: int) -> Call:
     Raises:
       ValueError: if there is no such engine, it is not installed, does not take the model, or computes other logits.
     """
-    call = engine_of(name).prepare(model, x, threads)
+    try:
+        call = engine_of(name).prepare(model, x, threads)
+    except TypeError as error:  # of JAX, where shapes do not fit
+        raise ValueError(f"the model does not take the input {x.dtype}{list(x.shape)}: {error}") from error
     if name != "xla":
         found = difference(np.asarray(call()), model_logits(model, x))
         if not found <= TOLERANCE:

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sculpt.arguments import check_argument, checked
+from sculpt.arguments import check_argument, checked, is_whole
 from sculpt.deploy.engines import Call, confined, engine_of, prepared
 from sculpt.deploy.environment import cores, device_name, version, versions
+from sculpt.deploy.open_batch import example_batch
 from sculpt.model import Model
 
 _SHORTEST_SAMPLE = 2e-3
@@ -86,20 +87,21 @@ def compare_latency(
       threads: CPU cores that the engine has; None: all that this process may use.
 
     Raises:
-      ValueError: if there is no model, `repeats` is below 1, the input is a scalar, there are fewer cores than `threads`, or the
+      ValueError: if there is no model, `repeats` or `threads` is below 1, the input is no batch of images, there are fewer cores than `threads`, or the
         engine is unknown, not installed (the extra is named), does not take a model or gives other logits.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    if not models:
-        raise ValueError("expected at least one model to measure, got none")
+    threads = cores() if threads is None else threads
+    for what, value in (("repeats", repeats), ("threads", threads)):
+        if not is_whole(value, 1):
+            raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
+    if not isinstance(models, Mapping) or not models:
+        raise ValueError(
+            f"expected models by their names, such as {{'dense': model}}, got {'none' if models == {} else type(models).__name__}"
+        )
     for name, model in models.items():
         check_argument(name, model, Model)
-    if not np.shape(example_input):
-        raise ValueError("expected an example input [batch, ...], got a scalar")
-    x = np.asarray(example_input)
+    x = example_batch(example_input)
     about = versions() | {(package := engine_of(engine).package): version(package)}
-    threads = cores() if threads is None else threads
     with confined(threads):
         calls = {name: prepared(engine, model, x, threads) for name, model in models.items()}
         samples = _samples(calls, repeats)

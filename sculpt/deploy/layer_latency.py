@@ -22,6 +22,7 @@ from sculpt.deploy.engines import Call, Engine, confined, engine_of
 from sculpt.deploy.environment import cores
 from sculpt.deploy.latency import compare_latency, seconds_beside
 from sculpt.deploy.layer_sizes import Part, find_parts, layers_of
+from sculpt.deploy.open_batch import example_batch
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model, from_function
 from sculpt.pruning import (
@@ -46,7 +47,7 @@ _CALIBRATION_BUDGETS = (0.2, 0.8)
 """Between these shares of the time of all layers the networks lie that the fit is made on."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LayerLatency:
     """What `measure_layers` found."""
 
@@ -73,6 +74,12 @@ class LayerLatency:
     def error(self) -> np.ndarray:
         """float32 `[networks]`: |predicted - measured| / measured, of networks that the prediction has not seen."""
         return np.abs(self.predicted - self.measured) / self.measured
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerLatency({self.engine}, batch {self.batch}, threads: {self.threads}, {self.device}; dense {1e3 * self.measured[0]:.3f} ms; "
+            f"{len(self.error)} networks predicted within {np.median(self.error):.1%} in the median, {self.error.max():.1%} at the most)"
+        )
 
     def seconds(self, space: Space, policies: Any) -> jax.Array:
         """Predicted seconds per call of the networks that policies int32 `[..., sites]` leave: float32 `[...]`."""
@@ -112,21 +119,26 @@ def measure_layers(
       on_progress: told how many of how many sizes of layers are done.
 
     Raises:
-      ValueError: like `compare_latency`; for a model or an input that is not of the space; for a network of no layers outside loops; where
-        whole networks do not become slower with their layers, as on a machine that is busy with other work.
+      ValueError: like `compare_latency`; for a model or an input that is not of the space; for a network of no layers outside loops, or
+        none that an option makes smaller; where whole networks do not become slower with their layers, as on a machine that is busy with other work.
     """
     for name, value, least in (("networks", networks, 3), ("repeats", repeats, 1)):
         if not is_whole(value, least):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     fitting_leaves(space.trace, model.params)
-    x = np.asarray(example_input)
+    x = example_batch(example_input)
     shape, dtype = space.trace.input_shape, space.trace.input_dtype
-    if x.ndim == 0 or x.shape[1:] != shape or x.dtype != dtype:
+    if x.shape[1:] != shape or x.dtype != dtype:
         raise ValueError(
             f"expected an example input {dtype}[batch, {', '.join(map(str, shape))}], as the network was traced with, got "
             f"{x.dtype}{list(x.shape)}"
         )
     parts = find_parts(space, len(x), all_sizes)
+    if all(part.grouped is None and len(part.points) == 1 for part in parts):
+        raise ValueError(
+            f"no option of the families {', '.join(space.families)} makes a layer smaller, zeros stay in place: add channels, rect or "
+            "rect_grouped for a budget of latency"
+        )
     threads, runner = cores() if threads is None else threads, engine_of(engine)
     seconds = _measured(model, space, parts, len(x), runner, threads, repeats, on_progress)
     tables = [part.table(found) for part, found in zip(parts, seconds, strict=True)]
@@ -324,7 +336,7 @@ def load_layers(path: str | Path) -> LayerLatency:
         names = [field.name for field in dataclasses.fields(kind) if field.name != "resource"]
         if missing := [name for name in names if name not in arrays and name not in about]:
             raise ValueError(
-                f"{path} is no latency of layers, it lacks {', '.join(missing)}: measure it again"
+                f"{path} is no latency of layers, it lacks {', '.join(missing)}: remove it, and measure again"
             )
         return {name: arrays[name] if name in arrays else json.loads(about[name]) for name in names}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from sculpt.deploy.loaded_model import LoadedApply, LoadedFunction, LoadedTrain,
 from sculpt.deploy.open_batch import flatten_model, flatten_open
 from sculpt.deploy.params import load_checksum, load_params, save_params
 from sculpt.deploy.program_json import Encoder, decode_program
+from sculpt.files import written_whole
 from sculpt.model import Model, Params, State
 from sculpt.pruning.compact import drawn, max_difference
 from sculpt.tracing.program import Equation, Program, with_known_sizes
@@ -76,12 +76,8 @@ def save_model(model: Model, path: str | Path, example_input: Any) -> None:
     # Until the JSON is there too, the arrays are those of no model.
     document["arrays_sha256"] = load_checksum(arrays_path)
     document["sha256"] = document_checksum(document)
-    temporary = json_path.with_name(f".{json_path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(json_path) as temporary:
         temporary.write_text(json.dumps(document), encoding="utf-8")
-        os.replace(temporary, json_path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_model(path: str | Path) -> Model:

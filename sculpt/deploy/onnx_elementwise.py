@@ -155,8 +155,15 @@ def _add(writer: Writer, eqn: Equation) -> list[Tensor]:
 
 
 def _as_bias(writer: Writer, eqn: Equation) -> Tensor | None:
-    """A constant for each channel that is added to a convolution that nothing else reads is the convolution's bias."""
+    """A constant for each channel that is added to a convolution that nothing else reads is the convolution's bias.
+
+    To the convolution itself: another view of it, such as a transpose, is no node, and the convolution may have other readers.
+    """
     for value, other in (eqn.inputs, eqn.inputs[::-1]):
+        if isinstance(value, Literal) or value not in writer.equations:
+            continue
+        if writer.equations[value].name != "conv_general_dilated":
+            continue
         tensor, constant = writer.tensor(value), writer.tensor(other)
         if tensor.name is None or constant.array is None or tensor.rank < 3 or constant.rank != tensor.rank:
             continue

@@ -6,7 +6,6 @@ onnxruntime and compared with the model before it gets its name.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
 from sculpt.deploy.environment import required, versions
 from sculpt.deploy.fold import FoldedProgram, fold_program
 from sculpt.deploy.onnx_writer import Unsupported, Writer, write_equation
+from sculpt.deploy.open_batch import example_batch
+from sculpt.files import written_whole
 from sculpt.model import Model
 from sculpt.tracing.program import CONTRACTIONS, Literal
 
@@ -63,7 +64,7 @@ def export_onnx(
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST <= opset <= newest:
         raise ValueError(f"opset must be from {_OLDEST} to {newest} (of the installed onnx), got {opset}")
-    x = np.asarray(example_input)
+    x = example_batch(example_input)
     if layout not in LAYOUTS or (layout == "NCHW" and x.ndim != 4):
         raise ValueError(
             f"layout must be one of {', '.join(LAYOUTS)}, the latter for images [batch, height, width, channels]; got {layout!r} for "
@@ -71,17 +72,17 @@ def export_onnx(
         )
     order = (0, 3, 1, 2) if layout == "NCHW" else tuple(range(x.ndim))
     writer = write_program(fold_program(model, x), opset, order)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    message = _message(writer, order)
     try:
-        message = _message(writer, order)
         onnx.checker.check_model(message, full_check=True)
+    # The checker's exceptions have no common base but Exception.
+    except Exception as error:
+        raise ValueError(
+            f"export_onnx cannot write this model, onnx refuses the graph: {error}; export_stablehlo takes any model"
+        ) from error
+    with written_whole(path) as temporary:
         temporary.write_bytes(message.SerializeToString(deterministic=True))
         _compare(model, temporary, x, order, _is_open(writer))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_program(folded: FoldedProgram, opset: int, order: tuple[int, ...]) -> Writer:
@@ -96,7 +97,7 @@ def write_program(folded: FoldedProgram, opset: int, order: tuple[int, ...]) -> 
         raise ValueError(
             f"export_onnx takes models of float32 images, this one takes {image.dtype}{list(image.shape)}"
         )
-    writer = Writer(program, folded.arrays, folded.names, opset, IMAGES, order)
+    writer = Writer(program, folded.arrays, folded.names, opset, (IMAGES, LOGITS), order)
     labels = dict(zip(program.inputs, folded.names))
     layer = "the input"
     for eqn in program.equations:
@@ -121,7 +122,9 @@ def write_program(folded: FoldedProgram, opset: int, order: tuple[int, ...]) -> 
         raise ValueError(
             f"export_onnx takes models whose result is float32, this one gives {result and result.dtype}"
         )
-    writer.finish(LOGITS)
+    if not result.shape:
+        raise ValueError("export_onnx takes models whose result is [batch, ...], this one gives one number")
+    writer.finish()
     return writer
 
 
@@ -200,8 +203,8 @@ def _session(file: Path) -> Callable[[np.ndarray], np.ndarray]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    # Errors are raised; warnings would go to the terminal.
-    options.log_severity_level = 3
+    # Errors are raised: none of it need go to the terminal too.
+    options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
     # onnxruntime's exceptions have no common base but Exception.

@@ -21,6 +21,8 @@ def _pooling(writer: Writer, eqn: Equation) -> list[Tensor]:
         for d in range(x.rank)
         if windows[d] != 1 or strides[d] != 1 or any(padding[d]) or params["window_dilation"][d] != 1
     ]
+    if writer.dtype(eqn.inputs[0]) != np.float32:
+        raise Unsupported(f"windows over {writer.dtype(eqn.inputs[0])}")
     if any(n != 1 for n in params["base_dilation"]):
         raise Unsupported("windows over an image spread out with zeros")
     if any(low < 0 or high < 0 for low, high in padding):
@@ -90,6 +92,8 @@ def without(x: Tensor, axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[Any,
 @operation("argmax", "argmin")
 def _extreme(writer: Writer, eqn: Equation) -> list[Tensor]:
     x, (axis,) = writer.tensor(eqn.inputs[0]), eqn.params["axes"]
+    if writer.dtype(eqn.inputs[0]) == np.bool_:
+        raise Unsupported("of booleans")
     operator = "ArgMax" if eqn.name == "argmax" else "ArgMin"
     name = writer.node(operator, [writer.held(x, x.order)], axis=x.place(axis), keepdims=0)
     order, shape = without(x, (axis,))

@@ -82,7 +82,7 @@ class Writer:
       arrays: the arrays.
       labels: their names.
       opset: version of ONNX's operators.
-      image: name of the graph's input.
+      ends: names of the graph's input and of its output, which nothing else may have.
       layout: order in which the graph's input holds the axes of the images.
     """
 
@@ -92,12 +92,12 @@ class Writer:
         arrays: Sequence[Any],
         labels: Sequence[str],
         opset: int,
-        image: str,
+        ends: tuple[str, str],
         layout: tuple[int, ...],
     ) -> None:
         self.program = program
         self.opset = opset
-        self.image = image
+        self.image, self._result = ends
         self.nodes: list[Node] = []
         self.arrays: dict[str, np.ndarray] = {}
         """By name."""
@@ -117,7 +117,7 @@ class Writer:
         for value, array, label in zip(values, arrays, labels, strict=True):
             array = np.asarray(array)
             self._tensors[value] = Tensor(None, tuple(range(array.ndim)), array.shape, array, label)
-        self._tensors[images] = Tensor(image, layout, program.shape(images))
+        self._tensors[images] = Tensor(self.image, layout, program.shape(images))
 
     def tensor(self, operand: Operand) -> Tensor:
         """The tensor of an operand."""
@@ -169,7 +169,8 @@ class Writer:
 
     def _fresh(self, stem: str) -> str:
         self._counts[stem] = self._counts.get(stem, 0) + 1
-        return f"{stem}_{self._counts[stem]}"
+        name = f"{stem}_{self._counts[stem]}"
+        return self._fresh(stem) if name in self.arrays else name
 
     def constant(self, array: Any, label: str = "constant") -> str:
         """The name of an array; equal ones are kept once."""
@@ -177,7 +178,7 @@ class Writer:
         digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
         if digest not in self._digests:
             name, number = label, 1
-            while name in self.arrays or name == self.image:
+            while name in self.arrays or name in self._producers or name in (self.image, self._result):
                 number += 1
                 name = f"{label}.{number}"
             self.arrays[name] = array
@@ -238,8 +239,9 @@ class Writer:
         images = self._tensors[self.program.inputs[-1]]
         return self.node("Gather", [self.node("Shape", [self.image]), self.integers(images.place(0))], axis=0)
 
-    def finish(self, output: str) -> None:
+    def finish(self) -> None:
         """Gives the result its name and drops what nobody reads."""
+        output = self._result
         result = self.held(self.tensor(self.program.outputs[0]))
         if self.producer(result) is None:
             self._add(Node("Identity", (result,), (output,), {}))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 
 from sculpt.model import Model
@@ -20,6 +21,24 @@ BATCH = "batch"
 def open_batch() -> Any:
     """A new open batch size."""
     return export.symbolic_shape(BATCH)[0]
+
+
+def example_batch(example_input: Any) -> np.ndarray:
+    """An example input on the host, in the dtype that JAX computes in: float32 where NumPy has float64.
+
+    Raises:
+      ValueError: if it is no batch of one image or more.
+    """
+    x = np.asarray(example_input)
+    _check_batch(x)
+    return x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+
+
+def _check_batch(x: Any) -> None:
+    if not x.shape or x.shape[0] == 0:
+        raise ValueError(
+            f"expected an example input [batch, ...] of one image or more, got {x.dtype}{list(x.shape)}"
+        )
 
 
 def flatten_open(
@@ -43,8 +62,9 @@ def flatten_open(
       ValueError: if the example is no such array, or the function does not take it.
     """
     x = shapes_of(example_input)
-    if not hasattr(x, "shape") or not x.shape:
+    if not hasattr(x, "shape"):
         raise ValueError("expected an example input [batch, ...], one array")
+    _check_batch(x)
     problems = []
     for size in (open_batch(), x.shape[0]):
         images = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.files import written_whole
 from sculpt.tracing.trace import leaf_paths
 
 _OWN = "sculpt"
@@ -22,6 +22,7 @@ _DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64"),
 )
+_REMEDY = "remove it, and write it again"
 _ROOT = "array"
 """Name of the array of a tree that is a single leaf."""
 
@@ -53,16 +54,11 @@ def save_params(tree: Any, path: str | Path, metadata: Mapping[str, str] | None 
             raise ValueError(
                 f"{name} is of {arrays[name].dtype.name}, which safetensors does not hold; expected one of {', '.join(_DTYPES)}"
             )
-    about = {"sha256": _digest(arrays), "keys": keys, "metadata": dict(metadata or {})}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    metadata = dict(metadata or {})
+    about = {"sha256": _digest(arrays, metadata), "keys": keys, "metadata": metadata}
+    with written_whole(path) as temporary:
         # Not `save_file`, whose files only their owner may read.
         temporary.write_bytes(save(arrays, {_OWN: json.dumps(about, sort_keys=True)}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_params(path: str | Path, template: Any = None) -> Any:
@@ -113,21 +109,21 @@ def load_metadata(path: str | Path) -> dict[str, str]:
 
 
 def load_checksum(path: str | Path) -> str | None:
-    """The checksum of a file's arrays that `save_params` put beside them; None where another program wrote the file.
+    """The checksum of a file's contents that `save_params` put beside them; None where another program wrote the file.
 
     Raises:
       ValueError: if the file is absent or damaged.
     """
     with _opened(Path(path)) as file:
-        return _about(file).get("sha256")
+        return _about(file, Path(path)).get("sha256")
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with _opened(path) as file:
-        about = _about(file)
+        about = _about(file, path)
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if "sha256" in about and about["sha256"] != _digest(arrays):
-        raise ValueError(f"{path} is damaged: its arrays do not match their checksum; write it again")
+    if "sha256" in about and about["sha256"] != _digest(arrays, about["metadata"]):
+        raise ValueError(f"{path} is damaged: it does not match its checksum; {_REMEDY}")
     return arrays, about
 
 
@@ -141,12 +137,20 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); write it again") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); {_REMEDY}") from error
 
 
-def _about(file: Any) -> dict[str, Any]:
+def _about(file: Any, path: Path) -> dict[str, Any]:
     metadata = file.metadata() or {}
-    return json.loads(metadata[_OWN]) if _OWN in metadata else {"metadata": metadata}
+    if _OWN not in metadata:
+        return {"metadata": metadata}
+    try:
+        about = json.loads(metadata[_OWN])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its metadata cannot be read ({error}); {_REMEDY}") from error
+    if not isinstance(about, dict) or "metadata" not in about:
+        raise ValueError(f"{path} is damaged: its metadata are not what was written; {_REMEDY}")
+    return about
 
 
 def _names(tree: Any) -> list[str]:
@@ -163,8 +167,10 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
+    for name in sorted(metadata):
+        digest.update(f"{name} {metadata[name]}".encode())
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())

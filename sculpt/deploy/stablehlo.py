@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 from jax import export
 
 from sculpt.arguments import checked
+from sculpt.deploy.open_batch import example_batch, flatten_model
+from sculpt.files import written_whole
 from sculpt.model import Model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -71,14 +72,10 @@ def export_stablehlo(model: Model, path: str | Path, example_input: Any) -> Expo
     Raises:
       ValueError: if the model cannot be exported, or the reloaded program's logits differ; no file is left then.
     """
-    path, x = Path(path), jnp.asarray(example_input)
-    if not x.shape:
-        raise ValueError("export_stablehlo expected an example input [batch, ...], got a scalar")
-    data = _export(model, x).serialize()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
+    x = jnp.asarray(example_batch(example_input))
+    flatten_model(model, x)  # or an error that says what is wrong with the model
+    with written_whole(path) as temporary:
+        temporary.write_bytes(_export(model, x).serialize())
         loaded = load_stablehlo(temporary)
         expected = np.asarray(jax.jit(model.apply)(model.params, model.state, x))
         difference = np.abs(np.asarray(loaded(x)) - expected).max() / max(1.0, np.abs(expected).max())
@@ -87,9 +84,6 @@ def export_stablehlo(model: Model, path: str | Path, example_input: Any) -> Expo
                 f"the exported program differs from the model by {difference:.2e} of the largest logit (at most "
                 f"{TOLERANCE} expected); nothing was written to {path}"
             )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return loaded
 
 

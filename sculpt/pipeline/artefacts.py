@@ -16,7 +16,7 @@ import numpy as np
 from sculpt import nets
 from sculpt.agents import SearchConfig
 from sculpt.agents.transfer import size_of
-from sculpt.deploy import LayerLatency, load_layers, load_params, measure_layers, save_layers
+from sculpt.deploy import LayerLatency, device_name, load_layers, load_params, measure_layers, save_layers
 from sculpt.model import Model, Params, from_linen
 from sculpt.pipeline.settings import (
     DEFAULT_IMPORTANCE,
@@ -188,26 +188,48 @@ class Artefacts:
     ) -> Space:
         """The space with the resource that budgets are shares of; a latency is measured, unless the run has it already."""
         found = [
-            self._latency(on_progress).resource if name == "latency" else name
+            self.layers(on_progress).resource if name == "latency" else name
             for name in self.search_settings.resource
         ]
         return with_resource(space, found if len(found) > 1 else found[0])
 
-    def _latency(self, on_progress: Callable[[int, int], None]) -> LayerLatency:
+    def layers(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> LayerLatency:
+        """The latency of the layers as the settings ask for it: measured, unless the run has it already.
+
+        Raises:
+          ValueError: if the run has one of another device; what `measure_layers` raises.
+        """
         file, settings = self.run.path / "layers.safetensors", self.search_settings
-        if not file.is_file():
+        kept = load_layers(file) if file.is_file() else None
+        # Settings may change as long as no search has begun by them.
+        if kept is None or not self._is_asked_for(kept):
             found = measure_layers(
                 self.dense,
                 self.space,
                 self.noise(settings.latency_batch),
                 self.key("layers"),
                 engine=settings.latency_engine,
+                threads=settings.latency_threads,
                 all_sizes=settings.latency_all_sizes,
                 on_progress=on_progress,
             )
             save_layers(found, file)
+        else:
+            here = device_name(None if kept.engine == "xla" else "cpu")
+            # However many cores there are: the engine was held to those that it was given.
+            if kept.device.partition(",")[0] != here.partition(",")[0]:
+                raise ValueError(
+                    f"the latency of the layers in {file} was measured on {kept.device}, this is {here}: remove it to have it measured here, "
+                    "or go on there"
+                )
         # Read again even so: what it is rounded to must not depend on who measured it.
         return load_layers(file)
+
+    def _is_asked_for(self, found: LayerLatency) -> bool:
+        settings = self.search_settings
+        asked = (settings.latency_engine, settings.latency_batch, settings.latency_threads or found.threads)
+        same_space = np.array_equal(found.resource.num_options, self.space.num_options)
+        return (found.engine, found.batch, found.threads) == asked and same_space
 
     @functools.cached_property
     def dense(self) -> Model:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sculpt.deploy import compare_latency, export_onnx, save_model
+from sculpt.deploy import compare_latency, export_litert, export_onnx, save_model
 from sculpt.deploy.engines import engine_of
 from sculpt.deploy.environment import cores
 from sculpt.pipeline import closing
@@ -15,7 +15,12 @@ from sculpt.pipeline.stages import Pipeline
 from sculpt.report import RunDirectory
 from sculpt.report.run_directory import write_json
 
-FORMATS = {"stablehlo": "compact.stablehlo", "onnx": "compact.onnx", "model": "model.json"}
+FORMATS = {
+    "stablehlo": "compact.stablehlo",
+    "onnx": "compact.onnx",
+    "litert": "compact.tflite",
+    "model": "model.json",
+}
 """What a compact network is exported to, and the file; arrays of "model" stand beside it in `model.safetensors`."""
 _COMPARED_IMAGES = 8
 
@@ -99,8 +104,9 @@ def bench_latency(
                         "device": latency.device,
                     }
                 )
+            # Kept at once: the next engine may refuse the network.
+            write_json(run.path / closing.LATENCY, {"rows": rows})
         on_progress(len(cases), len(cases), "")
-        write_json(run.path / closing.LATENCY, {"rows": rows})
         if run.done("report"):
             closing.write_report(Pipeline(run, {}))
     return rows
@@ -120,8 +126,13 @@ def export_formats(run: RunDirectory, formats: Sequence[str]) -> list[str]:
     if "stablehlo" in formats:
         Pipeline(run, {}).execute(("export",))
     artefacts = Artefacts(run, {})
-    for name, write in (("onnx", export_onnx), ("model", save_model)):
+    writers = {
+        "onnx": (export_onnx, _COMPARED_IMAGES),
+        "litert": (export_litert, 1),
+        "model": (save_model, _COMPARED_IMAGES),
+    }
+    for name, (write, images) in writers.items():
         if name in formats:
             with run.locked():
-                write(artefacts.small, run.path / FORMATS[name], artefacts.noise(_COMPARED_IMAGES))
+                write(artefacts.small, run.path / FORMATS[name], artefacts.noise(images))
     return [FORMATS[name] for name in formats]

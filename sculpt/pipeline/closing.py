@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from sculpt.deploy import compare_latency, device_name, versions
+from sculpt.files import written_whole
+from sculpt.pipeline.budget import budget_sentence, kept_of_budget
 from sculpt.pruning import Space, apply_masks
 from sculpt.report import (
     Number,
@@ -108,6 +109,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
         )
     return {
         "rows": rows,
+        "budget": kept_of_budget(p, rows[0], rows[-1]),
         "device": device_name(),
         "versions": versions(),
         "n_test": len(labels),
@@ -167,6 +169,7 @@ def result(p: Pipeline, record: dict[str, Any]) -> dict[str, Any]:
                 "policies_per_second",
             )
         },
+        "budget": record.get("budget"),
         "compact_max_abs_diff": p.run.record("compact")["max_abs_diff"],
         "policy": found["policy"],
     }
@@ -199,7 +202,7 @@ def caption_of(record: dict[str, Any], seed: int) -> str:
     return (
         f"Accuracy: n = {record['n_test']} test images; masked: {recalibrated}not fine-tuned{reconstructed}. Latency: median [quartiles] "
         f"of n = {record['n_latency']} calls of {record['latency_batch']} images. "
-        f"Seed {seed}, {record['device']}, jax {record['versions']['jax']}.{_slow(record)}"
+        f"Seed {seed}, {record['device']}, jax {record['versions']['jax']}.{budget_sentence(record.get('budget'))}{_slow(record)}"
     )
 
 
@@ -244,11 +247,9 @@ def write_report(p: Pipeline) -> list[str]:
     if measured := latency_rows(p.run):
         plots["latency"] = (_latency_caption(measured), latency_plot(measured))
     folder = p.run.path / "plots"
-    folder.mkdir(exist_ok=True)
     for name, (_, svg) in plots.items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(svg, encoding="utf-8")
-        os.replace(temporary, folder / f"{name}.svg")
+        with written_whole(folder / f"{name}.svg") as temporary:
+            temporary.write_text(svg, encoding="utf-8")
     settings = p.train_settings
     report = Report(
         title=f"{settings.model} on {settings.dataset}, pruned to {p.search_settings.budget:.0%} of its {found['resource']}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,19 +25,32 @@ class Watcher:
         """The stage is complete; `seconds` is None where it was so already, `note` is what came out."""
 
 
+_EVERY = 60.0
+"""Seconds between two lines of progress where no bar can be shown."""
+
+
 class Bars(Watcher):
-    """A bar with stage, rate and time left for the stage under way, and a line for each one that is complete."""
+    """A bar with stage, rate and time left for the stage under way (no terminal: a line a minute), and a line for each one that is
+    complete."""
 
     def __init__(self, console: Console, bars: Progress) -> None:
         self._console = console
         self._bars = bars
         self._task: Any = None
+        self._stage = ""
+        self._told = 0.0
 
     def start(self, stage: str) -> None:
         self._task = self._bars.add_task(stage, total=None, unit="", note="")
+        self._stage, self._told = stage, time.monotonic()
 
     def progress(self, done: int, total: int, unit: str, note: str) -> None:
         self._bars.update(self._task, completed=done, total=total, unit=unit, note=note)
+        if not self._console.is_terminal and time.monotonic() >= self._told + _EVERY:
+            self._told = time.monotonic()
+            self._console.print(
+                f"{self._stage:<9} {done} of {total} {unit}  {note}".rstrip(), highlight=False
+            )
 
     def finish(self, stage: str, seconds: float | None, note: str = "") -> None:
         if self._task is not None:
@@ -48,7 +62,7 @@ class Bars(Watcher):
 
 @contextmanager
 def watching(console: Console) -> Iterator[Bars]:
-    """Bars on a terminal; on anything else only the lines of complete stages."""
+    """Bars on a terminal; on anything else lines."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

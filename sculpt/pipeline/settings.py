@@ -128,6 +128,8 @@ class SearchSettings:
     """Engine that layers are measured in, for the resource "latency"."""
     latency_batch: int = 32
     """Images per call, likewise."""
+    latency_threads: int | None = None
+    """CPU cores that the engine has, likewise; None: all that the process may use."""
     latency_all_sizes: bool = False
     """Whether layers are measured at all their sizes together, which takes longer and is more accurate."""
     families: tuple[str, ...] = ("channels", "rect")
@@ -176,10 +178,14 @@ class SearchSettings:
                 raise ValueError(
                     f"latency_batch must be a whole number of at least 1, got {self.latency_batch!r}"
                 )
+            if self.latency_threads is not None and not is_whole(self.latency_threads, 1):
+                raise ValueError(
+                    f"latency_threads must be a whole number of at least 1, got {self.latency_threads!r}"
+                )
         else:
             _refuse(
                 self,
-                ("latency_engine", "latency_batch", "latency_all_sizes"),
+                ("latency_engine", "latency_batch", "latency_threads", "latency_all_sizes"),
                 "no latency is measured without --resource latency",
             )
         if self.method != "agent":

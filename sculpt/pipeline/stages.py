@@ -17,6 +17,7 @@ from sculpt.deploy import export_stablehlo, save_params
 from sculpt.model import Model
 from sculpt.pipeline import closing
 from sculpt.pipeline.artefacts import Artefacts
+from sculpt.pipeline.budget import about_latency, latency_note
 from sculpt.pipeline.progress import Watcher
 from sculpt.pipeline.settings import SECTIONS
 from sculpt.pruning import check_budget, compact, count_cost, make_masks
@@ -123,11 +124,20 @@ class Pipeline(Artefacts):
                 f"{stage}: training diverged in epoch {error.epoch}, step {error.step}; begin another --run with a lower "
                 f"--{stage}-learning-rate, or with --{stage}-clip-norm 1"
             ) from error
+        except ValueError:
+            self._release()
+            raise
         seconds = time.perf_counter() - begin
         # A record that was kept keeps its time too.
         self.run.complete(stage, {"stage_seconds": seconds, **record})
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
         self._finish(stage, seconds)
+
+    def _release(self) -> None:
+        """Lets settings be chosen anew by which nothing has been done yet: the next try may be with others."""
+        for section in SECTIONS:
+            if not self.run.recorded(section) and not self._checkpoints(section).is_dir():
+                self.run.release(section)
 
     def _finish(self, stage: str, seconds: float | None) -> None:
         record = self.run.record(stage)
@@ -137,6 +147,8 @@ class Pipeline(Artefacts):
         if stage == "search":
             tried = self.search_settings.rerank
             note += f", best of {tried} after trial fine-tuning" if tried else ", before fine-tuning"
+        if record.get("latency"):
+            note += f"\n{latency_note(record['latency'])}"
         if record.get("doubt"):
             note += f"\n{record['doubt']}"
         self._watcher.finish(stage, seconds, note)
@@ -184,6 +196,9 @@ class Pipeline(Artefacts):
             self._watcher.progress(done, total, "sizes of layers measured", "")
 
         space = self.limited(self.ranked_space, on_layers)
+        for budget in config.budgets:
+            check_budget(space, budget)
+        latency = self.layers() if "latency" in self.search_settings.resource else None
         found = search(
             self.dense,
             space,
@@ -217,6 +232,7 @@ class Pipeline(Artefacts):
             "policies_per_second": found.policies_per_second,
             "history": found.history,
             "doubt": found.doubt,
+            "latency": None if latency is None else about_latency(latency),
         }
 
     def _finetune(self) -> dict[str, Any]:

@@ -230,6 +230,8 @@ def _resource(space: Space, given: Any) -> Resource:
             )
         return Several(tuple(_resource(space, name) for name in shares), tuple(map(float, allowances)))
     if not isinstance(given, Lookup):
+        if isinstance(getattr(given, "resource", None), Resource):
+            raise ValueError(f"expected a resource, got {type(given).__name__}: give its .resource")
         raise ValueError(
             f"expected a resource by name or from sculpt.measure_layers, got {type(given).__name__}"
         )

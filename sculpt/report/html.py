@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sculpt.files import written_whole
 from sculpt.report.tables import COLUMNS, Row, cells
 
 _STYLE = """
@@ -67,15 +67,9 @@ class Report:
 
 
 def write_html(report: Report, path: str | Path) -> None:
-    """Writes the report as one self-contained file, under a temporary name first."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Writes the report as one self-contained file."""
+    with written_whole(path) as temporary:
         temporary.write_text(render(report), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def render(report: Report) -> str:

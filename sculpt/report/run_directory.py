@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sculpt.files import written_whole
+
 STAGE_FILES: dict[str, tuple[str, ...]] = {
     "train": ("dense.safetensors",),
     "search": ("masks.safetensors",),
@@ -38,6 +40,7 @@ RESULT_FIELDS: dict[str, tuple[str, ...] | None] = {
         "latency_ms",
     ),
     "search": ("evaluations", "unique_evaluations", "seconds", "rerank_seconds", "policies_per_second"),
+    "budget": None,
     "compact_max_abs_diff": None,
     "policy": None,
 }
@@ -172,6 +175,11 @@ class RunDirectory:
                 self.path / "config.json", {"fingerprint": fingerprint(sections), "sections": sections}
             )
 
+    def release(self, section: str) -> None:
+        """Forgets the settings of a section, which may then be chosen anew."""
+        sections = {name: settings for name, settings in self.config.items() if name != section}
+        write_json(self.path / "config.json", {"fingerprint": fingerprint(sections), "sections": sections})
+
     def done(self, stage: str) -> bool:
         """Whether a stage is complete: its record and all the files that it leaves are there, a `result.json` that can be read."""
         files = STAGE_FILES.get(stage, ())
@@ -227,7 +235,8 @@ class RunDirectory:
         rows = list(_rows(file))
         kept = [row for row in rows if row.get("stage") != stage or row.get(counter, value) < value]
         if len(kept) < len(rows):
-            _replace(file, "".join(json.dumps(row) + "\n" for row in kept))
+            with written_whole(file) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """The rows that one stage logged, or all of them; lines cut short by a kill are left out."""
@@ -290,18 +299,8 @@ def fingerprint(sections: Mapping[str, Any]) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object; the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and then renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, remedy: str = _MADE_AGAIN) -> Record:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.deploy import engines
+from sculpt.deploy import engines, litert_export
 from sculpt.deploy.engines import ENGINES, engine_of, prepared
 from sculpt.deploy.environment import cores
 from sculpt.model import Model
@@ -125,3 +125,23 @@ def test_an_engine_that_computes_something_else_is_not_timed(monkeypatch: pytest
     monkeypatch.setitem(ENGINES, "wrong", Wrong())
     with pytest.raises(ValueError, match=r"the logits of wrong differ from the model's by .* of the largest"):
         sculpt.measure_latency(network("plain"), IMAGES, engine="wrong")
+
+
+def test_a_litert_file_is_loaded_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless_installed("litert")
+    model, x = network("separable"), IMAGES[:2]
+    file = tmp_path / "new" / "model.tflite"
+    sculpt.export_litert(model, file, x)
+    call = litert_export.interpreted(file.read_bytes(), x, 1)
+    assert distance(outputs(model, jnp.asarray(x)), np.asarray(call())) <= 1e-4
+    monkeypatch.setattr(litert_export, "difference", lambda found, expected: 1.0)
+    with pytest.raises(ValueError, match="nothing was written"):
+        sculpt.export_litert(model, tmp_path / "new" / "other.tflite", x)
+    assert [f.name for f in file.parent.iterdir()] == ["model.tflite"]
+
+
+def test_a_litert_file_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "litert_converter", None)
+    with pytest.raises(ValueError, match=r"pip install 'autosculpt\[litert\]'"):
+        sculpt.export_litert(network("plain"), tmp_path / "model.tflite", IMAGES)
+    assert list(tmp_path.iterdir()) == []

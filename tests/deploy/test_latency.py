@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import sculpt
@@ -40,11 +43,27 @@ def test_the_bigger_model_takes_longer() -> None:
 @pytest.mark.parametrize(
     ("models", "x", "repeats", "message"),
     [
-        ({}, jnp.ones((1, 4)), 3, "at least one model"),
+        ({}, jnp.ones((1, 4)), 3, "expected models by their names, such as .*got none"),
+        (square(4), jnp.ones((1, 4)), 3, "expected models by their names, such as .*got Model"),
+        ({"a": square(4)}, jnp.ones((1, 5)), 3, r"does not take the input float32\[1, 5\]"),
+        ({"a": square(4)}, jnp.ones((1, 4)), 2.5, "repeats must be a whole number of at least 1, got 2.5"),
         ({"a": square(4)}, jnp.ones((1, 4)), 0, "repeats"),
-        ({"a": square(4)}, jnp.float32(1), 3, "scalar"),
+        ({"a": square(4)}, jnp.float32(1), 3, r"one image or more, got float32\[\]"),
+        ({"a": square(4)}, jnp.ones((0, 4)), 3, r"one image or more, got float32\[0, 4\]"),
     ],
 )
-def test_bad_input(models: dict[str, sculpt.Model], x: jax.Array, repeats: int, message: str) -> None:
+def test_bad_input(models: Any, x: jax.Array, repeats: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sculpt.compare_latency(models, x, repeats)
+
+
+@pytest.mark.parametrize("threads", [0, "1", 1.0])
+def test_threads_are_a_whole_number(threads: Any) -> None:
+    with pytest.raises(ValueError, match="threads must be a whole number of at least 1, got"):
+        sculpt.measure_latency(square(4), jnp.ones((1, 4)), 3, threads=threads)
+
+
+def test_images_of_64_bits_are_measured_in_32() -> None:
+    wide = np.ones((1, 4), np.float64)
+    for engine in ("xla", "onnxruntime"):
+        assert sculpt.measure_latency(square(4), wide, 2, engine=engine).precision == "float32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +126,11 @@ def test_a_file_keeps_it(tmp_path: Path) -> None:
     save_layers(found, tmp_path / "layers.safetensors")
     again = load_layers(tmp_path / "layers.safetensors")
     assert isinstance(again, LayerLatency) and again.versions == found.versions
+    assert re.fullmatch(
+        r"LayerLatency\(xla, batch 4, .* 3 networks predicted within .*% at the most\)", repr(again)
+    )
+    with pytest.raises(ValueError, match=r"expected a resource, got LayerLatency: give its \.resource"):
+        sculpt.with_resource(space, again)  # type: ignore[arg-type]
     policies = np.asarray(sculpt.random_policies(space, jax.random.key(1), 5))
     np.testing.assert_array_equal(again.seconds(space, policies), found.seconds(space, policies))
     np.testing.assert_array_equal(again.error, found.error)
@@ -163,8 +169,13 @@ def test_refusals() -> None:
         measure_layers(network("plain"), space, X, jax.random.key(0), engine="tensorrt")
     with pytest.raises(ValueError, match=r"expected an example input float32\[batch, 8, 8, 3\].*got float32"):
         measure_layers(network("plain"), space, X[:, :4], jax.random.key(0))
-    with pytest.raises(ValueError, match="got float64"):
-        measure_layers(network("plain"), space, X.astype(np.float64), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"got float32\[0, 8, 8, 3\]"):
+        measure_layers(network("plain"), space, X[:0], jax.random.key(0))
+    with pytest.raises(ValueError, match="got int32"):
+        measure_layers(network("plain"), space, X.astype(np.int32), jax.random.key(0))
+    zeros = sculpt.make_space(traced("plain"), ("2:4",))
+    with pytest.raises(ValueError, match="no option of the families 2:4 makes a layer smaller"):
+        measure_layers(network("plain"), zeros, X, jax.random.key(0))
     with pytest.raises(ValueError, match="parameters"):
         measure_layers(network("residual"), space, X, jax.random.key(0))
 

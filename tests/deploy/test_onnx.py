@@ -296,6 +296,10 @@ REFUSED: dict[str, tuple[Function, Any, str]] = {
     "two": (lambda p, x: (x, x), VECTORS, "returns one array"),  # type: ignore[dict-item]
     "input": (lambda p, x: x @ p["w"], PICTURES, "does not take the example input"),
     "scalar": (lambda p, x: x, 1.0, r"\[batch, \.\.\.\]"),
+    "nothing": (lambda p, x: dense(x), VECTORS[:0], r"one image or more, got float32\[0, 6, 5\]"),
+    "number": (lambda p, x: dense(x).sum(), VECTORS, r"result is \[batch, ...\], this one gives one number"),
+    "argmax_of_booleans": (lambda p, x: (dense(x) > 0).argmax(1).astype(jnp.float32), VECTORS, "argmax at .*test_onnx.py.*: of booleans"),
+    "windows_over_integers": (lambda p, x: pooled(jnp.round(x).astype(jnp.int32), -(2**31), jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1)).astype(jnp.float32), PICTURES, "windows over int32"),
 }  # fmt: skip
 
 
@@ -346,6 +350,52 @@ def test_files_past_what_protobuf_holds_are_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match=r"weights take .* GB"):
         sculpt.export_onnx(network("plain"), tmp_path / "f.onnx", IMAGES)
     assert list(tmp_path.iterdir()) == []
+
+
+VIEWS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "itself": lambda y: y,
+    "transpose": lambda y: y.transpose(0, 3, 1, 2).transpose(0, 2, 3, 1),
+    "stop_gradient": jax.lax.stop_gradient,
+    "max": lambda y: jnp.maximum(y, -jnp.inf),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_convolution_that_others_read_keeps_its_own_bias(view: str, tmp_path: Path) -> None:
+    def function(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        y = convolved(x)
+        biased = VIEWS[view](y) + jnp.arange(4.0)[None, None, None]
+        return (biased + jnp.tanh(y) * y).sum((1, 2))
+
+    same(function, PICTURES, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["images", "logits", "MatMul_1", "Relu_1", "constant"])
+def test_arrays_may_be_called_what_they_like(name: str, tmp_path: Path) -> None:
+    def function(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jax.nn.relu(x @ params[name]) @ params["z"] + 1.5
+
+    params = {name: WEIGHTS["w"], "z": WEIGHTS["w"].T}
+    model = sculpt.from_function(function, params)
+    file = export(model, tmp_path, VECTORS)
+    assert distance(outputs(model, VECTORS), run(file, VECTORS)) <= 1e-5
+
+
+def test_images_of_64_bits_are_taken_as_jax_takes_them(tmp_path: Path) -> None:
+    wide = np.asarray(VECTORS, np.float64)
+    file = export(sculpt.from_function(lambda p, x: dense(x), WEIGHTS), tmp_path, wide)
+    assert distance(np.asarray(dense(VECTORS)), run(file, VECTORS)) <= 1e-5
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    model = sculpt.from_function(lambda p, x: dense(x), WEIGHTS)
+    for export_ in (sculpt.export_onnx, sculpt.export_stablehlo):
+        with pytest.raises(ValueError, match="is a folder, expected the name of a file to write"):
+            export_(model, tmp_path, VECTORS)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"the folder of .* cannot be made"):
+        sculpt.export_onnx(model, tmp_path / "file" / "model.onnx", VECTORS)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

@@ -109,13 +109,29 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         (whole[:-8], "not a readable safetensors file"),
         (b"", "not a readable safetensors file"),
         (b"\xff" * 64, "not a readable safetensors file"),
-        (whole[:-1] + bytes([whole[-1] ^ 1]), "do not match their checksum"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "does not match its checksum"),
     ):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             sculpt.load_params(file)
     with pytest.raises(ValueError, match="no such file"):
         sculpt.load_params(tmp_path / "absent.safetensors")
+
+
+def test_what_stands_beside_the_arrays_is_checked_too(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    file = tmp_path / "tree.safetensors"
+    sculpt.save_params(TREE, file, {"fixed": "0.687"})
+    file.write_bytes(file.read_bytes().replace(b"0.687", b"0.987"))
+    with pytest.raises(
+        ValueError, match=r"tree.safetensors is damaged: it does not match its checksum; remove it"
+    ):
+        load_metadata(file)
+    for metadata in ("{", "{}", "[]"):
+        save_file({"w": np.ones(2, np.float32)}, file, {"sculpt": metadata})
+        with pytest.raises(ValueError, match=r"tree.safetensors is damaged: its metadata"):
+            sculpt.load_params(file)
 
 
 def test_files_of_other_programs_are_read(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from sculpt.report import RunDirectory, latency_plot
         ("bench latency --repeats 0", "repeats must be at least 1"),
         ("bench", "required: what"),
         ("bench speed", "invalid choice: 'speed'"),
-        ("export --format onnx,coreml", "format must be of stablehlo, onnx, model, got coreml"),
-        ("export --format ,", "format must be of stablehlo, onnx, model, got none"),
+        ("export --format onnx,coreml", "format must be of stablehlo, onnx, litert, model, got coreml"),
+        ("export --format ,", "format must be of stablehlo, onnx, litert, model, got none"),
     ],
 )
 def test_mistakes(tmp_path: Path, options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
+from rich.console import Console
 
 from sculpt.agents import SearchResult
-from sculpt.pipeline import Pipeline
+from sculpt.pipeline import Pipeline, progress
+from sculpt.pipeline.budget import budget_sentence, latency_note
 from sculpt.pipeline.closing import caption_of, chosen_point
 from sculpt.pipeline.stages import accuracy_on_front
 from sculpt.report import RunDirectory, pareto_plot
@@ -51,6 +55,49 @@ def test_the_caption_tells_of_statistics_where_there_are_any() -> None:
     assert "masked: not fine-tuned; reconstructed: fitted to the dense network on 512 train images" in fitted
     faster = record | {"n_calibration": 0, "rows": [rows[0], {"name": "compact", "latency_ms": 1.0}]}
     assert "faster" not in caption_of(faster, 0)
+
+
+def test_what_the_budget_was_and_what_is_kept_of_it() -> None:
+    kept = {"macs": 0.502, "macs_realised": 0.533, "params": 0.4}
+    budget = {"asked": 0.5, "resource": ["macs"], "predicted": 0.4993, "kept": kept, "latency": None}
+    assert budget_sentence(budget) == (
+        " Budget 0.5 of MACs, 0.499 by the search; kept: 0.502 of the MACs, 0.533 of the realised MACs."
+    )
+    about = {"engine": "onnxruntime", "batch": 32}
+    budget |= {"resource": ["latency"], "kept": kept | {"latency": 0.69}, "latency": about}
+    assert "kept: 0.690 of the latency in onnxruntime at batch 32, 0.502 of the MACs" in budget_sentence(
+        budget
+    )
+    assert budget_sentence(None) == ""  # of runs that did not note it
+
+
+def test_predictions_of_latency_that_are_far_off_are_warned_of() -> None:
+    told = {
+        "engine": "xla",
+        "batch": 8,
+        "threads": 1,
+        "networks": 8,
+        "median_error": 0.04,
+        "largest_error": 0.1,
+    }
+    assert "error of 4.0% in the median, 10.0% at the most" in latency_note(told)
+    assert "leave the machine" not in latency_note(told)
+    assert "leave the machine to the measurement" in latency_note({**told, "median_error": 0.3})
+
+
+def test_without_a_terminal_progress_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 70.0, 70.0, 71.0, 140.0, 140.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    console = Console(file=io.StringIO(), width=200)
+    with progress.watching(console) as bars:
+        bars.start("search")
+        for done in range(1, 5):
+            bars.progress(done, 9, "sizes", f"best {done}")
+    assert console.file.getvalue().split("\n") == [  # type: ignore[attr-defined]
+        "search    2 of 9 sizes  best 2",
+        "search    4 of 9 sizes  best 4",
+        "",
+    ]
 
 
 def test_the_first_row_of_a_call_takes_the_place_of_older_ones(tmp_path: Path) -> None:

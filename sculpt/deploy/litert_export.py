@@ -1,0 +1,97 @@
+"""LiteRT (TensorFlow Lite): a model as one file for phones and small devices, converted from the StableHLO of the folded model."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sculpt.arguments import checked
+from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
+from sculpt.deploy.environment import required
+from sculpt.deploy.fold import fold
+from sculpt.deploy.onnx_export import IMAGES, LOGITS
+from sculpt.deploy.open_batch import example_batch
+from sculpt.files import written_whole
+from sculpt.model import Model
+
+
+@checked
+def export_litert(model: Model, path: str | Path, example_input: Any) -> None:
+    """Writes a model as a file of LiteRT, in float32, BatchNorm folded into the weights.
+
+    The batch size is that of the example. The input is called "images", the output "logits". The file is loaded and compared with the
+    model before it gets its name.
+
+    Args:
+      model: the model, dense or compact.
+      path: the file, `.tflite` by custom; its folder is made if need be.
+      example_input: float32 array `[batch, ...]` that the model takes.
+
+    Raises:
+      ValueError: if the packages of the extra `litert` are missing, the converter does not take the model, or its logits differ; no file is
+        left then.
+    """
+    require_litert()
+    x = example_batch(example_input)
+    program = litert_program(model, x)
+    found = difference(np.asarray(interpreted(program, x, 1)()), model_logits(model, x))
+    if not found <= TOLERANCE:
+        raise ValueError(
+            f"the logits of the LiteRT file differ from the model's by {found:.2e} of the largest (at most {TOLERANCE} expected); nothing "
+            "was written"
+        )
+    with written_whole(path) as temporary:
+        temporary.write_bytes(program)
+
+
+def require_litert() -> None:
+    """Raises ValueError, which names the extra, unless converter and interpreter are installed."""
+    required("litert_converter", "litert")
+    required("ai_edge_litert", "litert")
+
+
+def litert_program(model: Model, x: np.ndarray) -> bytes:
+    """A model as the contents of a file of LiteRT for the batch size of `x`.
+
+    Raises:
+      ValueError: if the converter does not take the model.
+    """
+    names = ("converter_api_ext", "mlir.ir", "mlir.passmanager")
+    converter, ir, passes = (importlib.import_module(f"litert_converter.{name}") for name in names)
+    folded = fold(model, x)
+    program = jax.jit(lambda images: folded.apply(folded.params, folded.state, images))
+    text = program.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).as_text()
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    with context, ir.Location.unknown():
+        try:
+            module = ir.Module.parse(text)
+            main = next(f for f in module.body.operations if f.name.value == "main")
+            converter.set_signature(main.operation, "serving_default", [IMAGES], [LOGITS])
+            converter.run_convert_to_tfl_passes(module, passes.PassManager(), converter.ConvertToTFLConfig())
+            return converter.export_flatbuffer_to_bytes(module.operation)
+        # Errors of MLIR have no common base but Exception.
+        except Exception as error:
+            raise ValueError(f"litert-converter does not take this model: {error}") from error
+
+
+def interpreted(program: bytes, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    """Computes the logits of `x` by LiteRT's interpreter."""
+    litert: Any = importlib.import_module("ai_edge_litert.interpreter")
+    interpreter = litert.Interpreter(model_content=program, num_threads=threads)
+    interpreter.allocate_tensors()
+    images, logits = (
+        d[0]["index"] for d in (interpreter.get_input_details(), interpreter.get_output_details())
+    )
+
+    def call() -> np.ndarray:
+        interpreter.set_tensor(images, x)
+        interpreter.invoke()
+        return interpreter.get_tensor(logits)
+
+    return call
