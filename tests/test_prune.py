@@ -358,6 +358,7 @@ def test_a_finished_run_is_reported_and_exported_without_its_data_and_weights(
     assert "no weights at /moved/weights.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_search_by_loss_and_another_importance(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

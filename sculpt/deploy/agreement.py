@@ -14,8 +14,9 @@ TOLERANCE = 1e-4
 
 
 def model_logits(model: Model, images: Any) -> np.ndarray:
-    """Logits of the model, computed by JAX."""
-    return np.asarray(_logits(model, images))
+    """Logits of the model, computed by JAX; in float32 also where products would be less exact by default, as on GPUs and TPUs."""
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_logits(model, images))
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:

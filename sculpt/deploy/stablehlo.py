@@ -12,7 +12,7 @@ import numpy as np
 from jax import export
 
 from sculpt.arguments import checked
-from sculpt.deploy.open_batch import example_batch, flatten_model
+from sculpt.deploy.open_batch import example_batch, flatten_model, open_batch
 from sculpt.files import written_whole
 from sculpt.model import Model
 
@@ -54,7 +54,9 @@ class ExportedModel:
 
 
 @checked
-def export_stablehlo(model: Model, path: str | Path, example_input: Any) -> ExportedModel:
+def export_stablehlo(
+    model: Model, path: str | Path, example_input: Any, *, fixed_batch: bool = False
+) -> ExportedModel:
     """Writes a model as a serialised StableHLO program (`jax.export`) for CPU, CUDA and TPU.
 
     Parameters and state are constants of the program. The batch size stays open where the model's own code allows it, and
@@ -65,6 +67,7 @@ def export_stablehlo(model: Model, path: str | Path, example_input: Any) -> Expo
       model: the model, dense or compact.
       path: the file; its folder is made if need be.
       example_input: array `[batch, ...]` that the model takes.
+      fixed_batch: whether the program takes the batch size of `example_input` only.
 
     Returns:
       The program as read back.
@@ -75,7 +78,7 @@ def export_stablehlo(model: Model, path: str | Path, example_input: Any) -> Expo
     x = jnp.asarray(example_batch(example_input))
     flatten_model(model, x)  # or an error that says what is wrong with the model
     with written_whole(path) as temporary:
-        temporary.write_bytes(_export(model, x).serialize())
+        temporary.write_bytes(_export(model, x, fixed_batch).serialize())
         loaded = load_stablehlo(temporary)
         expected = np.asarray(jax.jit(model.apply)(model.params, model.state, x))
         difference = np.abs(np.asarray(loaded(x)) - expected).max() / max(1.0, np.abs(expected).max())
@@ -87,11 +90,10 @@ def export_stablehlo(model: Model, path: str | Path, example_input: Any) -> Expo
     return loaded
 
 
-def _export(model: Model, x: jax.Array) -> export.Exported:
+def _export(model: Model, x: jax.Array, fixed_batch: bool) -> export.Exported:
     program = jax.jit(lambda images: model.apply(model.params, model.state, images))
-    (batch,) = export.symbolic_shape("batch")
     problems = []
-    for size in (batch, x.shape[0]):
+    for size in (x.shape[0],) if fixed_batch else (open_batch(), x.shape[0]):
         argument = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
         # What an open batch size trips over is up to the model's code: any exception may come out of it.
         try:

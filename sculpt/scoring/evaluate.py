@@ -126,6 +126,7 @@ def _score(problem: Problem, policies: jax.Array, count: jax.Array) -> Scores:
 def _score_batches(
     batches: int, mapped: Any, problem: Problem, policies: jax.Array, count: jax.Array
 ) -> tuple[Scores, Scores]:
+    """What all batches ask for, in one run of `_score`; in one after another where they have networks or images of their own."""
     arguments, treedef = jax.tree.flatten((problem, policies, count))
     flags = jax.tree.leaves(mapped)
     if any(jax.tree.leaves(mapped[0])):  # each batch has a problem of its own: one after another

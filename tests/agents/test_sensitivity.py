@@ -169,6 +169,7 @@ def test_a_taught_agent_begins_from_energy_too(monkeypatch: pytest.MonkeyPatch) 
     assert told == [False, True, False]
 
 
+@pytest.mark.slow
 def test_policies_are_better_from_the_first_that_is_drawn() -> None:
     """Where a score is a sum over sites, what single sites tell is all that there is to know."""
 

@@ -33,6 +33,14 @@ def test_the_file_gives_the_logits_of_the_model_at_any_batch(tmp_path: Path) -> 
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
+def test_a_fixed_batch_is_that_of_the_example(tmp_path: Path) -> None:
+    loaded = sculpt.export_stablehlo(LINEAR, tmp_path / "f", IMAGES[:3], fixed_batch=True)
+    assert loaded.batch == 3
+    np.testing.assert_allclose(loaded(IMAGES[:3]), LINEAR(IMAGES[:3]), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"takes float32\[3, 8, 8, 1\], got"):
+        loaded(IMAGES[:1])
+
+
 def test_dense_and_compact_networks(tmp_path: Path) -> None:
     model = untrained_digits()
     space = sculpt.make_space(sculpt.trace(model, IMAGES))
@@ -86,9 +94,12 @@ def test_what_cannot_be_exported_is_one_clear_error(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="cannot be exported"):
         sculpt.export_stablehlo(sculpt.from_function(host, LINEAR.params), tmp_path / "f.stablehlo", IMAGES)
-    with pytest.raises(ValueError, match="cannot be exported"):
+    with pytest.raises(ValueError, match=r"does not take the example input float32\[1, 5\]"):
         sculpt.export_stablehlo(LINEAR, tmp_path / "f.stablehlo", jnp.zeros((1, 5)))
-    with pytest.raises(ValueError, match="scalar"):
+    two = sculpt.from_function(lambda params, x: (x, x), LINEAR.params)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="returns one array, this one returns 2"):
+        sculpt.export_stablehlo(two, tmp_path / "f.stablehlo", IMAGES)
+    with pytest.raises(ValueError, match=r"one image or more, got float\d+\[\]"):
         sculpt.export_stablehlo(LINEAR, tmp_path / "f.stablehlo", 1.0)
     assert list(tmp_path.iterdir()) == []
 

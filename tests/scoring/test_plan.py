@@ -52,7 +52,9 @@ def test_every_plan_gives_the_same_scores(plan: sculpt.EvaluationPlan) -> None:
     np.testing.assert_allclose(found.loss, expected.loss, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("plan", ["im2col, vmap", "policies and images over devices"])
+@pytest.mark.parametrize(
+    "plan", [pytest.param("im2col, vmap", marks=pytest.mark.slow), "policies and images over devices"]
+)
 def test_reconstruction_is_the_same_in_every_plan(plan: str) -> None:
     expected = scores("residual", sculpt.EvaluationPlan(), repair="reconstruct")
     found = scores("residual", PLANS[plan], repair="reconstruct")

@@ -48,6 +48,7 @@ def test_finalists_carry_their_full_score_and_the_best_is_near_the_top(task: dic
     assert race.work < 0.6
 
 
+@pytest.mark.slow
 def test_the_correlation_is_that_of_the_sample(task: dict[str, Any]) -> None:
     race = sculpt.race_policies(**task, key=KEY, first_images=50, sample=16)
     drawn = np.asarray(jax.random.permutation(KEY, 48))[:16]
