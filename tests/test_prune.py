@@ -202,7 +202,7 @@ def test_a_budget_of_latency_and_of_weights(
         "--latency-batch",
         "8",
     ]
-    small = ["--evaluations", "32", "--rerank", "0", *ONE_DEVICE]
+    small = ["--method", "random", "--evaluations", "32", "--rerank", "0", *ONE_DEVICE]
     assert main(["search", "--run", str(run), *options, *small]) == 0
     record = json.loads((run / "stages" / "search.json").read_text())
     assert record["resource"] == "the largest of latency (xla, batch 8), parameters"

@@ -47,6 +47,7 @@ def first_batch(agent: Params | None, model: sculpt.Model, space: Space, scorer:
     return sculpt.search(model, space, noise(), config, jax.random.key(5), scorer=scorer, agent=agent)
 
 
+@pytest.mark.slow
 def test_an_unseen_larger_network_is_pruned_better_without_learning_on_it() -> None:
     rewards = []
     for seed in (7, 9, 10):
