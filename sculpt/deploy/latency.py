@@ -87,8 +87,8 @@ def compare_latency(
       threads: CPU cores that the engine has; None: all that this process may use.
 
     Raises:
-      ValueError: if there is no model, `repeats` or `threads` is below 1, the input is no batch of images, there are fewer cores than `threads`, or the
-        engine is unknown, not installed (the extra is named), does not take a model or gives other logits.
+      ValueError: if there is no model, `repeats` or `threads` is below 1, the input is no batch of images, there are fewer cores than
+        `threads`, or the engine is unknown, not installed (the extra is named), does not take a model or gives other logits.
     """
     threads = cores() if threads is None else threads
     for what, value in (("repeats", repeats), ("threads", threads)):

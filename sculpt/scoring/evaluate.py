@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
 from sculpt.arguments import checked
@@ -103,7 +104,7 @@ def score_policies(problem: Problem, policies: jax.Array, count: jax.Array | int
     return _score(problem, policies, jnp.asarray(policies.shape[0] if count is None else count, jnp.int32))
 
 
-@jax.custom_batching.custom_vmap
+@custom_vmap
 def _score(problem: Problem, policies: jax.Array, count: jax.Array) -> Scores:
     plan, n = problem.plan, policies.shape[0]
     if plan.devices == 1:
