@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import sculpt
+from sculpt.files import written_whole
 from sculpt.model import Model
 
 
@@ -20,10 +20,8 @@ def stage(file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         begun = time.perf_counter()
         result = compute()
         result["seconds"] = round(time.perf_counter() - begun, 1)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result))
-        os.replace(temporary, file)
+        with written_whole(file) as temporary:
+            temporary.write_text(json.dumps(result))
     return json.loads(file.read_text())
 
 

@@ -20,8 +20,6 @@ from safetensors.numpy import load_file
 
 import sculpt
 from sculpt.cli import main
-from sculpt.deploy import layer_latency, layer_sizes
-from sculpt.deploy.layer_latency import load_layers, save_layers
 from sculpt.pipeline import STAGES, Pipeline, artefacts, policies, stages
 from sculpt.pipeline.closing import latency_rows
 from sculpt.pipeline.progress import Bars
@@ -182,87 +180,6 @@ def test_a_search_begins_with_what_another_learned_and_finds_a_front(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
         assert not (fresh / "stages" / "train.json").exists()
-
-
-def test_a_budget_of_latency_and_of_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(layer_sizes, "_LEVELS", 2)  # fewer sizes to measure
-    # Whatever the machine does beside.
-    monkeypatch.setattr(layer_latency, "_line", lambda sums, seconds: np.asarray([0.0, 1.0]))
-    run = tmp_path / "run"
-    assert main(["train", *OPTIONS[:4], "--epochs", "1", "--run", str(run)]) == 0
-    options = [
-        "--families",
-        "channels",
-        "--budget",
-        "0.8",
-        "--resource",
-        "latency,params",
-        "--latency-batch",
-        "8",
-    ]
-    small = ["--method", "random", "--evaluations", "32", "--rerank", "0", *ONE_DEVICE]
-    assert main(["search", "--run", str(run), *options, *small]) == 0
-    record = json.loads((run / "stages" / "search.json").read_text())
-    assert record["resource"] == "the largest of latency (xla, batch 8), parameters"
-    latency = load_layers(run / "layers.safetensors")
-    pipeline = Pipeline(RunDirectory.existing(run), {})
-    cost = sculpt.cost(pipeline.limited(pipeline.space), record["policy"])
-    seconds = float(latency.seconds(pipeline.space, record["policy"])) / latency.resource.total
-    assert float(cost.used) == pytest.approx(max(seconds, float(cost.params_ratio)), rel=1e-5)
-    assert float(cost.used) <= 0.8 + 1e-5
-    told = record["latency"]
-    assert (told["engine"], told["batch"], told["threads"]) == ("xla", 8, latency.threads)
-    assert told["median_error"] == pytest.approx(float(np.median(latency.error)))
-    printed = capsys.readouterr().out
-    assert f"{told['networks']} whole networks predicted from their layers with an error of" in printed
-    # What was measured is kept: the same search again is the same search.
-    (run / "stages" / "search.json").unlink()
-    before = (run / "layers.safetensors").read_bytes()
-    assert main(["search", "--run", str(run)]) == 0
-    assert (run / "layers.safetensors").read_bytes() == before
-    assert json.loads((run / "stages" / "search.json").read_text())["policy"] == record["policy"]
-    # Another machine's latencies are not taken for those of this one.
-    (run / "stages" / "search.json").unlink()
-    save_layers(dataclasses.replace(latency, device="cpu (abacus, 1 cores)"), run / "layers.safetensors")
-    assert main(["search", "--run", str(run)]) == 2
-    assert "was measured on cpu (abacus, 1 cores), this is cpu (" in capsys.readouterr().err
-
-
-def test_a_budget_that_turns_out_to_be_too_low_can_be_raised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(layer_sizes, "_LEVELS", 2)
-    monkeypatch.setattr(layer_latency, "_line", lambda sums, seconds: np.asarray([0.0, 1.0]))
-    run = tmp_path / "run"
-    assert main(["train", *OPTIONS[:4], "--epochs", "1", "--run", str(run)]) == 0
-    options = [
-        "--families",
-        "channels",
-        "--resource",
-        "latency",
-        "--latency-batch",
-        "2",
-        "--latency-threads",
-        "1",
-    ]
-    assert main(["search", "--run", str(run), *options, "--budget", "0.001"]) == 2
-    assert "budget 0.001 cannot be reached" in capsys.readouterr().err
-    before = (run / "layers.safetensors").read_bytes()
-    small = ["--method", "random", "--evaluations", "32", "--rerank", "0", *ONE_DEVICE]
-    assert main(["search", "--run", str(run), *options, "--budget", "0.9", *small]) == 0
-    assert (run / "layers.safetensors").read_bytes() == before  # nor is it measured again
-    assert main(["search", "--run", str(run), *options, "--budget", "0.8"]) == 2  # from now on it is fixed
-    assert "budget is 0.9 there, 0.8 was asked for" in capsys.readouterr().err
-    # In the end what was asked for is measured, where it was asked for.
-    for stage in ("finetune", "compact", "evaluate"):
-        extra = ["--finetune-epochs", "1"] if stage == "finetune" else []
-        assert main([stage, "--run", str(run), *extra]) == 0
-    budget = json.loads((run / "result.json").read_text())["budget"]
-    assert (budget["asked"], budget["resource"]) == (0.9, ["latency"])
-    assert budget["predicted"] <= 0.9 + 1e-5 and budget["kept"]["latency"] > 0.0
-    assert (budget["latency"]["batch"], budget["latency"]["threads"]) == (2, 1)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,15 @@ def model_logits(model: Model, images: Any) -> np.ndarray:
         return np.asarray(_logits(model, images))
 
 
+def check_logits_of(who: str, found: np.ndarray, expected: np.ndarray) -> None:
+    """Raises ValueError unless `found`, the logits of "the LiteRT file" or the like, are those of the model."""
+    differ = difference(found, expected)
+    if not differ <= TOLERANCE:
+        raise ValueError(
+            f"the logits of {who} differ from the model's by {differ:.2e} of the largest (at most {TOLERANCE} expected)"
+        )
+
+
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference relative to the largest logit expected; infinite where shapes differ."""
     if found.shape != expected.shape:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
+from sculpt.deploy.agreement import check_logits_of, model_logits
 from sculpt.deploy.environment import cores, required
 from sculpt.deploy.litert_export import interpreted, litert_program, require_litert
 from sculpt.deploy.onnx_export import IMAGES, LOGITS, export_onnx
@@ -70,7 +70,13 @@ class Xla:
     def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
         # Its pool of threads is as large as the cores that it once saw; `confined` is what holds it.
         images, params, state = jax.device_put((x, model.params, model.state))
-        program = jax.jit(model.apply).lower(params, state, images).compile()
+        try:
+            lowered = jax.jit(model.apply).lower(params, state, images)
+        except TypeError as error:  # where shapes do not fit
+            raise ValueError(
+                f"the model does not take the input {x.dtype}{list(x.shape)}: {error}"
+            ) from error
+        program = lowered.compile()
         return lambda: program(params, state, images)
 
 
@@ -167,16 +173,9 @@ def prepared(name: str, model: Model, x: np.ndarray, threads: int) -> Call:
     Raises:
       ValueError: if there is no such engine, it is not installed, does not take the model, or computes other logits.
     """
-    try:
-        call = engine_of(name).prepare(model, x, threads)
-    except TypeError as error:  # of JAX, where shapes do not fit
-        raise ValueError(f"the model does not take the input {x.dtype}{list(x.shape)}: {error}") from error
+    call = engine_of(name).prepare(model, x, threads)
     if name != "xla":
-        found = difference(np.asarray(call()), model_logits(model, x))
-        if not found <= TOLERANCE:
-            raise ValueError(
-                f"the logits of {name} differ from the model's by {found:.2e} of the largest (at most {TOLERANCE} expected)"
-            )
+        check_logits_of(name, np.asarray(call()), model_logits(model, x))
     return call
 
 

@@ -59,6 +59,8 @@ class LayerLatency:
     """Images per call."""
     threads: int
     """CPU cores that it had."""
+    all_sizes: bool
+    """Whether layers were measured at all their sizes together."""
     device: str
     """Where it was measured."""
     versions: Mapping[str, str]
@@ -175,6 +177,7 @@ def measure_layers(
         engine,
         len(x),
         threads,
+        all_sizes,
         dense.device,
         dense.versions,
         policies,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sculpt.arguments import checked
-from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
+from sculpt.deploy.agreement import check_logits_of, model_logits
 from sculpt.deploy.environment import required
 from sculpt.deploy.fold import fold
 from sculpt.deploy.onnx_export import IMAGES, LOGITS
@@ -39,12 +39,7 @@ def export_litert(model: Model, path: str | Path, example_input: Any) -> None:
     require_litert()
     x = example_batch(example_input)
     program = litert_program(model, x)
-    found = difference(np.asarray(interpreted(program, x, 1)()), model_logits(model, x))
-    if not found <= TOLERANCE:
-        raise ValueError(
-            f"the logits of the LiteRT file differ from the model's by {found:.2e} of the largest (at most {TOLERANCE} expected); nothing "
-            "was written"
-        )
+    check_logits_of("the LiteRT file", interpreted(program, x, 1)(), model_logits(model, x))
     with written_whole(path) as temporary:
         temporary.write_bytes(program)
 

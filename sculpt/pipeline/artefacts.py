@@ -214,22 +214,26 @@ class Artefacts:
                 on_progress=on_progress,
             )
             save_layers(found, file)
-        else:
-            here = device_name(None if kept.engine == "xla" else "cpu")
-            # However many cores there are: the engine was held to those that it was given.
-            if kept.device.partition(",")[0] != here.partition(",")[0]:
-                raise ValueError(
-                    f"the latency of the layers in {file} was measured on {kept.device}, this is {here}: remove it to have it measured here, "
-                    "or go on there"
-                )
-        # Read again even so: what it is rounded to must not depend on who measured it.
-        return load_layers(file)
+            # Read even so: what it is rounded to must not depend on who measured it.
+            return load_layers(file)
+        here = device_name(None if kept.engine == "xla" else "cpu")
+        # However many cores there are: the engine was held to those that it was given.
+        if kept.device.partition(",")[0] != here.partition(",")[0]:
+            raise ValueError(
+                f"the latency of the layers in {file} was measured on {kept.device}, this is {here}: remove it to have it measured here, or "
+                "go on there"
+            )
+        return kept
 
     def _is_asked_for(self, found: LayerLatency) -> bool:
         settings = self.search_settings
-        asked = (settings.latency_engine, settings.latency_batch, settings.latency_threads or found.threads)
-        same_space = np.array_equal(found.resource.num_options, self.space.num_options)
-        return (found.engine, found.batch, found.threads) == asked and same_space
+        same = (
+            found.engine == settings.latency_engine
+            and found.batch == settings.latency_batch
+            and found.threads == (settings.latency_threads or found.threads)
+            and found.all_sizes == settings.latency_all_sizes
+        )
+        return same and np.array_equal(found.resource.num_options, self.space.num_options)
 
     @functools.cached_property
     def dense(self) -> Model:

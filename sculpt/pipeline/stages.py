@@ -124,20 +124,11 @@ class Pipeline(Artefacts):
                 f"{stage}: training diverged in epoch {error.epoch}, step {error.step}; begin another --run with a lower "
                 f"--{stage}-learning-rate, or with --{stage}-clip-norm 1"
             ) from error
-        except ValueError:
-            self._release()
-            raise
         seconds = time.perf_counter() - begin
         # A record that was kept keeps its time too.
         self.run.complete(stage, {"stage_seconds": seconds, **record})
-        shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
+        shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)
         self._finish(stage, seconds)
-
-    def _release(self) -> None:
-        """Lets settings be chosen anew by which nothing has been done yet: the next try may be with others."""
-        for section in SECTIONS:
-            if not self.run.recorded(section) and not self._checkpoints(section).is_dir():
-                self.run.release(section)
 
     def _finish(self, stage: str, seconds: float | None) -> None:
         record = self.run.record(stage)
@@ -196,8 +187,6 @@ class Pipeline(Artefacts):
             self._watcher.progress(done, total, "sizes of layers measured", "")
 
         space = self.limited(self.ranked_space, on_layers)
-        for budget in config.budgets:
-            check_budget(space, budget)
         latency = self.layers() if "latency" in self.search_settings.resource else None
         found = search(
             self.dense,
@@ -205,7 +194,7 @@ class Pipeline(Artefacts):
             self.splits,
             config,
             self.key("search"),
-            directory=self._checkpoints("search"),
+            directory=self.run.checkpoints("search"),
             on_metrics=on_metrics,
             plan=self._plan(config),
             agent=self.learnt_agent,
@@ -330,7 +319,7 @@ class Pipeline(Artefacts):
             self._watcher.progress(done, total, "steps", latest["note"])
 
         return {
-            "directory": self._checkpoints(stage),
+            "directory": self.run.checkpoints(stage),
             "on_metrics": on_metrics,
             "on_progress": on_progress,
         }
@@ -347,9 +336,6 @@ class Pipeline(Artefacts):
             self.run.log(stage, row)
 
         return log
-
-    def _checkpoints(self, stage: str) -> Path:
-        return self.run.path / "checkpoints" / stage
 
     def _save(self, name: str, model: Model) -> None:
         save_params({"params": model.params, "state": model.state}, self.run.path / f"{name}.safetensors")

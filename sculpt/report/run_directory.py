@@ -64,7 +64,7 @@ class Record(dict[str, Any]):
 class RunDirectory:
     """One run on disk.
 
-    `config.json` holds sections of settings, each fixed when it is first written; `stages/NAME.json` says that a stage is
+    `config.json` holds sections of settings, each fixed when its stage begins; `stages/NAME.json` says that a stage
     has run and what came out; `metrics.jsonl` grows by a line per step; `result.json` ends the run. A process that writes
     holds `.lock`.
     """
@@ -136,19 +136,19 @@ class RunDirectory:
         return sections
 
     def merged(self, section: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Record:
-        """The settings of a section: those on disk, or else `defaults` with what is given. Writes nothing.
+        """The settings of a section: those on disk, or else `defaults`, with what is given. Writes nothing.
 
         Args:
           section: such as "search".
-          given: settings asked for explicitly; where the section is on disk they have to agree with it.
+          given: settings asked for explicitly; once the stage has begun they have to agree with those on disk.
           defaults: every setting that has a default.
 
         Raises:
-          ValueError: if a given setting differs from the one on disk; all that differ are named.
+          ValueError: if a given setting differs from the one on disk, which is fixed; all that differ are named.
         """
         found = self.config.get(section)
-        if found is None:
-            return _plain({**defaults, **given})
+        if found is None or not self._begun(section):
+            return _plain({**defaults, **(found or {}), **given})
         differ = [
             f"{name} is {found.get(name)!r} there, {value!r} was asked for"
             for name, value in _plain(given).items()
@@ -161,24 +161,26 @@ class RunDirectory:
         return found
 
     def settle(self, section: str, settings: Mapping[str, Any]) -> None:
-        """Writes the settings of a section, from now on fixed.
+        """Writes the settings of a section, fixed from when its stage has begun.
 
         Raises:
-          ValueError: if the section is on disk with other settings.
+          ValueError: if the stage has begun with other settings.
         """
-        sections = self.config
-        if section in sections:
-            self.merged(section, settings, {})
-        else:
-            sections = {**sections, section: _plain(settings)}
+        sections = {**self.config, section: self.merged(section, settings, {})}
+        if sections != self.config:
             write_json(
                 self.path / "config.json", {"fingerprint": fingerprint(sections), "sections": sections}
             )
 
-    def release(self, section: str) -> None:
-        """Forgets the settings of a section, which may then be chosen anew."""
-        sections = {name: settings for name, settings in self.config.items() if name != section}
-        write_json(self.path / "config.json", {"fingerprint": fingerprint(sections), "sections": sections})
+    def checkpoints(self, stage: str) -> Path:
+        """The folder that a stage keeps checkpoints in as long as it runs."""
+        return self.path / "checkpoints" / stage
+
+    def _begun(self, stage: str) -> bool:
+        """Whether a stage, or one behind it, has left anything; the first begins with the run."""
+        stages = list(STAGE_FILES)
+        behind = stages[stages.index(stage) :]
+        return behind == stages or any(self.recorded(s) or self.checkpoints(s).is_dir() for s in behind)
 
     def done(self, stage: str) -> bool:
         """Whether a stage is complete: its record and all the files that it leaves are there, a `result.json` that can be read."""

@@ -147,7 +147,8 @@ def _score_batches(
     asked = (jnp.arange(policies.shape[1])[None] < count[:, None]).reshape(-1)
     order = jnp.argsort(~asked, stable=True)
     together = _score(problem, policies.reshape(-1, policies.shape[2])[order], asked.sum(dtype=jnp.int32))
-    scores = jax.tree.map(lambda s: s[jnp.argsort(order)].reshape(policies.shape[:2]), together)
+    rank = jnp.argsort(order)  # the inverse: where a policy stands in `order`
+    scores = jax.tree.map(lambda s: s[rank].reshape(policies.shape[:2]), together)
     return scores, Scores(True, True)  # type: ignore[arg-type]
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked
+from sculpt.files import written_whole
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.plan import EvaluationPlan
@@ -201,9 +202,8 @@ class Journal:
                     f"{self._out} belongs to another task (other {differ}): give another file, or delete it"
                 )
             return
-        temporary = self._about_file.with_name(self._about_file.name + ".tmp")
-        temporary.write_text(json.dumps(self._about, indent=1))
-        os.replace(temporary, self._about_file)
+        with written_whole(self._about_file) as temporary:
+            temporary.write_text(json.dumps(self._about, indent=1))
 
     def _whole_rows(self) -> int:
         """Counts the rows, and cuts off what a killed process left of the last one."""

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.arguments import checked
+from sculpt.files import written_whole
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import _scored
@@ -292,7 +293,5 @@ def _read(file: Path) -> Tuning | None:
 
 
 def _write(file: Path, tuning: Tuning) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(tuning), indent=1))
-    os.replace(temporary, file)
+    with written_whole(file) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(tuning), indent=1))

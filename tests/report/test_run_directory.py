@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +19,26 @@ def result() -> dict:
     return {name: 1 if fields is None else dict.fromkeys(fields, 1) for name, fields in RESULT_FIELDS.items()}
 
 
-def test_settings_are_fixed_when_first_written(tmp_path: Path) -> None:
+LEFT = {
+    "a record": lambda run: run.complete("search", {}),
+    "checkpoints": lambda run: run.checkpoints("search").mkdir(parents=True),
+    "a stage behind it": lambda run: run.complete("compact", {}),
+}
+
+
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+def test_settings_are_fixed_once_the_stage_has_begun(
+    tmp_path: Path, left: Callable[[RunDirectory], Any]
+) -> None:
     run = RunDirectory.open(tmp_path / "deep" / "run")
     merged = run.merged("search", {"budget": 0.3}, DEFAULTS)
     assert merged == {"budget": 0.3, "families": ["channels", "rect"], "weights": None}
     assert not run.path.exists()
     run.settle("search", merged)
+    assert run.merged("search", {"weights": "w"}, DEFAULTS) == merged | {"weights": "w"}
+    run.settle("search", merged | {"budget": 0.7})  # as long as the stage has not begun
     run.settle("search", merged)
+    left(run)
     with pytest.raises(ValueError, match=r"budget is 0.3 there, 0.9 was"):
         run.settle("search", {"budget": 0.9})
     again = RunDirectory.open(tmp_path / "deep" / "run")
@@ -34,11 +49,11 @@ def test_settings_are_fixed_when_first_written(tmp_path: Path) -> None:
 
 def test_a_foreign_configuration_says_which_fields_differ(tmp_path: Path) -> None:
     run = RunDirectory.open(tmp_path)
-    run.settle("search", DEFAULTS)
+    run.settle("train", DEFAULTS)  # the first stage begins with the run
     with pytest.raises(
         ValueError, match=r"budget is 0.5 there, 0.3 was asked for; weights is None there, 'w' was"
     ):
-        run.merged("search", {"budget": 0.3, "weights": "w"}, DEFAULTS)
+        run.merged("train", {"budget": 0.3, "weights": "w"}, DEFAULTS)
 
 
 @pytest.mark.parametrize(
