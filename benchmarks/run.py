@@ -36,6 +36,7 @@ def commands(data: Path | None) -> list[list[str]]:
         "bench_reconstruct",
         "bench_resources",
         "bench_engines",
+        "bench_layer_latency",
     )
     return [
         *alone,

@@ -45,6 +45,8 @@ from sculpt.tracing.program import Equation
 _BIND = bind_in_groups(bind)
 _CALIBRATION_BUDGETS = (0.2, 0.8)
 """Between these shares of the time of all layers the networks lie that the fit is made on."""
+_DISTURBED = 1.5
+"""A layer beside which the reference took so many times as long or as short as usual is measured once more."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -247,21 +249,25 @@ def _measured(
             layers.setdefault(name, (part.equation, shapes, params))
             found.append(name)
         wanted.append(found)
-    ratios: dict[Any, float] = {}
-    usual: list[float] = []
-    reference: Call | None = None
     with confined(threads):
+
+        def call_of(layer: tuple[Equation, list[tuple[int, ...]], dict[str, Any]]) -> Call:
+            # Its arrays are made here: those of all sizes together may be more than memory holds.
+            return runner.prepare(*_alone(*layer, runner.channels_first), threads)
+
+        reference = call_of(next(iter(layers.values())))
+        ratios: dict[Any, float] = {}
+        beside: dict[Any, float] = {}
         for done, (name, layer) in enumerate(layers.items()):
             on_progress(done, len(layers))
-            # Its arrays are made here: those of all sizes together may be more than memory holds.
-            alone = _alone(*layer, runner.channels_first)
-            call = runner.prepare(*alone, threads)
-            reference = call if reference is None else reference
-            ratios[name], beside = seconds_beside(call, reference, repeats)
-            usual.append(beside)
+            ratios[name], beside[name] = seconds_beside(call_of(layer), reference, repeats)
+        usual = float(np.median([*beside.values()]))
+        for name, layer in layers.items():
+            if not 1.0 / _DISTURBED <= beside[name] / usual <= _DISTURBED:
+                ratios[name], _ = seconds_beside(call_of(layer), reference, repeats)
     on_progress(len(layers), len(layers))
     # Minutes lie between the first and the last, in which a machine may become slower and faster again.
-    return [np.median(usual) * np.asarray([ratios[name] for name in found]) for found in wanted]
+    return [usual * np.asarray([ratios[name] for name in found]) for found in wanted]
 
 
 def _alone(

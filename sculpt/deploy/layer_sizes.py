@@ -2,8 +2,10 @@
 
 Time is no smooth function of the number of channels: libraries compute so many at once, and 56 of 64 may take longer than all; a window of
 2 x 3 is computed in other ways than one of 3 x 3. So a layer can be measured at all its sizes together, up to eight of each dimension, where
-they are not too many and it is not too large. Else all sizes of the two dimensions that have most, the others whole, are a correction to a coarse grid of
-all dimensions. Filters in groups (`rect_grouped`) are another factor, measured on the whole layer.
+they are not too many and it is not too large. Else all sizes of the two dimensions that have most, the others whole, correct what a coarse
+grid of all dimensions says. Channels that several sites add up to may be any number, 49 of 64 among them, which can take twice as long as
+48: all these numbers, with those of the other channels and the windows whole, are a correction too. Filters in groups (`rect_grouped`) are another, measured on the whole
+layer.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,8 @@ _FEWER_LEVELS = 3
 """The same of the coarse grid of a large layer with more than two dimensions that shrink."""
 _WORK = 1e11
 """Multiply-accumulates of the whole layer times the points of a grid, up to which all sizes are measured together."""
+_SUMS = 64
+"""Sizes, at the most, at which a layer is measured along a dimension that several sites add up to."""
 _POINTS = 600
 """The same of the points: each is compiled, and takes a tenth of a second at the least."""
 
@@ -50,6 +54,8 @@ class Dimension:
     """int64 `[places]`."""
     examples: Mapping[int, Mapping[int, int]]
     """Rising sizes above 0 -> the options of the sites that give them; the layer can be measured there."""
+    regular: np.ndarray
+    """int64, rising: those of them that grids consist of."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,19 +66,24 @@ class Part:
     dimensions: tuple[Dimension, ...]
     levels: tuple[np.ndarray, ...]
     """Sizes along each dimension of the grid on which it is measured, rising."""
-    fine: Mapping[int, np.ndarray]
-    """Of those dimensions of which the grid has not all, more sizes, at which it is measured with the others whole."""
+    corrections: tuple[Mapping[int, np.ndarray], ...]
+    """More rising sizes along some of the dimensions, at which it is measured with the others whole."""
     grouped: Site | None
     """The site that gives its filters windows of their own."""
 
     @property
     def points(self) -> list[tuple[int, ...]]:
-        """The sizes along every dimension at which it is measured: those of the grid, then the finer ones; the last dimension's changing
-        fastest."""
+        """The sizes along every dimension at which it is measured: those of the grid, then those of every correction; the last
+        dimension's changing fastest."""
+        return [
+            point for grid in self._grids for point in itertools.product(*(map(int, own) for own in grid))
+        ]
+
+    @property
+    def _grids(self) -> list[list[np.ndarray]]:
         whole = [levels[-1:] for levels in self.levels]
-        finer = [self.fine.get(dim, levels) for dim, levels in enumerate(whole)]
-        grids = [self.levels, finer] if self.fine else [self.levels]
-        return [tuple(map(int, point)) for grid in grids for point in itertools.product(*grid)]
+        corrected = [[own.get(dim, last) for dim, last in enumerate(whole)] for own in self.corrections]
+        return [list(self.levels), *corrected]
 
     @property
     def steps(self) -> dict[int, np.ndarray]:
@@ -102,39 +113,52 @@ class Part:
     def _interpolated(self, measured: np.ndarray) -> np.ndarray:
         if not self.dimensions:
             return measured
-        places = np.stack(
-            [m.reshape(-1) for m in np.meshgrid(*(d.sizes for d in self.dimensions), indexing="ij")], axis=1
-        )
-        count = math.prod(map(len, self.levels))
-        coarse = interpolate.RegularGridInterpolator(
-            self.levels, measured[:count].reshape([len(levels) for levels in self.levels])
-        )
-        sizes = np.maximum(places, [levels[0] for levels in self.levels])
-        found = coarse(sizes)
-        if self.fine:
-            dims = list(self.fine)
-            finer = interpolate.RegularGridInterpolator(
-                list(self.fine.values()), measured[count:].reshape([len(self.fine[dim]) for dim in dims])
-            )
-            others_whole = np.tile([levels[-1] for levels in self.levels], (len(sizes), 1))
-            others_whole[:, dims] = sizes[:, dims]
-            found = found * finer(sizes[:, dims]) / coarse(others_whole)
-        return np.where((places == 0).any(axis=1), 0.0, found)
+        # What the grid says, times what corrects it there: each factor is 1 where it was right already.
+        factors: list[Callable[[np.ndarray], np.ndarray]] = []
+        done = 0
+        for grid in self._grids:
+            points = _product(grid)
+            found = measured[done : done + len(points)]
+            factors.append(_interpolator(grid, found / math.prod(factor(points) for factor in factors)))
+            done += len(points)
+        places = _product([dimension.sizes for dimension in self.dimensions])
+        values = math.prod(factor(places) for factor in factors)
+        return np.where((places == 0).any(axis=1), 0.0, values)
+
+
+def _product(grid: Sequence[np.ndarray]) -> np.ndarray:
+    """All points of a grid, `[points, dimensions]`, the last dimension changing fastest."""
+    return np.stack([sizes.reshape(-1) for sizes in np.meshgrid(*grid, indexing="ij")], axis=1)
+
+
+def _interpolator(grid: Sequence[np.ndarray], values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """From points `[number, dimensions]` to values `[number]`; where a grid has one size it is the same at all others."""
+    dims = [dim for dim, levels in enumerate(grid) if len(levels) > 1]
+    if not dims:
+        return lambda points: np.broadcast_to(values, (len(points),))
+    levels = [grid[dim] for dim in dims]
+    between = interpolate.RegularGridInterpolator(levels, values.reshape([len(own) for own in levels]))
+    lowest, highest = (np.asarray([own[end] for own in levels]) for end in (0, -1))
+    return lambda points: between(np.clip(points[:, dims], lowest, highest))
 
 
 class _SizesAtPoint(Sizes):
     """What is kept where every dimension has a size of its own, whether or not one policy gives them all, and of so many images."""
 
-    def __init__(self, space: Space, part: Part, point: Sequence[int], batch: int) -> None:
+    def __init__(
+        self, space: Space, choices: Sequence[Choice], part: Part, point: Sequence[int], batch: int
+    ) -> None:
         flow = space.trace.flow
         super().__init__(flow, flow.program, {})
         self._batch = batch
         images = flow.terms[flow.program.inputs[-1]][0]
         self._images, self._traced_batch = set(flow.axes.atoms(images)), flow.axes.size(images)
         self._kept: dict[Axis, dict[Atom, np.ndarray]] = {}
+        windows = _windows(space, choices, part, point)
         for dimension, size in zip(part.dimensions, point):
+            kept = _kept(space, dimension.examples[size]) | windows
             for axis in dimension.axes:
-                self._kept.setdefault(axis, {}).update(_kept(space, dimension.examples[size]))
+                self._kept.setdefault(axis, {}).update(kept)
 
     def shrinks(self, axis: Axis) -> bool:
         return axis in self._kept
@@ -168,13 +192,19 @@ def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
             continue
         axes = [axis for value in eqn.inputs if not isinstance(value, Literal) for axis in flow.terms[value]]
         dimensions = tuple(_dimensions(counts, eqn, axes))
-        sizes = [np.asarray(list(dimension.examples)) for dimension in dimensions]
-        levels, fine = tuple(_evenly(found, _LEVELS) for found in sizes), {}
+        sizes = [dimension.regular for dimension in dimensions]
+        levels, corrections = tuple(_evenly(found, _LEVELS) for found in sizes), []
         points = math.prod(map(len, levels))
         work = float(points) * _macs(flow.program, eqn) * batch / flow.axes.size(images)
         if len(sizes) > 2 and (not all_sizes or work > _WORK or points > _POINTS):
-            levels, fine = tuple(_evenly(found, _FEWER_LEVELS) for found in sizes), _finer(sizes)
-        parts.append(Part(eqn, dimensions, levels, fine, grouped.get(id(eqn))))
+            levels = tuple(_evenly(found, _FEWER_LEVELS) for found in sizes)
+            corrections = [finer] if (finer := _finer(sizes)) else []
+        corrections += [
+            _summed(dimensions, levels, dim)
+            for dim, dimension in enumerate(dimensions)
+            if len(dimension.examples) > len(dimension.regular)
+        ]
+        parts.append(Part(eqn, dimensions, levels, tuple(corrections), grouped.get(id(eqn))))
     if not parts:
         raise ValueError("this network has no layers outside loops that could be measured by themselves")
     return parts
@@ -194,13 +224,13 @@ def _macs(program: Program, eqn: Equation) -> int:
 def layers_of(space: Space, choices: Sequence[Choice], part: Part, batch: int) -> Iterator[Layer]:
     """A part for so many images at each of its points, then whole under each option of its `grouped` site but the first, as chosen."""
     for point in part.points:
-        yield _layer(part.equation, _SizesAtPoint(space, part, point, batch), bool(point))
+        yield _layer(part.equation, _SizesAtPoint(space, choices, part, point, batch), bool(point))
     if part.grouped is None:
         return
     site, layer = part.grouped, space.trace.layers[part.grouped.owner]
     entries = np.asarray(choices[site.index].entries)
     whole = tuple(int(levels[-1]) for levels in part.levels)
-    shapes, static = _layer(part.equation, _SizesAtPoint(space, part, whole, batch), bool(whole))
+    shapes, static = _layer(part.equation, _SizesAtPoint(space, choices, part, whole, batch), bool(whole))
     for option in range(1, len(site.options)):
         groups = mask_groups((entries >> option) & 1 > 0, layer.out_axes[0], layer.window_axes)
         yield shapes, in_groups(static, groups) if groups else static
@@ -286,7 +316,8 @@ def _site_dimension(counts: _Counts, axes: Sequence[Axis], site: int) -> Dimensi
     own = tuple(axis for axis in axes if site in counts.sites([axis]))
     examples = [{site: option} for option in range(len(counts.space.sites[site].options))]
     sizes = [counts.size(own[0], options) for options in examples]
-    return Dimension(own, {site: np.arange(len(sizes))}, np.asarray(sizes), _rising(examples, sizes))
+    rising = _rising(dict(zip(sizes, examples)))
+    return Dimension(own, {site: np.arange(len(sizes))}, np.asarray(sizes), rising, np.asarray(list(rising)))
 
 
 def _sum_dimension(counts: _Counts, axes: tuple[Axis, ...], sites: Sequence[int]) -> Dimension:
@@ -300,18 +331,38 @@ def _sum_dimension(counts: _Counts, axes: tuple[Axis, ...], sites: Sequence[int]
     unit = math.gcd(*(int(n) for own in less.values() for n in own))
     most = sum(int(own.max()) for own in less.values())
     # The same level of all sites gives sizes all the way down.
-    examples = [
+    together = [
         {site: min(level, number - 1) for site, number in numbers.items()}
         for level in range(max(numbers.values()))
     ]
-    measured = [counts.size(axes[0], options) for options in examples]
+    regular = {counts.size(axes[0], options): options for options in together}
+    others = {dense - lost: options for lost, options in _losses(less).items() if dense - lost not in regular}
+    some = _evenly(np.asarray(sorted(others)), max(0, _SUMS - len(regular)))
     steps = {site: own // unit for site, own in less.items()}
-    return Dimension(axes, steps, dense - unit * np.arange(most // unit + 1), _rising(examples, measured))
+    return Dimension(
+        axes,
+        steps,
+        dense - unit * np.arange(most // unit + 1),
+        _rising(regular | {int(size): others[int(size)] for size in some}),
+        np.asarray(list(_rising(regular))),
+    )
 
 
-def _rising(examples: Sequence[dict[int, int]], sizes: Sequence[int]) -> dict[int, dict[int, int]]:
-    found = dict(zip(sizes, examples))
-    return {size: found[size] for size in sorted(found) if size > 0}
+def _losses(less: Mapping[int, np.ndarray]) -> dict[int, dict[int, int]]:
+    """All that sites may take away together -> options that do."""
+    found: dict[int, dict[int, int]] = {0: {}}
+    for site, own in less.items():
+        more: dict[int, dict[int, int]] = {}
+        for lost, options in found.items():
+            for option, number in enumerate(own):
+                if lost + int(number) not in more:
+                    more[lost + int(number)] = {**options, site: option}
+        found = more
+    return found
+
+
+def _rising(examples: Mapping[int, Mapping[int, int]]) -> dict[int, Mapping[int, int]]:
+    return {size: examples[size] for size in sorted(examples) if size > 0}
 
 
 def _kept(space: Space, options: Mapping[int, int]) -> dict[Atom, np.ndarray]:
@@ -326,10 +377,49 @@ def _kept(space: Space, options: Mapping[int, int]) -> dict[Atom, np.ndarray]:
     }
 
 
+def _windows(
+    space: Space, choices: Sequence[Choice], part: Part, point: Sequence[int]
+) -> dict[Atom, np.ndarray]:
+    """What stays of the atoms of windows, whose sides are dimensions of their own: where an option has both, the window that it is here,
+    for one entry in the centre is a matrix product, which at the edge it is not. Of mirror images, which take the same time, always one."""
+    counts: dict[int, dict[Atom, int]] = {}
+    for dimension, size in zip(part.dimensions, point):
+        atoms = {atom for axis in dimension.axes for atom in space.trace.axes.atoms(axis)}
+        for index, option in dimension.examples[size].items():
+            site = space.sites[index]
+            if site.family != "channels":
+                own = dict(zip(site.atoms, site.options[option].counts))
+                counts.setdefault(index, {}).update(
+                    {atom: count for atom, count in own.items() if atom in atoms}
+                )
+    windows = {}
+    for index, asked in counts.items():
+        site = space.sites[index]
+        for option, keeps in zip(site.options, zip(*map(np.asarray, choices[index].keeps))):
+            own = dict(zip(site.atoms, option.counts))
+            if all(own[atom] == count for atom, count in asked.items()):
+                windows |= {
+                    atom: np.asarray(max(tuple(keep), tuple(keep[::-1])))
+                    for atom, keep in zip(site.atoms, keeps)
+                }
+                break
+    return windows
+
+
 def _evenly(values: np.ndarray, number: int) -> np.ndarray:
     """So many of rising values, the first and the last among them."""
     places = np.linspace(0, len(values) - 1, min(number, len(values))).round().astype(int)
     return values[places]
+
+
+def _summed(dimensions: Sequence[Dimension], levels: Sequence[np.ndarray], dim: int) -> dict[int, np.ndarray]:
+    """All sizes of a dimension that several sites add up to, with those of the grid of the largest other one: what is slow about 49
+    channels depends on how many there are on the other side."""
+    others = sorted(
+        (other for other in range(len(levels)) if other != dim), key=lambda other: -levels[other][-1]
+    )
+    own = {dim: np.asarray(list(dimensions[dim].examples))} | {other: levels[other] for other in others[:1]}
+    return {which: own[which] for which in sorted(own)}
 
 
 def _finer(sizes: Sequence[np.ndarray]) -> dict[int, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import sculpt
 from sculpt.deploy import layer_latency, layer_sizes
 from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
 from sculpt.deploy.layer_sizes import find_parts, layers_of
+from sculpt.pruning import make_choices
 from sculpt.tracing.program import flatten
 from tests.networks import network, traced
 
@@ -23,9 +25,18 @@ X = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 SECONDS_PER_WEIGHT, OVERHEAD = 1e-6, 5e-3
 
 
-def kernel_weights(model: sculpt.Model) -> int:
-    """Weights of convolutions and dense layers, not of biases and normalisation."""
-    return sum(int(w.size) for w in jax.tree.leaves(model.params) if w.ndim > 1)
+def kernels(model: sculpt.Model) -> list[jax.Array]:
+    """Those of convolutions and dense layers, not biases and normalisation."""
+    return [w for w in jax.tree.leaves(model.params) if w.ndim > 1]
+
+
+def seconds_of_weights(kernel: jax.Array) -> float:
+    return SECONDS_PER_WEIGHT * kernel.size
+
+
+def seconds_in_fours(kernel: jax.Array) -> float:
+    """As long as it takes what computes its channels in fours, and the rest very slowly."""
+    return SECONDS_PER_WEIGHT * kernel.size * (1.0 + kernel.shape[-2] % 4)
 
 
 def left(name: str, space: sculpt.Space, policy: np.ndarray) -> sculpt.Model:
@@ -42,18 +53,21 @@ def taking(seconds: float) -> SimpleNamespace:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which time is proportional to weights, but for each call of a whole network."""
+    install_clock(monkeypatch, seconds_of_weights)
 
+
+def install_clock(monkeypatch: pytest.MonkeyPatch, seconds_of: Callable[[jax.Array], float]) -> None:
     class Engine:
         package = "jaxlib"
         channels_first = True
 
         def prepare(self, model: sculpt.Model, x: np.ndarray, threads: int) -> float:
             assert jax.eval_shape(model, x).shape  # a layer that runs at that size
-            return SECONDS_PER_WEIGHT * model.params["kernel"].size
+            return seconds_of(model.params["kernel"])
 
     def whole(models: dict[str, sculpt.Model], *_: object, **__: object) -> dict[str, SimpleNamespace]:
         return {
-            name: taking(OVERHEAD + 2 * SECONDS_PER_WEIGHT * kernel_weights(model))
+            name: taking(OVERHEAD + 2 * sum(map(seconds_of, kernels(model))))
             for name, model in models.items()
         }
 
@@ -84,8 +98,8 @@ def test_layers_add_up_to_networks(
     assert found.error.max() < within
     policies = np.asarray(sculpt.random_policies(space, jax.random.key(1), 5))
     for policy, seconds in zip(policies, found.seconds(space, policies)):
-        weights = kernel_weights(left(name, space, policy))
-        assert float(seconds) == pytest.approx(OVERHEAD + 2 * SECONDS_PER_WEIGHT * weights, rel=within)
+        layers = sum(map(seconds_of_weights, kernels(left(name, space, policy))))
+        assert float(seconds) == pytest.approx(OVERHEAD + 2 * layers, rel=within)
     limited = sculpt.with_resource(space, found.resource)
     assert float(sculpt.cost(limited, np.zeros(space.num_sites, np.int32)).used) == pytest.approx(
         1.0, rel=1e-5
@@ -117,6 +131,43 @@ def test_all_sizes_are_more_points_where_they_are_not_too_many(monkeypatch: pyte
         with monkeypatch.context() as patched:
             patched.setattr(layer_sizes, limit, 1)
             assert numbers(all_sizes=True) == coarse
+
+
+@pytest.mark.parametrize(
+    ("entry", "padding"),
+    [((1, 1), "((0, 0), (0, 0))"), ((0, 1), "((1, -1), (0, 0))"), ((2, 1), "((1, -1), (0, 0))")],
+)
+def test_windows_are_where_the_model_has_them(entry: tuple[int, int], padding: str) -> None:
+    """One entry at the centre is a matrix product, one at the edge, of whichever side, is none."""
+
+    def apply(params: jax.Array, x: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, params, (1, 1), "SAME", dimension_numbers=numbers).mean((1, 2))
+
+    kernel = jnp.full((3, 3, 3, 4), 0.1).at[entry].set(1.0)
+    space = sculpt.make_space(sculpt.trace(sculpt.from_function(apply, kernel), X[:1]), "rect")
+    (part,) = find_parts(space, 1)
+    layers = dict(zip(part.points, layers_of(space, make_choices(space, kernel), part, 1)))
+    shapes, params = layers[1, 1]
+    assert shapes[1] == (1, 1, 3, 4)
+    assert repr(tuple(map(tuple, params["padding"]))) == padding
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_was_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = sculpt.make_space(traced("plain"))
+    expected = measure_layers(network("plain"), space, X, jax.random.key(0), networks=3)
+    calls = 0
+
+    def beside(own: float, other: float, repeats: int) -> tuple[float, float]:
+        nonlocal calls
+        calls += 1
+        slower = 3.0 if calls in (2, 5) else 1.0
+        return own / (slower * other), slower * other
+
+    monkeypatch.setattr(layer_latency, "seconds_beside", beside)
+    found = measure_layers(network("plain"), space, X, jax.random.key(0), networks=3)
+    np.testing.assert_allclose(found.resource.values, expected.resource.values, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("clock")
@@ -183,7 +234,9 @@ def test_refusals() -> None:
 @pytest.mark.usefixtures("clock")
 def test_a_machine_that_is_busy_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     def slower(models: dict[str, sculpt.Model], *_: object, **__: object) -> dict[str, SimpleNamespace]:
-        return {name: taking(1.0 / kernel_weights(model)) for name, model in models.items()}
+        return {
+            name: taking(1.0 / sum(map(seconds_of_weights, kernels(model)))) for name, model in models.items()
+        }
 
     monkeypatch.setattr(layer_latency, "compare_latency", slower)
     space = sculpt.make_space(traced("plain"), ("channels",))
@@ -225,19 +278,50 @@ def test_filters_in_groups_take_the_time_of_their_groups(monkeypatch: pytest.Mon
     assert limited.reachable[0] < 0.5
 
 
+class DenseBlock(nn.Module):
+    """Every layer has all layers before it behind one another."""
+
+    layers: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(self.layers):
+            x = jnp.concatenate([x, nn.relu(nn.Conv(8, (1, 1), use_bias=False)(x))], -1)
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+def dense_block(layers: int) -> tuple[sculpt.Model, sculpt.Space]:
+    module = DenseBlock(layers)
+    model = sculpt.from_linen(module, module.init(jax.random.key(0), X[:1]))
+    return model, sculpt.make_space(sculpt.trace(model, X[:1]), ("channels",))
+
+
+def test_numbers_of_channels_that_no_site_leaves_by_itself_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of 3 + 8 + 8 + 8 channels fewer may be any number: between those of the grid lie slower ones."""
+    install_clock(monkeypatch, seconds_in_fours)
+    model, space = dense_block(3)
+    found = measure_layers(model, space, X, jax.random.key(0), networks=5)
+    policies = np.asarray(sculpt.random_policies(space, jax.random.key(1), 20))
+    for policy, seconds in zip(policies, found.seconds(space, policies)):
+        masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
+        small = sculpt.compact(masked, space, policy, check=False)
+        assert float(seconds) == pytest.approx(
+            OVERHEAD + 2 * sum(map(seconds_in_fours, kernels(small))), rel=1e-4
+        )
+
+
+def test_so_many_sizes_at_the_most() -> None:
+    _, space = dense_block(12)
+    last = find_parts(space, 1)[-1]
+    assert len(last.dimensions[0].sizes) == 1 + 12 * 7
+    assert len(last.dimensions[0].examples) == 64 and len(last.points) <= 8 + 64
+
+
 def test_axes_of_many_sites_are_told_apart_by_their_sum() -> None:
     """As behind a dense block's concatenations, where all combinations of options are too many."""
-
-    class DenseBlock(nn.Module):
-        @nn.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            for _ in range(12):
-                x = jnp.concatenate([x, nn.relu(nn.Conv(8, (1, 1), use_bias=False)(x))], -1)
-            return nn.Dense(5)(x.mean((1, 2)))
-
-    module = DenseBlock()
-    model = sculpt.from_linen(module, jax.eval_shape(module.init, jax.random.key(0), X[:1]))
-    space = sculpt.make_space(sculpt.trace(model, X[:1]), ("channels",))
+    _, space = dense_block(12)
     last = find_parts(space, 1)[-1]
     policy = np.asarray(sculpt.random_policies(space, jax.random.key(1), 1))[0]
     (dimension,) = last.dimensions
