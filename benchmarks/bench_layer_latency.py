@@ -61,7 +61,8 @@ def row(
         f"| {np.median(off):.1%} | {np.quantile(off, 0.9):.1%} | {off.max():.1%} | {np.median(error):+.1%} "
         f"| {np.median(latency.error):.1%}, {latency.error.max():.1%} |"
     )
-    print(line, file=sys.stderr)
+    told = (f"{share:.3f} ({off:+.1%})" for share, off in zip(shares, error))
+    print(line, "measured (error of the prediction): " + ", ".join(told), sep="\n", file=sys.stderr)
     return line
 
 

@@ -14,7 +14,8 @@ import sculpt
 from sculpt.cli import main
 from sculpt.deploy import layer_latency, layer_sizes
 from sculpt.deploy.layer_latency import load_layers, save_layers
-from sculpt.pipeline import Pipeline
+from sculpt.pipeline import Pipeline, artefacts
+from sculpt.pruning.compact import grouped_kernels
 from sculpt.report import RunDirectory
 
 pytestmark = pytest.mark.optimised
@@ -105,3 +106,25 @@ def test_layers_measured_for_other_settings_are_measured_again(
     assert search(run, "--latency-all-sizes --latency-batch 4") == 2
     latency = load_layers(run / "layers.safetensors")
     assert latency.all_sizes and latency.batch == 4
+
+
+@pytest.mark.slow
+def test_filters_are_grouped_as_the_engine_likes_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def measured(model: sculpt.Model, space: sculpt.Space, *_: Any, **settings: Any) -> dict[str, int | None]:
+        asked.append(settings)
+        return dict.fromkeys(grouped_kernels(space), None)
+
+    monkeypatch.setattr(artefacts, "measure_group_overheads", measured)
+    options = "--families rect_grouped --resource latency --latency-batch 2 --latency-threads 1 --budget 1.0"
+    assert search(run, options, *SMALL) == 0
+    for command in (["finetune", "--epochs", "1"], ["compact"]):
+        assert main([*command, "--run", str(run)]) == 0
+    ((settings),) = asked
+    assert (settings["engine"], settings["threads"]) == ("xla", 1)
+    compacted = json.loads((run / "stages" / "compact.json").read_text())
+    assert compacted["overheads"] and set(compacted["overheads"].values()) == {None}
+    assert not any("in groups" in line for line in compacted["arrays"])
+    small = Pipeline(RunDirectory.existing(run), {}).small
+    assert list(small.apply.describe()) == compacted["arrays"]

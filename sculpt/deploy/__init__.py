@@ -2,6 +2,7 @@
 
 from sculpt.deploy.environment import device_name, versions
 from sculpt.deploy.fold import fold
+from sculpt.deploy.group_overheads import measure_group_overheads
 from sculpt.deploy.latency import Latency, compare_latency, measure_latency
 from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
 from sculpt.deploy.litert_export import export_litert
@@ -25,6 +26,7 @@ __all__ = [
     "load_model",
     "load_params",
     "load_stablehlo",
+    "measure_group_overheads",
     "measure_latency",
     "measure_layers",
     "save_layers",

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_whole
 from sculpt.deploy.engines import Call, Engine, confined, engine_of
 from sculpt.deploy.environment import cores
 from sculpt.deploy.latency import compare_latency, seconds_beside
+from sculpt.deploy.layer_alone import Layer, alone, name_of
 from sculpt.deploy.layer_sizes import Part, find_parts, layers_of
 from sculpt.deploy.open_batch import example_batch
 from sculpt.deploy.params import load_metadata, load_params, save_params
-from sculpt.model import Model, from_function
+from sculpt.model import Model
 from sculpt.pruning import (
     Lookup,
     Space,
@@ -36,13 +36,9 @@ from sculpt.pruning import (
     project,
     with_resource,
 )
-from sculpt.pruning.filter_groups import bind_in_groups
 from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.masks import check_policies
-from sculpt.pruning.rewrite import bind
-from sculpt.tracing.program import Equation
 
-_BIND = bind_in_groups(bind)
 _CALIBRATION_BUDGETS = (0.2, 0.8)
 """Between these shares of the time of all layers the networks lie that the fit is made on."""
 _DISTURBED = 1.5
@@ -238,22 +234,22 @@ def _measured(
     on_progress: Callable[[int, int], None],
 ) -> list[np.ndarray]:
     """Seconds of every part at its points and under the options of its filters' windows, float64 each."""
-    layers: dict[Any, tuple[Equation, list[tuple[int, ...]], dict[str, Any]]] = {}
+    layers: dict[Any, Layer] = {}
     wanted: list[list[Any]] = []
     choices = make_choices(space, model.params)
     for part in parts:
         found = []
-        for shapes, params in layers_of(space, choices, part, batch):
+        for layer in layers_of(space, choices, part, batch):
             # Layers of one size are measured once.
-            name = (part.equation.name, *shapes, repr(sorted(params.items(), key=lambda item: item[0])))
-            layers.setdefault(name, (part.equation, shapes, params))
+            name = name_of(layer)
+            layers.setdefault(name, layer)
             found.append(name)
         wanted.append(found)
     with confined(threads):
 
-        def call_of(layer: tuple[Equation, list[tuple[int, ...]], dict[str, Any]]) -> Call:
+        def call_of(layer: Layer) -> Call:
             # Its arrays are made here: those of all sizes together may be more than memory holds.
-            return runner.prepare(*_alone(*layer, runner.channels_first), threads)
+            return runner.prepare(*alone(*layer, runner.channels_first), threads)
 
         reference = call_of(next(iter(layers.values())))
         ratios: dict[Any, float] = {}
@@ -268,29 +264,6 @@ def _measured(
     on_progress(len(layers), len(layers))
     # Minutes lie between the first and the last, in which a machine may become slower and faster again.
     return [usual * np.asarray([ratios[name] for name in found]) for found in wanted]
-
-
-def _alone(
-    eqn: Equation, shapes: Sequence[tuple[int, ...]], params: dict[str, Any], channels_first: bool
-) -> tuple[Model, np.ndarray]:
-    """A network of that layer alone, a bias and a rectifier behind it, and what goes into it."""
-    first, second = (
-        np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)
-    )
-    out = jax.eval_shape(lambda a, b: _BIND(eqn, [a, b], params), first, second)
-    bias = np.zeros((1,) * (len(out.shape) - 1) + out.shape[-1:], np.float32)
-    into, outof = tuple(range(first.ndim)), tuple(range(len(out.shape)))
-    if channels_first and eqn.name == "conv_general_dilated":
-        # It takes and gives images of channels first: a network turns them round once, not before and behind every layer.
-        numbers = params["dimension_numbers"]
-        first = first.transpose(numbers.lhs_spec)
-        into, outof = tuple(np.argsort(numbers.lhs_spec).tolist()), tuple(numbers.out_spec)
-
-    def apply(params_: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        y = _BIND(eqn, [x.transpose(into), params_["kernel"]], params) + params_["bias"]
-        return jax.nn.relu(y).transpose(outof)
-
-    return from_function(apply, {"kernel": jnp.asarray(second), "bias": jnp.asarray(bias)}), first
 
 
 def _lookup(space: Space, parts: Sequence[Part], tables: Sequence[np.ndarray]) -> Lookup:

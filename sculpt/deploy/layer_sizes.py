@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import interpolate
 
+from sculpt.deploy.layer_alone import Layer
 from sculpt.pruning import Site, Space
 from sculpt.pruning.family import Choice
 from sculpt.pruning.filter_groups import in_groups, mask_groups
@@ -36,9 +37,6 @@ _SUMS = 64
 """Sizes, at the most, at which a layer is measured along a dimension that several sites add up to."""
 _POINTS = 600
 """The same of the points: each is compiled, and takes a tenth of a second at the least."""
-
-Layer = tuple[list[tuple[int, ...]], dict[str, Any]]
-"""Shapes of a contraction's operands, and its parameters."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,10 +228,10 @@ def layers_of(space: Space, choices: Sequence[Choice], part: Part, batch: int) -
     site, layer = part.grouped, space.trace.layers[part.grouped.owner]
     entries = np.asarray(choices[site.index].entries)
     whole = tuple(int(levels[-1]) for levels in part.levels)
-    shapes, static = _layer(part.equation, _SizesAtPoint(space, choices, part, whole, batch), bool(whole))
+    _, shapes, static = _layer(part.equation, _SizesAtPoint(space, choices, part, whole, batch), bool(whole))
     for option in range(1, len(site.options)):
         groups = mask_groups((entries >> option) & 1 > 0, layer.out_axes[0], layer.window_axes)
-        yield shapes, in_groups(static, groups) if groups else static
+        yield part.equation, shapes, in_groups(static, groups) if groups else static
 
 
 def _layer(eqn: Equation, sizes: Sizes, shrinks: bool) -> Layer:
@@ -244,7 +242,7 @@ def _layer(eqn: Equation, sizes: Sizes, shrinks: bool) -> Layer:
         # Kernels of every image's own are groups, as many as images.
         numbers = params["dimension_numbers"]
         params["feature_group_count"] = shapes[0][numbers.lhs_spec[1]] // shapes[1][numbers.rhs_spec[1]]
-    return shapes, params
+    return eqn, shapes, params
 
 
 class _Counts:

@@ -16,7 +16,15 @@ import numpy as np
 from sculpt import nets
 from sculpt.agents import SearchConfig
 from sculpt.agents.transfer import size_of
-from sculpt.deploy import LayerLatency, device_name, load_layers, load_params, measure_layers, save_layers
+from sculpt.deploy import (
+    LayerLatency,
+    device_name,
+    load_layers,
+    load_params,
+    measure_group_overheads,
+    measure_layers,
+    save_layers,
+)
 from sculpt.model import Model, Params, from_linen
 from sculpt.pipeline.settings import (
     DEFAULT_IMPORTANCE,
@@ -235,6 +243,21 @@ class Artefacts:
         )
         return same and np.array_equal(found.resource.num_options, self.space.num_options)
 
+    def group_overheads(self) -> dict[str, int | None]:
+        """What groups of filters cost where budgets are of latency, measured as `layers` is; else what `compact` takes them to cost."""
+        settings = self.search_settings
+        if "latency" not in settings.resource:
+            return {}
+        return measure_group_overheads(
+            self.tuned,
+            self.space,
+            self.policy,
+            self.noise(settings.latency_batch),
+            engine=settings.latency_engine,
+            threads=settings.latency_threads,
+            masks=self.masks,
+        )
+
     @functools.cached_property
     def dense(self) -> Model:
         return self._load("dense", self.outline)
@@ -254,9 +277,11 @@ class Artefacts:
 
     @functools.cached_property
     def small(self) -> Model:
-        return self._load(
-            "compact", compact(self.tuned, self.space, self.policy, check=False, masks=self.masks)
+        overheads = self.run.record("compact").get("overheads")
+        small = compact(
+            self.tuned, self.space, self.policy, check=False, masks=self.masks, overheads=overheads
         )
+        return self._load("compact", small)
 
     def key(self, use: str) -> jax.Array:
         """The key of one use of randomness."""

@@ -248,7 +248,8 @@ class Pipeline(Artefacts):
         return reconstruct(self.dense, self.masks, self.splits.normalise(self.splits.train.images[:number]))
 
     def _compact(self) -> dict[str, Any]:
-        small = compact(self.tuned, self.space, self.policy, masks=self.masks)
+        overheads = self.group_overheads()
+        small = compact(self.tuned, self.space, self.policy, masks=self.masks, overheads=overheads)
         images = self.splits.normalise(self.splits.validation.images[:512])
         difference = np.abs(
             np.asarray(_logits(self.tuned, images)) - np.asarray(_logits(small, images))
@@ -260,6 +261,7 @@ class Pipeline(Artefacts):
             "n_images": len(images),
             "macs": macs,
             "params": params,
+            "overheads": overheads,
             "arrays": small.apply.describe(),  # type: ignore[attr-defined]
         }
 

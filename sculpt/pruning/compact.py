@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from sculpt.arguments import checked
+from sculpt.arguments import checked, is_whole
 from sculpt.model import Model, Params, State
 from sculpt.pruning.filter_groups import (
+    OVERHEAD,
     FilterGroup,
     bind_in_groups,
     in_order,
@@ -126,7 +127,15 @@ class CompactFunction:
 
 
 @checked
-def compact(model: Model, space: Space, policy: Any, check: bool = True, *, masks: Any = None) -> Model:
+def compact(
+    model: Model,
+    space: Space,
+    policy: Any,
+    check: bool = True,
+    *,
+    masks: Any = None,
+    overheads: Mapping[str, int | None] | None = None,
+) -> Model:
     """Takes the zeros of a policy out of a masked model: channels go, windows become smaller kernels.
 
     Where filters keep windows of their own (`rect_grouped`), those that share one become a smaller convolution, if there are enough
@@ -139,13 +148,25 @@ def compact(model: Model, space: Space, policy: Any, check: bool = True, *, mask
       check: compare masked and compact outputs on random images.
       masks: what `make_masks` gave before fine-tuning. None: worked out again, which gives the same units unless training
         brought all weights of another unit to zero or importance moved.
+      overheads: by the path of a kernel of `rect_grouped`, what a group of its filters costs beside them, in filters; None where it is
+        to stay in one piece. `sculpt.measure_group_overheads` measures it; kernels without cost 16.
 
     Returns:
       A `Model` of smaller arrays under the same tree paths; jit-, grad- and vmap-able, trainable, and traceable again.
 
     Raises:
-      ValueError: if the model does not carry the policy's zeros, or (a fault of this library) the outputs differ.
+      ValueError: if the model does not carry the policy's zeros, `overheads` names other than kernels of `rect_grouped` or has other than
+        whole numbers and None, or (a fault of this library) the outputs differ.
     """
+    overheads = dict(overheads or {})
+    if unknown := sorted(overheads.keys() - grouped_kernels(space)):
+        raise ValueError(
+            f"overheads expected kernels of rect_grouped ({', '.join(sorted(grouped_kernels(space))) or 'this space has none'}), "
+            f"got {', '.join(unknown)}"
+        )
+    for path, overhead in overheads.items():
+        if overhead is not None and not is_whole(overhead, 0):
+            raise ValueError(f"overheads are whole numbers of 0 or more, or None; {path} has {overhead!r}")
     if masks is None:
         masks = make_masks(space, model.params, policy)
     masks = jax.device_get(check_masks(model, masks))
@@ -158,12 +179,22 @@ def compact(model: Model, space: Space, policy: Any, check: bool = True, *, mask
                 "the policy removes them; apply sculpt.apply_masks(model, masks) or fine-tune with those masks first"
             )
     policy = np.asarray(check_policies(space, policy))
-    small = _planned(model, _make_plan(model, space, policy, masks))
+    small = _planned(model, _make_plan(model, space, policy, masks, overheads))
     if not _trains_alike(small, space.trace):
-        small = _planned(model, _make_plan(model, space, policy, masks, reorder=False))
+        small = _planned(model, _make_plan(model, space, policy, masks, overheads, reorder=False))
     if check:
         _check(model, small, space.trace)
     return small
+
+
+def grouped_kernels(space: Space) -> set[str]:
+    """The paths of the kernels whose filters `rect_grouped` may give windows of their own."""
+    leaves = space.trace.leaves
+    return {
+        leaves[site.kernel.leaf].path
+        for site in space.sites
+        if site.family == "rect_grouped" and site.kernel is not None
+    }
 
 
 def _planned(model: Model, plan: _Plan) -> Model:
@@ -256,12 +287,19 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array, t
     return f"{last}, at the output"
 
 
-def _make_plan(model: Model, space: Space, policy: np.ndarray, masks: Any, reorder: bool = True) -> _Plan:
+def _make_plan(
+    model: Model,
+    space: Space,
+    policy: np.ndarray,
+    masks: Any,
+    overheads: Mapping[str, int | None],
+    reorder: bool = True,
+) -> _Plan:
     traced, axes = space.trace, space.trace.axes
     kept = _kept_atoms(space, policy, masks)
     arrays = len(jax.tree.leaves((model.params, model.state)))
     terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
-    groups, orders = _filter_groups(space, masks, kept, reorder)
+    groups, orders = _filter_groups(space, masks, kept, overheads, reorder)
     left = units_left(kept, orders)
     places = tuple(tuple(axes.places(axis, left) for axis in term) for term in terms)
     rows = []
@@ -285,7 +323,11 @@ def _make_plan(model: Model, space: Space, policy: np.ndarray, masks: Any, reord
 
 
 def _filter_groups(
-    space: Space, masks: Any, kept: Mapping[Atom, np.ndarray], reorder: bool
+    space: Space,
+    masks: Any,
+    kept: Mapping[Atom, np.ndarray],
+    overheads: Mapping[str, int | None],
+    reorder: bool,
 ) -> tuple[dict[int, tuple[FilterGroup, ...]], dict[Atom, np.ndarray]]:
     """Groups of the filters that stay, for every kernel whose filters have windows of their own, and the units that stay of channels
     that are put in the order of the groups (none unless `reorder`): then nothing has to be put back in order when the network runs.
@@ -300,7 +342,8 @@ def _filter_groups(
         term, (outputs,) = traced.leaf_term(leaf), layer.out_axes
         left = units_left(kept, orders)
         mask = leaves[leaf][np.ix_(*(traced.axes.places(axis, left) for axis in term))]
-        found = mask_groups(mask, outputs, layer.window_axes) if mask.size else ()
+        overhead = overheads.get(traced.leaves[leaf].path, OVERHEAD)
+        found = mask_groups(mask, outputs, layer.window_axes, overhead) if mask.size else ()
         atom = movable_atom(traced, term[outputs]) if reorder else None
         if found and atom is not None and atom not in orders:
             first = traced.axes.places(term[outputs], left)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.tracing.execute import Executable
-from sculpt.tracing.program import Equation
+from sculpt.tracing.program import Equation, Program
 
 MIN_GROUP = 16
 """Filters that share a window are computed by themselves in multiples of it: what engines compute as fast as fewer."""
 OVERHEAD = 16
-"""A group costs as much as this many filters of its window more: every group reads the whole image. Measured on CPUs by
-`benchmarks/bench_filter_groups.py`."""
+"""A group costs as much as this many filters of its window more: every group reads the whole image. Measured in XLA on CPUs by
+`benchmarks/bench_filter_groups.py`; `sculpt.measure_group_overheads` measures it for a network and an engine."""
 _PARAMETER = "filter_groups"
 _CASTS = ("convert_element_type", "copy")
 
@@ -46,7 +46,7 @@ class FilterGroup:
         return f"{len(self.filters)} filters of {sides}"
 
 
-def group_filters(used: np.ndarray, overhead: int = OVERHEAD) -> tuple[FilterGroup, ...]:
+def group_filters(used: np.ndarray, overhead: int | None = OVERHEAD) -> tuple[FilterGroup, ...]:
     """Sorts filters into groups of multiples of `MIN_GROUP`; filters that keep nothing are not computed.
 
     What is left over at one window joins the smallest window around it at which enough is left over to make a group, or else the
@@ -54,11 +54,13 @@ def group_filters(used: np.ndarray, overhead: int = OVERHEAD) -> tuple[FilterGro
 
     Args:
       used: boolean `[filters, *window]`: the positions at which a filter keeps anything.
-      overhead: what a group costs beside its filters, in filters.
+      overhead: what a group costs beside its filters, in filters; None: more than it could save.
 
     Returns:
       The groups, by area; none where one convolution by the whole kernel costs no more.
     """
+    if overhead is None:
+        return ()
     whole: Window = tuple((0, n) for n in used.shape[1:])
     windows: dict[Window, list[int]] = {whole: []}
     for index, positions in enumerate(used):
@@ -79,11 +81,13 @@ def group_filters(used: np.ndarray, overhead: int = OVERHEAD) -> tuple[FilterGro
     return tuple(FilterGroup(w, tuple(sorted(found[w]))) for w in by_area if w in found)
 
 
-def mask_groups(mask: np.ndarray, outputs: int, window_axes: Sequence[int]) -> tuple[FilterGroup, ...]:
+def mask_groups(
+    mask: np.ndarray, outputs: int, window_axes: Sequence[int], overhead: int | None = OVERHEAD
+) -> tuple[FilterGroup, ...]:
     """`group_filters` of a kernel's mask, whose axis `outputs` is its filters."""
     others = tuple(d for d in range(mask.ndim) if d not in (outputs, *window_axes))
     used = np.transpose(mask.any(axis=others, keepdims=True), (outputs, *window_axes, *others))
-    return group_filters(used.reshape(used.shape[: 1 + len(window_axes)]))
+    return group_filters(used.reshape(used.shape[: 1 + len(window_axes)]), overhead)
 
 
 def in_order(groups: Sequence[FilterGroup]) -> tuple[FilterGroup, ...]:
@@ -144,15 +148,20 @@ def split_convolutions(executable: Executable, groups: Mapping[int, Sequence[Fil
       executable: a program; convolutions inside its bodies are computed as before.
       groups: for the value id of a kernel, an input of the program, the groups of its filters.
     """
-    kernels = dict(groups)
     params = dict(executable.params)
-    for eqn in executable.program.equations:
-        if eqn.name in _CASTS and eqn.inputs[0] in kernels:
-            kernels[eqn.outputs[0]] = kernels[eqn.inputs[0]]  # type: ignore[index]
-        elif eqn.name == "conv_general_dilated" and eqn.inputs[1] in kernels:
-            chosen = kernels[eqn.inputs[1]]  # type: ignore[index]
-            params[id(eqn)] = in_groups(params.get(id(eqn), eqn.params), chosen)
+    for eqn, kernel in convolutions_by(executable.program, groups):
+        params[id(eqn)] = in_groups(params.get(id(eqn), eqn.params), groups[kernel])
     return dataclasses.replace(executable, params=params)
+
+
+def convolutions_by(program: Program, kernels: Iterable[int]) -> Iterator[tuple[Equation, int]]:
+    """The convolutions by certain kernels outside bodies, and the value id of the kernel, an input of the program."""
+    origin = {kernel: kernel for kernel in kernels}
+    for eqn in program.equations:
+        if eqn.name in _CASTS and eqn.inputs[0] in origin:
+            origin[eqn.outputs[0]] = origin[eqn.inputs[0]]  # type: ignore[index]
+        elif eqn.name == "conv_general_dilated" and eqn.inputs[1] in origin:
+            yield eqn, origin[eqn.inputs[1]]  # type: ignore[index]
 
 
 def in_groups(params: Mapping[str, Any], groups: Sequence[FilterGroup]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_layers_are_those_of_the_batch(batch: int) -> None:
     model = sculpt.from_linen(module, jax.eval_shape(module.init, jax.random.key(0), x))
     program = flatten(model.apply, model.params, model.state, jax.eval_shape(lambda: x))
     space = sculpt.make_space(sculpt.trace(model, x), ("channels",))
-    dense = [list(layers_of(space, (), part, batch))[-1][0] for part in find_parts(space, batch)]
+    dense = [list(layers_of(space, (), part, batch))[-1][1] for part in find_parts(space, batch)]
     layers = [e for e in program.equations if e.name in ("conv_general_dilated", "dot_general")]
     assert dense == [[program.shape(i) for i in layer.inputs] for layer in layers]
 
@@ -148,7 +148,7 @@ def test_windows_are_where_the_model_has_them(entry: tuple[int, int], padding: s
     space = sculpt.make_space(sculpt.trace(sculpt.from_function(apply, kernel), X[:1]), "rect")
     (part,) = find_parts(space, 1)
     layers = dict(zip(part.points, layers_of(space, make_choices(space, kernel), part, 1)))
-    shapes, params = layers[1, 1]
+    _, shapes, params = layers[1, 1]
     assert shapes[1] == (1, 1, 3, 4)
     assert repr(tuple(map(tuple, params["padding"]))) == padding
 

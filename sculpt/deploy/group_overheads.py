@@ -1,0 +1,106 @@
+"""How the convolutions of `rect_grouped` are best cut into groups of filters for an engine: measured layer by layer, as they are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from sculpt.arguments import checked, is_whole
+from sculpt.deploy.engines import confined, engine_of
+from sculpt.deploy.environment import cores
+from sculpt.deploy.latency import seconds_beside
+from sculpt.deploy.layer_alone import BIND, Layer, alone, name_of
+from sculpt.deploy.open_batch import example_batch
+from sculpt.model import Model
+from sculpt.pruning import Space, compact
+from sculpt.pruning.compact import CompactFunction, grouped_kernels
+from sculpt.pruning.filter_groups import convolutions_by
+from sculpt.tracing.execute import execute
+
+_TRIED = (0, 8, 16, 32, 64, 128)
+"""Overheads of a group, in filters, from as many groups as there are windows to hardly any."""
+_WORTH = 0.97
+"""Groups have to take this share of the time of one piece: they are not to cost anything where they gain nothing."""
+
+
+@checked
+def measure_group_overheads(
+    model: Model,
+    space: Space,
+    policy: Any,
+    example_input: Any,
+    *,
+    engine: str = "xla",
+    threads: int | None = None,
+    repeats: int = 7,
+    masks: Any = None,
+) -> dict[str, int | None]:
+    """Measures how the convolutions of a policy are best cut into groups, each by itself at the sizes that compaction leaves.
+
+    Every convolution is tried in one piece and in the groups that overheads of 0 to 128 filters give; groups that are not faster than
+    one piece by 3% are not made.
+
+    Args:
+      model: a model that carries the zeros of the policy, dense shapes.
+      space: the search space that the policy belongs to.
+      policy: integers `[sites]`.
+      example_input: `[batch, ...]`: what the network is to be fast on.
+      engine: as for `compare_latency`.
+      threads: as for `compare_latency`.
+      repeats: samples of each.
+      masks: as for `compact`.
+
+    Returns:
+      For `sculpt.compact(..., overheads=)`: an overhead, or None for one piece, by the path of every kernel that could be in groups.
+
+    Raises:
+      ValueError: like `compact` and `compare_latency`.
+    """
+    if not is_whole(repeats, 1):
+        raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}")
+    x = example_batch(example_input)
+    threads, runner = cores() if threads is None else threads, engine_of(engine)
+    kernels = grouped_kernels(space)
+    cuts: dict[str, dict[Any, tuple[int | None, list[Layer]]]] = {kernel: {} for kernel in kernels}
+    for overhead in (None, *_TRIED):
+        overheads = dict.fromkeys(kernels, overhead)
+        small = compact(model, space, policy, check=False, masks=masks, overheads=overheads)
+        for kernel, layers in _convolutions(small, space, x).items():
+            cuts[kernel].setdefault(tuple(map(name_of, layers)), (overhead, layers))
+    found: dict[str, int | None] = {}
+    with confined(threads):
+        for kernel, tried in cuts.items():
+            (_, whole), *others = tried.values()
+            if not others:
+                continue
+            pieces = [runner.prepare(*alone(*layer, runner.channels_first), threads) for layer in whole]
+            shares: dict[int | None, float] = {None: _WORTH}
+            for overhead, layers in others:
+                calls = [runner.prepare(*alone(*layer, runner.channels_first), threads) for layer in layers]
+                beside = [seconds_beside(call, piece, repeats) for call, piece in zip(calls, pieces)]
+                seconds = [ratio * usual for ratio, usual in beside]
+                shares[overhead] = math.fsum(seconds) / math.fsum(usual for _, usual in beside)
+            found[kernel] = min(shares, key=shares.__getitem__)
+    return found
+
+
+def _convolutions(small: Model, space: Space, x: Any) -> dict[str, list[Layer]]:
+    """The convolutions by every kernel that may be in groups, as a compact model computes them."""
+    assert isinstance(small.apply, CompactFunction)
+    executable = small.apply.rewritten(x).executable
+    paths = {leaf.index: leaf.path for leaf in space.trace.leaves if leaf.path in grouped_kernels(space)}
+    kernels = {executable.program.inputs[index]: path for index, path in paths.items()}
+    known = {id(eqn): kernels[kernel] for eqn, kernel in convolutions_by(executable.program, kernels)}
+    found: dict[str, list[Layer]] = {path: [] for path in paths.values()}
+
+    def noted(eqn: Any, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+        if id(eqn) in known:
+            found[known[id(eqn)]].append((eqn, [operand.shape for operand in operands], params))
+        return BIND(eqn, list(operands), params)
+
+    arguments = jax.tree.leaves((small.params, small.state, x))
+    jax.eval_shape(lambda *leaves: execute(executable, leaves, noted), *arguments)
+    return found
