@@ -63,7 +63,7 @@ def measure_group_overheads(
         raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}")
     x = example_batch(example_input)
     threads, runner = cores() if threads is None else threads, engine_of(engine)
-    kernels = grouped_kernels(space)
+    kernels = sorted(grouped_kernels(space))
     cuts: dict[str, dict[Any, tuple[int | None, list[Layer]]]] = {kernel: {} for kernel in kernels}
     for overhead in (None, *_TRIED):
         overheads = dict.fromkeys(kernels, overhead)

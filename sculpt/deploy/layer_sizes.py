@@ -197,8 +197,9 @@ def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
         if len(sizes) > 2 and (not all_sizes or work > _WORK or points > _POINTS):
             levels = tuple(_evenly(found, _FEWER_LEVELS) for found in sizes)
             corrections = [finer] if (finer := _finer(sizes)) else []
+        beside = levels if all_sizes else [_evenly(own, _FEWER_LEVELS) for own in sizes]
         corrections += [
-            _summed(dimensions, levels, dim)
+            _summed(dimensions, beside, dim)
             for dim, dimension in enumerate(dimensions)
             if len(dimension.examples) > len(dimension.regular)
         ]
@@ -411,8 +412,8 @@ def _evenly(values: np.ndarray, number: int) -> np.ndarray:
 
 
 def _summed(dimensions: Sequence[Dimension], levels: Sequence[np.ndarray], dim: int) -> dict[int, np.ndarray]:
-    """All sizes of a dimension that several sites add up to, with those of the grid of the largest other one: what is slow about 49
-    channels depends on how many there are on the other side."""
+    """All sizes of a dimension that several sites add up to, with these levels of the largest other one: how slow 49 channels are depends
+    on how many there are on the other side."""
     others = sorted(
         (other for other in range(len(levels)) if other != dim), key=lambda other: -levels[other][-1]
     )
