@@ -9,15 +9,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.deploy.open_batch import example_batch
 from sculpt.model import Model, from_function
 from sculpt.pruning.filter_groups import bind_in_groups
 from sculpt.pruning.rewrite import bind
+from sculpt.tracing import Trace
 from sculpt.tracing.program import Equation
 
 BIND = bind_in_groups(bind)
 """Computes an operation of a network, its convolutions in groups of filters where they are."""
 Layer = tuple[Equation, list[tuple[int, ...]], dict[str, Any]]
 """A contraction, the shapes of its operands, and its static parameters."""
+
+
+def traced_example(trace: Trace, example_input: Any) -> np.ndarray:
+    """A batch of what the network was traced with.
+
+    Raises:
+      ValueError: if the input is of another shape or dtype.
+    """
+    x = example_batch(example_input)
+    shape, dtype = trace.input_shape, trace.input_dtype
+    if x.shape[1:] != shape or x.dtype != dtype:
+        raise ValueError(
+            f"expected an example input {dtype}[batch, {', '.join(map(str, shape))}], as the network was traced with, got "
+            f"{x.dtype}{list(x.shape)}"
+        )
+    return x
 
 
 def name_of(layer: Layer) -> Any:

@@ -8,6 +8,7 @@ how far such predictions are off.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,8 @@ from sculpt.arguments import checked, is_whole
 from sculpt.deploy.engines import Call, Engine, confined, engine_of
 from sculpt.deploy.environment import cores
 from sculpt.deploy.latency import compare_latency, seconds_beside
-from sculpt.deploy.layer_alone import Layer, alone, name_of
+from sculpt.deploy.layer_alone import Layer, alone, name_of, traced_example
 from sculpt.deploy.layer_sizes import Part, find_parts, layers_of
-from sculpt.deploy.open_batch import example_batch
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model
 from sculpt.pruning import (
@@ -59,6 +59,8 @@ class LayerLatency:
     """CPU cores that it had."""
     all_sizes: bool
     """Whether layers were measured at all their sizes together."""
+    options: str
+    """Tells the sites and options that were measured from others."""
     device: str
     """Where it was measured."""
     versions: Mapping[str, str]
@@ -80,6 +82,10 @@ class LayerLatency:
             f"LayerLatency({self.engine}, batch {self.batch}, threads: {self.threads}, {self.device}; dense {1e3 * self.measured[0]:.3f} ms; "
             f"{len(self.error)} networks predicted within {np.median(self.error):.1%} in the median, {self.error.max():.1%} at the most)"
         )
+
+    def is_of(self, space: Space) -> bool:
+        """Whether a space has the sites and options that were measured."""
+        return self.options == _options_of(space)
 
     def seconds(self, space: Space, policies: Any) -> jax.Array:
         """Predicted seconds per call of the networks that policies int32 `[..., sites]` leave: float32 `[...]`."""
@@ -126,13 +132,7 @@ def measure_layers(
         if not is_whole(value, least):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     fitting_leaves(space.trace, model.params)
-    x = example_batch(example_input)
-    shape, dtype = space.trace.input_shape, space.trace.input_dtype
-    if x.shape[1:] != shape or x.dtype != dtype:
-        raise ValueError(
-            f"expected an example input {dtype}[batch, {', '.join(map(str, shape))}], as the network was traced with, got "
-            f"{x.dtype}{list(x.shape)}"
-        )
+    x = traced_example(space.trace, example_input)
     parts = find_parts(space, len(x), all_sizes)
     if all(part.grouped is None and len(part.points) == 1 for part in parts):
         raise ValueError(
@@ -176,12 +176,19 @@ def measure_layers(
         len(x),
         threads,
         all_sizes,
+        _options_of(space),
         dense.device,
         dense.versions,
         policies,
         measured.astype(np.float32),
         predicted.astype(np.float32),
     )
+
+
+def _options_of(space: Space) -> str:
+    """SHA-256 of the sites' names and what their options keep."""
+    sites = [(site.name, site.family, [(o.counts, o.pattern) for o in site.options]) for site in space.sites]
+    return hashlib.sha256(json.dumps(sites).encode()).hexdigest()
 
 
 def _drawn(space: Space, model: Model, layers: Lookup, number: int, key: jax.Array) -> np.ndarray:

@@ -380,7 +380,7 @@ def _windows(
     space: Space, choices: Sequence[Choice], part: Part, point: Sequence[int]
 ) -> dict[Atom, np.ndarray]:
     """What stays of the atoms of windows, whose sides are dimensions of their own: where an option has both, the window that it is here,
-    for one entry in the centre is a matrix product, which at the edge it is not. Of mirror images, which take the same time, always one."""
+    for one entry in the centre is a matrix product, which at the edge it is not. Of mirror images, where they take the same time, always one."""
     counts: dict[int, dict[Atom, int]] = {}
     for dimension, size in zip(part.dimensions, point):
         atoms = {atom for axis in dimension.axes for atom in space.trace.axes.atoms(axis)}
@@ -391,14 +391,16 @@ def _windows(
                 counts.setdefault(index, {}).update(
                     {atom: count for atom, count in own.items() if atom in atoms}
                 )
-    windows = {}
+    params, windows = part.equation.params, {}
+    even = all(low == high for low, high in params.get("padding", ()))
+    mirrors = even and all(stride == 1 for stride in params.get("window_strides", ()))
     for index, asked in counts.items():
         site = space.sites[index]
         for option, keeps in zip(site.options, zip(*map(np.asarray, choices[index].keeps))):
             own = dict(zip(site.atoms, option.counts))
             if all(own[atom] == count for atom, count in asked.items()):
                 windows |= {
-                    atom: np.asarray(max(tuple(keep), tuple(keep[::-1])))
+                    atom: np.asarray(max(tuple(keep), tuple(keep[::-1]))) if mirrors else keep
                     for atom, keep in zip(site.atoms, keeps)
                 }
                 break

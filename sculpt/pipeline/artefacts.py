@@ -241,7 +241,7 @@ class Artefacts:
             and found.threads == (settings.latency_threads or found.threads)
             and found.all_sizes == settings.latency_all_sizes
         )
-        return same and np.array_equal(found.resource.num_options, self.space.num_options)
+        return same and found.is_of(self.space)
 
     def group_overheads(self) -> dict[str, int | None]:
         """What groups of filters cost where budgets are of latency, measured as `layers` is; else what `compact` takes them to cost."""
@@ -254,7 +254,7 @@ class Artefacts:
             self.policy,
             self.noise(settings.latency_batch),
             engine=settings.latency_engine,
-            threads=settings.latency_threads,
+            threads=self.run.record("search")["latency"]["threads"],
             masks=self.masks,
         )
 

@@ -248,7 +248,9 @@ class Pipeline(Artefacts):
         return reconstruct(self.dense, self.masks, self.splits.normalise(self.splits.train.images[:number]))
 
     def _compact(self) -> dict[str, Any]:
-        overheads = self.group_overheads()
+        # Where only the file is lost, it is made again as it was.
+        kept = self.run.record("compact").get("overheads") if self.run.recorded("compact") else None
+        overheads = self.group_overheads() if kept is None else kept
         small = compact(self.tuned, self.space, self.policy, masks=self.masks, overheads=overheads)
         images = self.splits.normalise(self.splits.validation.images[:512])
         difference = np.abs(

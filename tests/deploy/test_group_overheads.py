@@ -115,6 +115,8 @@ def test_refusals(wide: tuple[sculpt.Model, sculpt.Space, np.ndarray]) -> None:
         sculpt.compact(model, space, policy, overheads={"Conv_0/kernel": -1})
     with pytest.raises(ValueError, match="repeats must be a whole number of at least 1, got 0"):
         sculpt.measure_group_overheads(model, space, policy, X, repeats=0)
+    with pytest.raises(ValueError, match=r"expected an example input float32\[batch, 8, 8, 3\]"):
+        sculpt.measure_group_overheads(model, space, policy, X[..., :2])
     with pytest.raises(ValueError, match="zeros in place"):
         sculpt.measure_group_overheads(
             sculpt.from_linen(Wide(), Wide().init(jax.random.key(0), X[:1])), space, policy, X

@@ -171,6 +171,13 @@ def test_what_was_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("clock")
+def test_it_is_of_the_options_that_were_measured() -> None:
+    space, other = (sculpt.make_space(traced("plain"), "channels", round_to) for round_to in (1, 4))
+    found = measure_layers(network("plain"), space, X, jax.random.key(0), networks=3)
+    assert found.is_of(space) and not found.is_of(other)
+
+
+@pytest.mark.usefixtures("clock")
 def test_a_file_keeps_it(tmp_path: Path) -> None:
     space = sculpt.make_space(traced("plain"))
     found = measure_layers(network("plain"), space, X, jax.random.key(0), networks=3)
