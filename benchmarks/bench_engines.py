@@ -23,8 +23,12 @@ from benchmarks.tasks import compacted
 from benchmarks.timing import provenance, write_results
 from sculpt.deploy.engines import ENGINES, engine_of
 from sculpt.model import Model
+from sculpt.pruning import Space
 
 BATCHES = (1, 32)
+
+GROUPED = {"3/6": "two rows, two columns, a row or a column", "2/6": "a row or a column"}
+"""Options of `rect_grouped`, and the windows that they leave to filters of 3x3."""
 
 Case = tuple[str, Model, Model, jax.ShapeDtypeStruct]
 """A title, the dense network, the compact one, and an image."""
@@ -40,7 +44,7 @@ def cases(data: Path) -> Iterator[Case]:
         ):
             dense, small, image = cifar_resnet(data / "weights", name, family, round_to)
             yield f"ResNet-{depth}, 32x32, {words} (uniform policy, budget 0.5)", dense, small, image
-    for label, words in (("3/6", "two rows, two columns, a row or a column"), ("2/6", "a row or a column")):
+    for label, words in GROUPED.items():
         yield f"ResNet-18, 224x224, 3x3 filters of {words} (rect_grouped, {label})", *grouped_resnet(label)
     yield "ViT-Ti/16, 224x224, half of every MLP and one head of three removed", *vit_tiny()
 
@@ -57,15 +61,20 @@ def cifar_resnet(
 
 def grouped_resnet(label: str) -> tuple[Model, Model, jax.ShapeDtypeStruct]:
     """Dense and compact: an option of `rect_grouped` for every 3x3 convolution."""
-    model, image = _drawn("resnet18")
+    model, image = drawn("resnet18")
     space = sculpt.make_space(sculpt.trace(model, image), ("rect_grouped",))
+    return model, compacted(model, space, same_option(space, label)), image
+
+
+def same_option(space: Space, label: str) -> np.ndarray:
+    """The policy that chooses it at every site."""
     option = [option.label for option in space.sites[0].options].index(label)
-    return model, compacted(model, space, np.full(space.num_sites, option, np.int32)), image
+    return np.full(space.num_sites, option, np.int32)
 
 
 def vit_tiny() -> tuple[Model, Model, jax.ShapeDtypeStruct]:
     """Dense and compact: every MLP keeps half of its units, every attention two of three heads; the rest stays."""
-    model, image = _drawn("vit_tiny_patch16")
+    model, image = drawn("vit_tiny_patch16")
     space = sculpt.make_space(sculpt.trace(model, image), ("channels",))
     kept = {3: 2, 768: 384}
     policy = np.zeros(space.num_sites, np.int32)
@@ -78,7 +87,7 @@ def vit_tiny() -> tuple[Model, Model, jax.ShapeDtypeStruct]:
     return model, compacted(model, space, policy), image
 
 
-def _drawn(name: str) -> tuple[Model, jax.ShapeDtypeStruct]:
+def drawn(name: str) -> tuple[Model, jax.ShapeDtypeStruct]:
     """A network for ImageNet with weights drawn at random, and its image."""
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     module = sculpt.nets.create(name, 1000)

@@ -21,6 +21,7 @@ def commands(data: Path | None) -> list[list[str]]:
         "bench_evaluate",
         "bench_search",
         "bench_filter_groups",
+        "bench_group_overheads",
         "bench_depthwise",
         "bench_toy",
     )

@@ -15,7 +15,7 @@ from sculpt.cli import main
 from sculpt.deploy import layer_latency, layer_sizes
 from sculpt.deploy.layer_latency import load_layers, save_layers
 from sculpt.pipeline import Pipeline, artefacts
-from sculpt.pruning.compact import grouped_kernels
+from sculpt.pruning.compact_plan import grouped_kernels
 from sculpt.report import RunDirectory
 
 pytestmark = pytest.mark.optimised
@@ -117,15 +117,18 @@ def test_filters_are_grouped_as_the_engine_likes_it(run: Path, monkeypatch: pyte
         return dict.fromkeys(grouped_kernels(space), None)
 
     monkeypatch.setattr(artefacts, "measure_group_overheads", measured)
-    options = "--families rect_grouped --resource latency --latency-batch 2 --latency-threads 1 --budget 1.0"
-    assert search(run, options, *SMALL) == 0
+    options = "--families rect_grouped --resource latency --latency-batch 2 --latency-threads 1 --budget 0.8"
+    assert search(run, options, "--method", "uniform", "--devices", "1") == 0
     for command in (["finetune", "--epochs", "1"], ["compact"]):
         assert main([*command, "--run", str(run)]) == 0
-    ((settings),) = asked
+    (settings,) = asked
     assert (settings["engine"], settings["threads"]) == ("xla", 1)
     compacted = json.loads((run / "stages" / "compact.json").read_text())
     assert compacted["overheads"] and set(compacted["overheads"].values()) == {None}
     assert not any("in groups" in line for line in compacted["arrays"])
+    found = Pipeline(RunDirectory.existing(run), {})
+    by_rule = sculpt.compact(found.tuned, found.space, found.policy, masks=found.masks)
+    assert any("in groups" in line for line in by_rule.apply.describe())  # type: ignore[attr-defined]
     # What is lost is made again as it was, and not measured again.
     (run / "compact.safetensors").unlink()
     assert main(["compact", "--run", str(run)]) == 0 and len(asked) == 1

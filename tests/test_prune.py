@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 
 import sculpt
@@ -539,31 +538,6 @@ def test_bad_policies_are_found_before_a_plan_is_tuned(
     data = json.loads((run / "stages" / "data.json").read_text())
     write_json(run / "stages" / "data.json", data | {"sha256": "of other images"})
     fails("the data set digits is not the one that")
-
-
-def test_weights_for_other_classes_are_given_a_new_head_and_trained(tmp_path: Path) -> None:
-    splits = sculpt.load_data("digits")
-    for part in ("train", "test"):
-        split = getattr(splits, part)
-        for row in np.flatnonzero(split.labels < 3)[:100]:
-            folder = tmp_path / "data" / part / str(split.labels[row])
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.repeat(split.images[row], 3, axis=-1)).save(folder / f"{row}.png")
-    module = sculpt.nets.create("resnet8", 10)
-    variables = jax.jit(module.init)(jax.random.key(5), jnp.zeros((1, 8, 8, 3)))
-    sculpt.nets.save(module, variables, tmp_path / "w.safetensors")
-    begin = [
-        *("train", "--model", "resnet8", "--dataset", "folder", "--data-dir", str(tmp_path / "data")),
-        *("--weights", str(tmp_path / "w.safetensors"), "--augment", "none", "--batch-size", "16"),
-    ]
-    assert main([*begin, "--run", str(tmp_path / "other")]) == 2, "a head for ten classes does not fit three"
-    assert main([*begin, "--new-head", "--epochs", "4", "--run", str(tmp_path / "run")]) == 0
-    record = RunDirectory.existing(tmp_path / "run").record("train")
-    assert record["validation_accuracy"] > 0.6
-    assert record["recipe"] == "residual"
-    assert record["config"]["learning_rate"] == pytest.approx(0.3 * 0.1 * 16 / 128)
-    dense = load_file(tmp_path / "run" / "dense.safetensors")
-    assert dense["params/head/kernel"].shape == (64, 3)
 
 
 def test_latency_in_engines_is_measured_printed_kept_and_reported(

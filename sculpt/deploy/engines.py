@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from sculpt.deploy.agreement import check_logits_of, model_logits
-from sculpt.deploy.environment import cores, required
+from sculpt.deploy.environment import check_threads, cores, required
 from sculpt.deploy.litert_export import interpreted, litert_program, require_litert
 from sculpt.deploy.onnx_export import IMAGES, LOGITS, export_onnx
 from sculpt.model import Model
@@ -194,11 +194,8 @@ def confined(threads: int) -> Iterator[None]:
     Raises:
       ValueError: if it has fewer, or the system does not let a process choose.
     """
+    check_threads(threads)
     there = cores()
-    if not 1 <= threads <= there:
-        raise ValueError(
-            f"threads must be from 1 to {there}, the cores that this process may use, got {threads}"
-        )
     if threads == there:
         yield
         return

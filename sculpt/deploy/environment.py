@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from sculpt.arguments import is_whole
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -40,6 +42,14 @@ def device_name(platform_name: str | None = None) -> str:
 def cores() -> int:
     """The cores that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: Any) -> None:
+    """Raises ValueError unless it is a number of cores that this process may use."""
+    if not is_whole(threads, 1) or threads > cores():
+        raise ValueError(
+            f"threads must be a whole number from 1 to {cores()}, the cores that this process may use, got {threads!r}"
+        )
 
 
 def required(module: str, extra: str) -> Any:

@@ -12,10 +12,11 @@ from sculpt.arguments import checked, is_whole
 from sculpt.deploy.engines import confined, engine_of
 from sculpt.deploy.environment import cores
 from sculpt.deploy.latency import seconds_beside
-from sculpt.deploy.layer_alone import BIND, Layer, alone, name_of, traced_example
+from sculpt.deploy.layer_alone import BIND, Layer, name_of, prepare_alone, traced_example
 from sculpt.model import Model
 from sculpt.pruning import Space, compact
-from sculpt.pruning.compact import CompactFunction, grouped_kernels
+from sculpt.pruning.compact import CompactFunction
+from sculpt.pruning.compact_plan import grouped_kernels
 from sculpt.pruning.filter_groups import convolutions_by
 from sculpt.tracing.execute import execute
 
@@ -62,7 +63,7 @@ def measure_group_overheads(
         raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}")
     x = traced_example(space.trace, example_input)
     threads, runner = cores() if threads is None else threads, engine_of(engine)
-    kernels = sorted(grouped_kernels(space))
+    kernels = grouped_kernels(space)
     if not kernels:
         return {}
     cuts: dict[str, dict[Any, tuple[int | None, list[Layer]]]] = {kernel: {} for kernel in kernels}
@@ -77,13 +78,13 @@ def measure_group_overheads(
             (_, whole), *others = tried.values()
             if not others:
                 continue
-            pieces = [runner.prepare(*alone(*layer, runner.channels_first), threads) for layer in whole]
+            pieces = [prepare_alone(layer, runner, threads) for layer in whole]
             shares: dict[int | None, float] = {None: _WORTH}
             for overhead, layers in others:
-                calls = [runner.prepare(*alone(*layer, runner.channels_first), threads) for layer in layers]
+                calls = [prepare_alone(layer, runner, threads) for layer in layers]
                 beside = [seconds_beside(call, piece, repeats) for call, piece in zip(calls, pieces)]
-                seconds = [ratio * usual for ratio, usual in beside]
-                shares[overhead] = math.fsum(seconds) / math.fsum(usual for _, usual in beside)
+                seconds = math.fsum(ratio * usual for ratio, usual in beside)
+                shares[overhead] = seconds / math.fsum(usual for _, usual in beside)
             found[kernel] = min(shares, key=shares.__getitem__)
     return found
 

@@ -91,9 +91,8 @@ def compare_latency(
         `threads`, or the engine is unknown, not installed (the extra is named), does not take a model or gives other logits.
     """
     threads = cores() if threads is None else threads
-    for what, value in (("repeats", repeats), ("threads", threads)):
-        if not is_whole(value, 1):
-            raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
+    if not is_whole(repeats, 1):
+        raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}")
     if not isinstance(models, Mapping) or not models:
         raise ValueError(
             f"expected models by their names, such as {{'dense': model}}, got {'none' if models == {} else type(models).__name__}"

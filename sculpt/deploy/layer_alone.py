@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.deploy.engines import Call, Engine
 from sculpt.deploy.open_batch import example_batch
 from sculpt.model import Model, from_function
 from sculpt.pruning.filter_groups import bind_in_groups
@@ -44,10 +45,15 @@ def name_of(layer: Layer) -> Any:
     return (eqn.name, *shapes, repr(sorted(params.items(), key=lambda item: item[0])))
 
 
-def alone(
+def prepare_alone(layer: Layer, engine: Engine, threads: int) -> Call:
+    """A network of that layer alone, with a bias and a rectifier behind it, in float32, ready to be called in an engine."""
+    return engine.prepare(*_alone(*layer, engine.channels_first), threads)
+
+
+def _alone(
     eqn: Equation, shapes: Sequence[tuple[int, ...]], params: dict[str, Any], channels_first: bool
 ) -> tuple[Model, np.ndarray]:
-    """A network of that layer alone, a bias and a rectifier behind it, and what goes into it."""
+    """The network, and what goes into it."""
     first, second = (
         np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)
     )

@@ -18,11 +18,13 @@ import jax
 import numpy as np
 
 from sculpt.arguments import checked, is_whole
-from sculpt.deploy.engines import Call, Engine, confined, engine_of
+from sculpt.deploy.engines import Engine, confined, engine_of
 from sculpt.deploy.environment import cores
 from sculpt.deploy.latency import compare_latency, seconds_beside
-from sculpt.deploy.layer_alone import Layer, alone, name_of, traced_example
-from sculpt.deploy.layer_sizes import Part, find_parts, layers_of
+from sculpt.deploy.layer_alone import Layer, name_of, prepare_alone, traced_example
+from sculpt.deploy.layer_grid import Part
+from sculpt.deploy.layer_points import layers_of
+from sculpt.deploy.layer_sizes import find_parts
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.model import Model
 from sculpt.pruning import (
@@ -121,7 +123,8 @@ def measure_layers(
       networks: how many are measured whole, the dense one included; 3 at least.
       repeats: samples of each layer and size; of whole networks three times as many.
       all_sizes: whether layers with more than two dimensions that shrink (channels in and out, and windows) are measured at all their
-        sizes together, up to 600 each and where they are not too large: takes three to four times as long, and is more accurate.
+        sizes together, where that is up to 600 of each and they are not too large: takes three to four times as long, and is more
+        accurate. Sizes that several sites add up to come on top, up to 64 with up to eight of the other channels.
       on_progress: told how many of how many sizes of layers are done.
 
     Raises:
@@ -252,22 +255,19 @@ def _measured(
             layers.setdefault(name, layer)
             found.append(name)
         wanted.append(found)
+    ratios: dict[Any, float] = {}
+    beside: dict[Any, float] = {}
     with confined(threads):
-
-        def call_of(layer: Layer) -> Call:
-            # Its arrays are made here: those of all sizes together may be more than memory holds.
-            return runner.prepare(*alone(*layer, runner.channels_first), threads)
-
-        reference = call_of(next(iter(layers.values())))
-        ratios: dict[Any, float] = {}
-        beside: dict[Any, float] = {}
+        reference = prepare_alone(next(iter(layers.values())), runner, threads)
         for done, (name, layer) in enumerate(layers.items()):
             on_progress(done, len(layers))
-            ratios[name], beside[name] = seconds_beside(call_of(layer), reference, repeats)
+            # Its arrays are made here: those of all sizes together may be more than memory holds.
+            call = prepare_alone(layer, runner, threads)
+            ratios[name], beside[name] = seconds_beside(call, reference, repeats)
         usual = float(np.median([*beside.values()]))
         for name, layer in layers.items():
             if not 1.0 / _DISTURBED <= beside[name] / usual <= _DISTURBED:
-                ratios[name], _ = seconds_beside(call_of(layer), reference, repeats)
+                ratios[name], _ = seconds_beside(prepare_alone(layer, runner, threads), reference, repeats)
     on_progress(len(layers), len(layers))
     # Minutes lie between the first and the last, in which a machine may become slower and faster again.
     return [usual * np.asarray([ratios[name] for name in found]) for found in wanted]

@@ -4,26 +4,20 @@ Time is no smooth function of the number of channels: libraries compute so many 
 2 x 3 is computed in other ways than one of 3 x 3. So a layer can be measured at all its sizes together, up to eight of each dimension, where
 they are not too many and it is not too large. Else all sizes of the two dimensions that have most, the others whole, correct what a coarse
 grid of all dimensions says. Channels that several sites add up to may be any number, 49 of 64 among them, which can take twice as long as
-48: all these numbers, with those of the other channels and the windows whole, are a correction too. Filters in groups (`rect_grouped`) are another, measured on the whole
-layer.
+48: all these numbers, with some of the other channels' and whole windows, are a correction too. Filters in groups (`rect_grouped`) are
+another, measured on the whole layer.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import interpolate
 
-from sculpt.deploy.layer_alone import Layer
-from sculpt.pruning import Site, Space
-from sculpt.pruning.family import Choice
-from sculpt.pruning.filter_groups import in_groups, mask_groups
-from sculpt.pruning.rewrite import REWRITES, Sizes
+from sculpt.deploy.layer_grid import Dimension, Part
+from sculpt.pruning import Space
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.program import CONTRACTIONS, Equation, Literal, Program
 
@@ -37,138 +31,6 @@ _SUMS = 64
 """Sizes, at the most, at which a layer is measured along a dimension that several sites add up to."""
 _POINTS = 600
 """The same of the points: each is compiled, and takes a tenth of a second at the least."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dimension:
-    """A size of a layer that the options of one site change, or of several that add up to it. Its place in tables is the sum of what the
-    option of every site adds."""
-
-    axes: tuple[Axis, ...]
-    """Those of the operands that it changes."""
-    steps: Mapping[int, np.ndarray]
-    """Site -> int64 `[options]`: what each adds to the place."""
-    sizes: np.ndarray
-    """int64 `[places]`."""
-    examples: Mapping[int, Mapping[int, int]]
-    """Rising sizes above 0 -> the options of the sites that give them; the layer can be measured there."""
-    regular: np.ndarray
-    """int64, rising: those of them that grids consist of."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
-    """A contraction, and what its time depends on."""
-
-    equation: Equation
-    dimensions: tuple[Dimension, ...]
-    levels: tuple[np.ndarray, ...]
-    """Sizes along each dimension of the grid on which it is measured, rising."""
-    corrections: tuple[Mapping[int, np.ndarray], ...]
-    """More rising sizes along some of the dimensions, at which it is measured with the others whole."""
-    grouped: Site | None
-    """The site that gives its filters windows of their own."""
-
-    @property
-    def points(self) -> list[tuple[int, ...]]:
-        """The sizes along every dimension at which it is measured: those of the grid, then those of every correction; the last
-        dimension's changing fastest."""
-        return [
-            point for grid in self._grids for point in itertools.product(*(map(int, own) for own in grid))
-        ]
-
-    @property
-    def _grids(self) -> list[list[np.ndarray]]:
-        whole = [levels[-1:] for levels in self.levels]
-        corrected = [[own.get(dim, last) for dim, last in enumerate(whole)] for own in self.corrections]
-        return [list(self.levels), *corrected]
-
-    @property
-    def steps(self) -> dict[int, np.ndarray]:
-        """Site -> int64 `[options]`: what each adds to the place in `table`."""
-        lengths = [len(dimension.sizes) for dimension in self.dimensions]
-        steps: dict[int, np.ndarray] = {}
-        if self.grouped is not None:
-            steps[self.grouped.index] = np.arange(len(self.grouped.options))
-        below = math.prod(len(site.options) for site in (self.grouped,) if site is not None)
-        for dimension, length in reversed(list(zip(self.dimensions, lengths))):
-            for site, own in dimension.steps.items():
-                steps[site] = steps.get(site, 0) + below * own
-            below *= length
-        return steps
-
-    def table(self, measured: np.ndarray) -> np.ndarray:
-        """Values at every place, float64 `[places]`, from those at its points and those of the options of `grouped` but the first; 0 where
-        nothing is left."""
-        count = len(self.points)
-        values = self._interpolated(measured[:count])
-        if self.grouped is None:
-            return values
-        whole = self.points.index(tuple(int(levels[-1]) for levels in self.levels))
-        factors = np.concatenate([[1.0], measured[count:] / measured[whole]])
-        return (values[:, None] * factors[None, :]).reshape(-1)
-
-    def _interpolated(self, measured: np.ndarray) -> np.ndarray:
-        if not self.dimensions:
-            return measured
-        # What the grid says, times what corrects it there: each factor is 1 where it was right already.
-        factors: list[Callable[[np.ndarray], np.ndarray]] = []
-        done = 0
-        for grid in self._grids:
-            points = _product(grid)
-            found = measured[done : done + len(points)]
-            factors.append(_interpolator(grid, found / math.prod(factor(points) for factor in factors)))
-            done += len(points)
-        places = _product([dimension.sizes for dimension in self.dimensions])
-        values = math.prod(factor(places) for factor in factors)
-        return np.where((places == 0).any(axis=1), 0.0, values)
-
-
-def _product(grid: Sequence[np.ndarray]) -> np.ndarray:
-    """All points of a grid, `[points, dimensions]`, the last dimension changing fastest."""
-    return np.stack([sizes.reshape(-1) for sizes in np.meshgrid(*grid, indexing="ij")], axis=1)
-
-
-def _interpolator(grid: Sequence[np.ndarray], values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """From points `[number, dimensions]` to values `[number]`; where a grid has one size it is the same at all others."""
-    dims = [dim for dim, levels in enumerate(grid) if len(levels) > 1]
-    if not dims:
-        return lambda points: np.broadcast_to(values, (len(points),))
-    levels = [grid[dim] for dim in dims]
-    between = interpolate.RegularGridInterpolator(levels, values.reshape([len(own) for own in levels]))
-    lowest, highest = (np.asarray([own[end] for own in levels]) for end in (0, -1))
-    return lambda points: between(np.clip(points[:, dims], lowest, highest))
-
-
-class _SizesAtPoint(Sizes):
-    """What is kept where every dimension has a size of its own, whether or not one policy gives them all, and of so many images."""
-
-    def __init__(
-        self, space: Space, choices: Sequence[Choice], part: Part, point: Sequence[int], batch: int
-    ) -> None:
-        flow = space.trace.flow
-        super().__init__(flow, flow.program, {})
-        self._batch = batch
-        images = flow.terms[flow.program.inputs[-1]][0]
-        self._images, self._traced_batch = set(flow.axes.atoms(images)), flow.axes.size(images)
-        self._kept: dict[Axis, dict[Atom, np.ndarray]] = {}
-        windows = _windows(space, choices, part, point)
-        for dimension, size in zip(part.dimensions, point):
-            kept = _kept(space, dimension.examples[size]) | windows
-            for axis in dimension.axes:
-                self._kept.setdefault(axis, {}).update(kept)
-
-    def shrinks(self, axis: Axis) -> bool:
-        return axis in self._kept
-
-    def count(self, axis: Axis, dense: int) -> int:
-        count = super().count(axis, dense)
-        if self._images.issubset(self.flow.axes.atoms(axis)):
-            return count * self._batch // self._traced_batch
-        return count
-
-    def units(self, axis: Axis) -> np.ndarray:
-        return np.asarray(self.flow.axes.keep(axis, self._kept.get(axis, {})))
 
 
 def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
@@ -218,32 +80,6 @@ def _macs(program: Program, eqn: Equation) -> int:
     else:
         summed = math.prod(first[dim] for dim in numbers[0][0])
     return math.prod(program.shape(eqn.outputs[0])) * summed
-
-
-def layers_of(space: Space, choices: Sequence[Choice], part: Part, batch: int) -> Iterator[Layer]:
-    """A part for so many images at each of its points, then whole under each option of its `grouped` site but the first, as chosen."""
-    for point in part.points:
-        yield _layer(part.equation, _SizesAtPoint(space, choices, part, point, batch), bool(point))
-    if part.grouped is None:
-        return
-    site, layer = part.grouped, space.trace.layers[part.grouped.owner]
-    entries = np.asarray(choices[site.index].entries)
-    whole = tuple(int(levels[-1]) for levels in part.levels)
-    _, shapes, static = _layer(part.equation, _SizesAtPoint(space, choices, part, whole, batch), bool(whole))
-    for option in range(1, len(site.options)):
-        groups = mask_groups((entries >> option) & 1 > 0, layer.out_axes[0], layer.window_axes)
-        yield part.equation, shapes, in_groups(static, groups) if groups else static
-
-
-def _layer(eqn: Equation, sizes: Sizes, shrinks: bool) -> Layer:
-    shapes = [np.shape(i.value) if isinstance(i, Literal) else sizes.shape(i) for i in eqn.inputs]
-    rewritten = REWRITES[eqn.name](sizes, eqn) if eqn.name in REWRITES and shrinks else {}
-    params = {**eqn.params, **rewritten}
-    if eqn.name == "conv_general_dilated":
-        # Kernels of every image's own are groups, as many as images.
-        numbers = params["dimension_numbers"]
-        params["feature_group_count"] = shapes[0][numbers.lhs_spec[1]] // shapes[1][numbers.rhs_spec[1]]
-    return eqn, shapes, params
 
 
 class _Counts:
@@ -362,49 +198,6 @@ def _losses(less: Mapping[int, np.ndarray]) -> dict[int, dict[int, int]]:
 
 def _rising(examples: Mapping[int, Mapping[int, int]]) -> dict[int, Mapping[int, int]]:
     return {size: examples[size] for size in sorted(examples) if size > 0}
-
-
-def _kept(space: Space, options: Mapping[int, int]) -> dict[Atom, np.ndarray]:
-    """Which units of the sites' atoms stay: how many is what counts, and that those of a window are neighbours."""
-    return {
-        atom: np.arange(size) < count
-        for site, option in options.items()
-        for atom, size, count in zip(
-            space.sites[site].atoms, space.sites[site].sizes, space.sites[site].options[option].counts
-        )
-        if count < size
-    }
-
-
-def _windows(
-    space: Space, choices: Sequence[Choice], part: Part, point: Sequence[int]
-) -> dict[Atom, np.ndarray]:
-    """What stays of the atoms of windows, whose sides are dimensions of their own: where an option has both, the window that it is here,
-    for one entry in the centre is a matrix product, which at the edge it is not. Of mirror images, where they take the same time, always one."""
-    counts: dict[int, dict[Atom, int]] = {}
-    for dimension, size in zip(part.dimensions, point):
-        atoms = {atom for axis in dimension.axes for atom in space.trace.axes.atoms(axis)}
-        for index, option in dimension.examples[size].items():
-            site = space.sites[index]
-            if site.family != "channels":
-                own = dict(zip(site.atoms, site.options[option].counts))
-                counts.setdefault(index, {}).update(
-                    {atom: count for atom, count in own.items() if atom in atoms}
-                )
-    params, windows = part.equation.params, {}
-    even = all(low == high for low, high in params.get("padding", ()))
-    mirrors = even and all(stride == 1 for stride in params.get("window_strides", ()))
-    for index, asked in counts.items():
-        site = space.sites[index]
-        for option, keeps in zip(site.options, zip(*map(np.asarray, choices[index].keeps))):
-            own = dict(zip(site.atoms, option.counts))
-            if all(own[atom] == count for atom, count in asked.items()):
-                windows |= {
-                    atom: np.asarray(max(tuple(keep), tuple(keep[::-1]))) if mirrors else keep
-                    for atom, keep in zip(site.atoms, keeps)
-                }
-                break
-    return windows
 
 
 def _evenly(values: np.ndarray, number: int) -> np.ndarray:

@@ -34,6 +34,7 @@ from sculpt.pipeline.settings import (
     read_settings,
 )
 from sculpt.pruning import Space, check_budget, compact, importance, make_space, with_resource
+from sculpt.pruning.compact_plan import grouped_kernels
 from sculpt.report import RunDirectory
 from sculpt.tracing import trace
 from sculpt.training import Splits, load_data
@@ -243,19 +244,29 @@ class Artefacts:
         )
         return same and found.is_of(self.space)
 
+    @functools.cached_property
     def group_overheads(self) -> dict[str, int | None]:
-        """What groups of filters cost where budgets are of latency, measured as `layers` is; else what `compact` takes them to cost."""
-        settings = self.search_settings
-        if "latency" not in settings.resource:
+        """What groups of filters cost: as the run has it, for what was compacted once is made again as it was; else measured where budgets
+        are of latency, in the engine that the layers were measured in; else what `compact` takes them to cost."""
+        if self.run.recorded("compact"):
+            return self.run.record("compact").get("overheads", {})
+        if "latency" not in self.search_settings.resource or not grouped_kernels(self.space):
             return {}
+        layers = self.layers()
         return measure_group_overheads(
             self.tuned,
             self.space,
             self.policy,
-            self.noise(settings.latency_batch),
-            engine=settings.latency_engine,
-            threads=self.run.record("search")["latency"]["threads"],
+            self.noise(layers.batch),
+            engine=layers.engine,
+            threads=layers.threads,
             masks=self.masks,
+        )
+
+    def compacted(self, check: bool) -> Model:
+        """The fine-tuned network without its zeros."""
+        return compact(
+            self.tuned, self.space, self.policy, check, masks=self.masks, overheads=self.group_overheads
         )
 
     @functools.cached_property
@@ -277,11 +288,7 @@ class Artefacts:
 
     @functools.cached_property
     def small(self) -> Model:
-        overheads = self.run.record("compact").get("overheads")
-        small = compact(
-            self.tuned, self.space, self.policy, check=False, masks=self.masks, overheads=overheads
-        )
-        return self._load("compact", small)
+        return self._load("compact", self.compacted(check=False))
 
     def key(self, use: str) -> jax.Array:
         """The key of one use of randomness."""

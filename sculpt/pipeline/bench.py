@@ -8,7 +8,7 @@ from typing import Any
 
 from sculpt.deploy import compare_latency, export_litert, export_onnx, save_model
 from sculpt.deploy.engines import engine_of
-from sculpt.deploy.environment import cores
+from sculpt.deploy.environment import check_threads
 from sculpt.pipeline import closing
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pipeline.stages import Pipeline
@@ -47,10 +47,8 @@ class LatencyOptions:
             raise ValueError(f"batches must be distinct numbers of at least 1, got {list(self.batches)}")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
-        if self.threads is not None and not 1 <= self.threads <= cores():
-            raise ValueError(
-                f"threads must be from 1 to {cores()}, the cores that this process may use, got {self.threads}"
-            )
+        if self.threads is not None:
+            check_threads(self.threads)
 
 
 def bench_latency(

@@ -20,7 +20,7 @@ from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pipeline.budget import about_latency, latency_note
 from sculpt.pipeline.progress import Watcher
 from sculpt.pipeline.settings import SECTIONS
-from sculpt.pruning import check_budget, compact, count_cost, make_masks
+from sculpt.pruning import check_budget, count_cost, make_masks
 from sculpt.report import RunDirectory
 from sculpt.scoring import EvaluationPlan, evaluate, reconstruct, tune_plan
 from sculpt.training import finetune, train
@@ -248,10 +248,7 @@ class Pipeline(Artefacts):
         return reconstruct(self.dense, self.masks, self.splits.normalise(self.splits.train.images[:number]))
 
     def _compact(self) -> dict[str, Any]:
-        # Where only the file is lost, it is made again as it was.
-        kept = self.run.record("compact").get("overheads") if self.run.recorded("compact") else None
-        overheads = self.group_overheads() if kept is None else kept
-        small = compact(self.tuned, self.space, self.policy, masks=self.masks, overheads=overheads)
+        small = self.compacted(check=True)
         images = self.splits.normalise(self.splits.validation.images[:512])
         difference = np.abs(
             np.asarray(_logits(self.tuned, images)) - np.asarray(_logits(small, images))
@@ -263,7 +260,7 @@ class Pipeline(Artefacts):
             "n_images": len(images),
             "macs": macs,
             "params": params,
-            "overheads": overheads,
+            "overheads": self.group_overheads,
             "arrays": small.apply.describe(),  # type: ignore[attr-defined]
         }
 

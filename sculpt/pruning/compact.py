@@ -14,21 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from sculpt.arguments import checked, is_whole
 from sculpt.model import Model, Params, State
-from sculpt.pruning.filter_groups import (
-    OVERHEAD,
-    FilterGroup,
-    bind_in_groups,
-    in_order,
-    mask_groups,
-    split_convolutions,
-)
+from sculpt.pruning.compact_plan import Plan, grouped_kernels, make_plan
+from sculpt.pruning.filter_groups import bind_in_groups, split_convolutions
 from sculpt.pruning.masks import check_masks, check_policies, make_masks
-from sculpt.pruning.permutation import movable_atom
-from sculpt.pruning.rewrite import Sizes, bind, rewrite, take, units_left
+from sculpt.pruning.rewrite import Sizes, bind, rewrite, take
 from sculpt.pruning.space import Space
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.execute import Executable, as_written, execute
@@ -56,36 +48,6 @@ class _OtherCoupling(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Plan:
-    """What is kept of every array of a dense model."""
-
-    params: Any
-    """Tree of `ShapeDtypeStruct`: the dense parameters."""
-    state: Any
-    """Likewise, the dense state."""
-    places: tuple[tuple[np.ndarray, ...], ...]
-    """For every leaf of (params, state), per axis: the units that stay, in their new order."""
-    emptied: tuple[tuple[tuple[int, ...], ...], ...]
-    """Likewise: which of the atoms of an axis, by their order in it, have lost all units."""
-    groups: dict[int, tuple[FilterGroup, ...]]
-    """For the leaf of a kernel whose filters keep windows of their own, those that are computed together."""
-    rows: tuple[str, ...]
-
-    def slice(self, tree: tuple[Params, State]) -> tuple[Params, State]:
-        leaves, treedef = jax.tree.flatten(tree)
-        return jax.tree.unflatten(treedef, map(_sliced, leaves, self.places))
-
-
-def _sliced(leaf: ArrayLike, places: tuple[np.ndarray, ...]) -> jax.Array:
-    """The units that stay along every axis, where the leaf was. On the host: on a device each shape would be compiled for."""
-    if all(np.array_equal(units, np.arange(n)) for units, n in zip(places, np.shape(leaf))):
-        return jnp.asarray(leaf)
-    small = np.asarray(leaf)[np.ix_(*places)]
-    replicated = isinstance(leaf, jax.Array) and leaf.sharding.is_fully_replicated
-    return jax.device_put(small, leaf.sharding if replicated else None)  # type: ignore[union-attr]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Rewritten:
     """The rewritten program for one shape of inputs."""
 
@@ -100,7 +62,7 @@ class CompactFunction:
 
     function: Callable[..., Any]
     """The dense model's `apply` or `apply_train`."""
-    plan: _Plan
+    plan: Plan
     training: bool
     """Whether it is `apply_train`, which returns a new state too."""
     _programs: dict[Any, _Rewritten] = dataclasses.field(default_factory=dict, repr=False)
@@ -159,10 +121,10 @@ def compact(
         whole numbers and None, or (a fault of this library) the outputs differ.
     """
     overheads = dict(overheads or {})
-    if unknown := sorted(overheads.keys() - grouped_kernels(space)):
+    kernels = grouped_kernels(space)
+    if unknown := sorted(overheads.keys() - set(kernels)):
         raise ValueError(
-            f"overheads expected kernels of rect_grouped ({', '.join(sorted(grouped_kernels(space))) or 'this space has none'}), "
-            f"got {', '.join(unknown)}"
+            f"overheads expected kernels of rect_grouped ({', '.join(kernels) or 'this space has none'}), got {', '.join(unknown)}"
         )
     for path, overhead in overheads.items():
         if overhead is not None and not is_whole(overhead, 0):
@@ -179,25 +141,15 @@ def compact(
                 "the policy removes them; apply sculpt.apply_masks(model, masks) or fine-tune with those masks first"
             )
     policy = np.asarray(check_policies(space, policy))
-    small = _planned(model, _make_plan(model, space, policy, masks, overheads))
+    small = _planned(model, make_plan(model, space, policy, masks, overheads))
     if not _trains_alike(small, space.trace):
-        small = _planned(model, _make_plan(model, space, policy, masks, overheads, reorder=False))
+        small = _planned(model, make_plan(model, space, policy, masks, overheads, reorder=False))
     if check:
         _check(model, small, space.trace)
     return small
 
 
-def grouped_kernels(space: Space) -> set[str]:
-    """The paths of the kernels whose filters `rect_grouped` may give windows of their own."""
-    leaves = space.trace.leaves
-    return {
-        leaves[site.kernel.leaf].path
-        for site in space.sites
-        if site.family == "rect_grouped" and site.kernel is not None
-    }
-
-
-def _planned(model: Model, plan: _Plan) -> Model:
+def _planned(model: Model, plan: Plan) -> Model:
     params, state = plan.slice((model.params, model.state))
     apply = CompactFunction(model.apply, plan, False)
     return Model(apply, CompactFunction(model.apply_train, plan, True), params, state)
@@ -287,103 +239,7 @@ def _first_difference(model: Model, small: Model, traced: Trace, x: jax.Array, t
     return f"{last}, at the output"
 
 
-def _make_plan(
-    model: Model,
-    space: Space,
-    policy: np.ndarray,
-    masks: Any,
-    overheads: Mapping[str, int | None],
-    reorder: bool = True,
-) -> _Plan:
-    traced, axes = space.trace, space.trace.axes
-    kept = _kept_atoms(space, policy, masks)
-    arrays = len(jax.tree.leaves((model.params, model.state)))
-    terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
-    groups, orders = _filter_groups(space, masks, kept, overheads, reorder)
-    left = units_left(kept, orders)
-    places = tuple(tuple(axes.places(axis, left) for axis in term) for term in terms)
-    rows = []
-    for layer in traced.layers:
-        leaf = traced.leaves[layer.leaf]
-        small = [len(units) for units in places[layer.leaf]]
-        notes = [
-            f"axis {f.axis} stays: {f.reason}"
-            for f in traced.frozen
-            if f.leaf == layer.leaf and f.size > 1 and f.axis not in layer.window_axes
-        ]
-        if layer.leaf in groups:
-            notes.append(f"in groups: {', '.join(map(str, groups[layer.leaf]))}")
-        rows.append("; ".join([f"{leaf.path} {list(leaf.shape)} -> {small}", *notes]))
-    empty = {atom for atom, units in kept.items() if not units.any()}
-    emptied = tuple(
-        tuple(tuple(i for i, atom in enumerate(axes.atoms(axis)) if atom in empty) for axis in term)
-        for term in terms
-    )
-    return _Plan(shapes_of(model.params), shapes_of(model.state), places, emptied, groups, tuple(rows))
-
-
-def _filter_groups(
-    space: Space,
-    masks: Any,
-    kept: Mapping[Atom, np.ndarray],
-    overheads: Mapping[str, int | None],
-    reorder: bool,
-) -> tuple[dict[int, tuple[FilterGroup, ...]], dict[Atom, np.ndarray]]:
-    """Groups of the filters that stay, for every kernel whose filters have windows of their own, and the units that stay of channels
-    that are put in the order of the groups (none unless `reorder`): then nothing has to be put back in order when the network runs.
-    """
-    traced, leaves = space.trace, jax.tree.leaves(masks)
-    groups: dict[int, tuple[FilterGroup, ...]] = {}
-    orders: dict[Atom, np.ndarray] = {}
-    for site in space.sites:
-        if site.family != "rect_grouped" or site.kernel is None:
-            continue
-        leaf, layer = site.kernel.leaf, traced.layers[site.owner]
-        term, (outputs,) = traced.leaf_term(leaf), layer.out_axes
-        left = units_left(kept, orders)
-        mask = leaves[leaf][np.ix_(*(traced.axes.places(axis, left) for axis in term))]
-        overhead = overheads.get(traced.leaves[leaf].path, OVERHEAD)
-        found = mask_groups(mask, outputs, layer.window_axes, overhead) if mask.size else ()
-        atom = movable_atom(traced, term[outputs]) if reorder else None
-        if found and atom is not None and atom not in orders:
-            first = traced.axes.places(term[outputs], left)
-            orders[atom] = first[[index for group in found for index in group.filters]]
-            found = in_order(found)
-        groups[leaf] = found
-    return {leaf: found for leaf, found in groups.items() if found}, orders
-
-
-def _kept_atoms(space: Space, policy: np.ndarray, masks: Any) -> dict[Atom, np.ndarray]:
-    """What is kept of each atom, read back from the masks: the units that any of their arrays keeps.
-
-    Where single entries were chosen, one array alone may happen to lose all entries of a unit. An array that lost all of them says
-    nothing: where nothing stays of one of its axes, that says the policy.
-    """
-    traced, pruned = space.trace, set(space.atoms)
-    kept: dict[Atom, np.ndarray] = {
-        atom: np.zeros(size, bool)
-        for site in space.sites
-        for atom, size, count in zip(site.atoms, site.sizes, site.options[policy[site.index]].counts)
-        if count == 0
-    }
-    for leaf, mask in zip(traced.leaves, jax.tree.leaves(masks)):
-        if not mask.any():
-            continue
-        for dim, axis in enumerate(traced.leaf_term(leaf.index)):
-            atoms = pruned & set(traced.axes.atoms(axis))
-            if atoms:
-                used = mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
-                found: dict[Atom, np.ndarray] = {}
-                traced.axes.infer(axis, used, found)
-                for atom in atoms:
-                    units = found.get(atom, np.ones(traced.axes.atom_size(atom), bool))
-                    kept[atom] = kept.get(atom, np.zeros_like(units)) | units
-    return {atom: units for atom, units in kept.items() if not units.all()}
-
-
-def _rewritten(
-    function: Callable[..., Any], plan: _Plan, training: bool, rest: tuple[Any, ...]
-) -> _Rewritten:
+def _rewritten(function: Callable[..., Any], plan: Plan, training: bool, rest: tuple[Any, ...]) -> _Rewritten:
     """Traces `function` at full width for these input shapes and rewrites its static shapes."""
     out_tree = jax.tree.structure(jax.eval_shape(function, plan.params, plan.state, *rest))
     program = flatten(function, plan.params, plan.state, *rest)

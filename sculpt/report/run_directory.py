@@ -166,8 +166,9 @@ class RunDirectory:
         Raises:
           ValueError: if the stage has begun with other settings.
         """
-        sections = {**self.config, section: self.merged(section, settings, {})}
-        if sections != self.config:
+        before = self.config
+        sections = {**before, section: self.merged(section, settings, {})}
+        if sections != before:
             write_json(
                 self.path / "config.json", {"fingerprint": fingerprint(sections), "sections": sections}
             )

@@ -96,7 +96,7 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match="engine must be one of xla, onnxruntime, openvino, litert, got 'tensorrt'"
     ):
         sculpt.measure_latency(model, IMAGES, engine="tensorrt")
-    with pytest.raises(ValueError, match=f"threads must be from 1 to {cores()}"):
+    with pytest.raises(ValueError, match=f"threads must be a whole number from 1 to {cores()}"):
         sculpt.measure_latency(model, IMAGES, threads=cores() + 1)
     unwritten = sculpt.from_function(lambda p, x: jnp.sort(x @ p, axis=-1), jnp.ones((3, 3)))
     with pytest.raises(ValueError, match="cannot write sort"):

@@ -16,7 +16,8 @@ from flax import linen as nn
 import sculpt
 from sculpt.deploy import layer_latency, layer_sizes
 from sculpt.deploy.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
-from sculpt.deploy.layer_sizes import find_parts, layers_of
+from sculpt.deploy.layer_points import layers_of
+from sculpt.deploy.layer_sizes import find_parts
 from sculpt.pruning import make_choices
 from sculpt.tracing.program import flatten
 from tests.networks import network, traced
@@ -134,15 +135,25 @@ def test_all_sizes_are_more_points_where_they_are_not_too_many(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("entry", "padding"),
-    [((1, 1), "((0, 0), (0, 0))"), ((0, 1), "((1, -1), (0, 0))"), ((2, 1), "((1, -1), (0, 0))")],
+    ("entry", "stride", "padding"),
+    [
+        ((1, 1), 1, "((0, 0), (0, 0))"),
+        ((0, 1), 1, "((1, -1), (0, 0))"),
+        ((2, 1), 1, "((1, -1), (0, 0))"),
+        ((0, 0), 2, "((1, -1), (1, -1))"),
+        ((2, 0), 2, "((-1, 1), (1, -1))"),
+    ],
 )
-def test_windows_are_where_the_model_has_them(entry: tuple[int, int], padding: str) -> None:
-    """One entry at the centre is a matrix product, one at the edge, of whichever side, is none."""
+def test_windows_are_where_the_model_has_them(entry: tuple[int, int], stride: int, padding: str) -> None:
+    """One entry at the centre is a matrix product, one at the edge, of whichever side, is none: unless every other is left out, mirror
+    images take the same time."""
 
     def apply(params: jax.Array, x: jax.Array) -> jax.Array:
         numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, params, (1, 1), "SAME", dimension_numbers=numbers).mean((1, 2))
+        found = jax.lax.conv_general_dilated(
+            x, params, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=numbers
+        )
+        return found.mean((1, 2))
 
     kernel = jnp.full((3, 3, 3, 4), 0.1).at[entry].set(1.0)
     space = sculpt.make_space(sculpt.trace(sculpt.from_function(apply, kernel), X[:1]), "rect")
@@ -321,9 +332,11 @@ def test_numbers_of_channels_that_no_site_leaves_by_itself_are_measured(
 
 def test_so_many_sizes_at_the_most() -> None:
     _, space = dense_block(12)
-    last = find_parts(space, 1)[-1]
+    parts = find_parts(space, 1)
+    last = parts[-1]
     assert len(last.dimensions[0].sizes) == 1 + 12 * 7
     assert len(last.dimensions[0].examples) == 64 and len(last.points) <= 8 + 64
+    assert max(len(part.points) for part in parts) <= 8 * 8 + 3 * 64
 
 
 def test_axes_of_many_sites_are_told_apart_by_their_sum() -> None:

@@ -1,4 +1,4 @@
-"""Data and pretrained weights in a run: read as they were asked for, and images scaled as the weights expect."""
+"""Data and pretrained weights in a run: read as they were asked for, and images scaled as the weights expect; heads for other classes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import load_file
 
 import sculpt
 from sculpt import nets
+from sculpt.cli import main
 from sculpt.pipeline import artefacts
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.report import RunDirectory
 from sculpt.training.stream import StreamedImages
 from tests.architectures.architecture import draw
+
+pytestmark = pytest.mark.optimised
 
 
 @pytest.mark.parametrize(("name", "mean"), [("resnet8", 0.485), ("efficientnet_lite0", 127 / 255)])
@@ -45,8 +51,6 @@ def test_images_are_scaled_as_the_weights_expect(
 
 
 def test_images_are_brought_to_a_size_and_left_on_disk_where_that_is_asked_for(tmp_path: Path) -> None:
-    from PIL import Image
-
     for part in ("train", "test"):
         for label in ("ant", "bee"):
             (tmp_path / part / label).mkdir(parents=True)
@@ -64,8 +68,6 @@ def test_images_are_brought_to_a_size_and_left_on_disk_where_that_is_asked_for(t
 
 
 def test_a_run_on_a_stream_knows_its_data_again(tmp_path: Path) -> None:
-    from PIL import Image
-
     for part in ("train", "test"):
         for number in range(20):
             file = tmp_path / part / "ab"[number % 2] / f"{number}.png"
@@ -80,3 +82,28 @@ def test_a_run_on_a_stream_knows_its_data_again(tmp_path: Path) -> None:
     (tmp_path / "train" / "a" / "0.png").rename(tmp_path / "train" / "b" / "0.png")
     with pytest.raises(ValueError, match="the data set folder is not the one that"):
         _ = Artefacts(run, given).splits
+
+
+def test_weights_for_other_classes_are_given_a_new_head_and_trained(tmp_path: Path) -> None:
+    splits = sculpt.load_data("digits")
+    for part in ("train", "test"):
+        split = getattr(splits, part)
+        for row in np.flatnonzero(split.labels < 3)[:100]:
+            folder = tmp_path / "data" / part / str(split.labels[row])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.repeat(split.images[row], 3, axis=-1)).save(folder / f"{row}.png")
+    module = nets.create("resnet8", 10)
+    variables = jax.jit(module.init)(jax.random.key(5), jnp.zeros((1, 8, 8, 3)))
+    nets.save(module, variables, tmp_path / "w.safetensors")
+    begin = [
+        *("train", "--model", "resnet8", "--dataset", "folder", "--data-dir", str(tmp_path / "data")),
+        *("--weights", str(tmp_path / "w.safetensors"), "--augment", "none", "--batch-size", "16"),
+    ]
+    assert main([*begin, "--run", str(tmp_path / "other")]) == 2, "a head for ten classes does not fit three"
+    assert main([*begin, "--new-head", "--epochs", "4", "--run", str(tmp_path / "run")]) == 0
+    record = RunDirectory.existing(tmp_path / "run").record("train")
+    assert record["validation_accuracy"] > 0.6
+    assert record["recipe"] == "residual"
+    assert record["config"]["learning_rate"] == pytest.approx(0.3 * 0.1 * 16 / 128)
+    dense = load_file(tmp_path / "run" / "dense.safetensors")
+    assert dense["params/head/kernel"].shape == (64, 3)

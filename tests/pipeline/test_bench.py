@@ -20,7 +20,7 @@ from sculpt.report import RunDirectory, latency_plot
         ("bench latency --engines tvm", "engine must be one of xla, .*got 'tvm'"),
         ("bench latency --engines xla,xla", "engines must be distinct names"),
         ("bench latency --engines ,", "engines must be distinct names, got none"),
-        ("bench latency --threads 1000", "threads must be from 1 to"),
+        ("bench latency --threads 1000", "threads must be a whole number from 1 to"),
         ("bench latency --batch 0,1", r"batches must be distinct numbers of at least 1, got \[0, 1\]"),
         ("bench latency --batch one", "expected numbers with commas, such as 1,8,32, got 'one'"),
         ("bench latency --repeats 0", "repeats must be at least 1"),

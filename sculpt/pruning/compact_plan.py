@@ -1,0 +1,157 @@
+"""What compaction keeps of every array: units by their masks, and the groups that filters with windows of their own are computed in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from sculpt.model import Model, Params, State
+from sculpt.pruning.filter_groups import OVERHEAD, FilterGroup, in_order, mask_groups
+from sculpt.pruning.permutation import movable_atom
+from sculpt.pruning.rewrite import units_left
+from sculpt.pruning.space import Space
+from sculpt.tracing.axes import Atom
+from sculpt.tracing.trace import shapes_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What is kept of every array of a dense model."""
+
+    params: Any
+    """Tree of `ShapeDtypeStruct`: the dense parameters."""
+    state: Any
+    """Likewise, the dense state."""
+    places: tuple[tuple[np.ndarray, ...], ...]
+    """For every leaf of (params, state), per axis: the units that stay, in their new order."""
+    emptied: tuple[tuple[tuple[int, ...], ...], ...]
+    """Likewise: which of the atoms of an axis, by their order in it, have lost all units."""
+    groups: dict[int, tuple[FilterGroup, ...]]
+    """For the leaf of a kernel whose filters keep windows of their own, those that are computed together."""
+    rows: tuple[str, ...]
+    """A line for every layer, in words: its kernel's shape before and after, and why what stays stays."""
+
+    def slice(self, tree: tuple[Params, State]) -> tuple[Params, State]:
+        leaves, treedef = jax.tree.flatten(tree)
+        return jax.tree.unflatten(treedef, map(_sliced, leaves, self.places))
+
+
+def _sliced(leaf: ArrayLike, places: tuple[np.ndarray, ...]) -> jax.Array:
+    """The units that stay along every axis, where the leaf was. On the host: on a device each shape would be compiled for."""
+    if all(np.array_equal(units, np.arange(n)) for units, n in zip(places, np.shape(leaf))):
+        return jnp.asarray(leaf)
+    small = np.asarray(leaf)[np.ix_(*places)]
+    replicated = isinstance(leaf, jax.Array) and leaf.sharding.is_fully_replicated
+    return jax.device_put(small, leaf.sharding if replicated else None)  # type: ignore[union-attr]
+
+
+def grouped_kernels(space: Space) -> list[str]:
+    """The paths of the kernels whose filters `rect_grouped` may give windows of their own, sorted."""
+    leaves = space.trace.leaves
+    return sorted(
+        leaves[site.kernel.leaf].path
+        for site in space.sites
+        if site.family == "rect_grouped" and site.kernel is not None
+    )
+
+
+def make_plan(
+    model: Model,
+    space: Space,
+    policy: np.ndarray,
+    masks: Any,
+    overheads: Mapping[str, int | None],
+    reorder: bool = True,
+) -> Plan:
+    """What stays of a model's arrays under a policy and its masks. Filters with windows of their own are put into groups by `overheads` (kernel -> what
+    a group costs, as in `group_filters`), and channels in the groups' order if `reorder`."""
+    traced, axes = space.trace, space.trace.axes
+    kept = _kept_atoms(space, policy, masks)
+    arrays = len(jax.tree.leaves((model.params, model.state)))
+    terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
+    groups, orders = _filter_groups(space, masks, kept, overheads, reorder)
+    left = units_left(kept, orders)
+    places = tuple(tuple(axes.places(axis, left) for axis in term) for term in terms)
+    rows = []
+    for layer in traced.layers:
+        leaf = traced.leaves[layer.leaf]
+        small = [len(units) for units in places[layer.leaf]]
+        notes = [
+            f"axis {f.axis} stays: {f.reason}"
+            for f in traced.frozen
+            if f.leaf == layer.leaf and f.size > 1 and f.axis not in layer.window_axes
+        ]
+        if layer.leaf in groups:
+            notes.append(f"in groups: {', '.join(map(str, groups[layer.leaf]))}")
+        rows.append("; ".join([f"{leaf.path} {list(leaf.shape)} -> {small}", *notes]))
+    empty = {atom for atom, units in kept.items() if not units.any()}
+    emptied = tuple(
+        tuple(tuple(i for i, atom in enumerate(axes.atoms(axis)) if atom in empty) for axis in term)
+        for term in terms
+    )
+    return Plan(shapes_of(model.params), shapes_of(model.state), places, emptied, groups, tuple(rows))
+
+
+def _filter_groups(
+    space: Space,
+    masks: Any,
+    kept: Mapping[Atom, np.ndarray],
+    overheads: Mapping[str, int | None],
+    reorder: bool,
+) -> tuple[dict[int, tuple[FilterGroup, ...]], dict[Atom, np.ndarray]]:
+    """Groups of the filters that stay, for every kernel whose filters have windows of their own, and the units that stay of channels
+    that are put in the order of the groups (none unless `reorder`): then nothing has to be put back in order when the network runs.
+    """
+    traced, leaves = space.trace, jax.tree.leaves(masks)
+    groups: dict[int, tuple[FilterGroup, ...]] = {}
+    orders: dict[Atom, np.ndarray] = {}
+    for site in space.sites:
+        if site.family != "rect_grouped" or site.kernel is None:
+            continue
+        leaf, layer = site.kernel.leaf, traced.layers[site.owner]
+        term, (outputs,) = traced.leaf_term(leaf), layer.out_axes
+        left = units_left(kept, orders)
+        mask = leaves[leaf][np.ix_(*(traced.axes.places(axis, left) for axis in term))]
+        overhead = overheads.get(traced.leaves[leaf].path, OVERHEAD)
+        found = mask_groups(mask, outputs, layer.window_axes, overhead) if mask.size else ()
+        atom = movable_atom(traced, term[outputs]) if reorder else None
+        if found and atom is not None and atom not in orders:
+            first = traced.axes.places(term[outputs], left)
+            orders[atom] = first[[index for group in found for index in group.filters]]
+            found = in_order(found)
+        groups[leaf] = found
+    return {leaf: found for leaf, found in groups.items() if found}, orders
+
+
+def _kept_atoms(space: Space, policy: np.ndarray, masks: Any) -> dict[Atom, np.ndarray]:
+    """What is kept of each atom, read back from the masks: the units that any of their arrays keeps.
+
+    Where single entries were chosen, one array alone may happen to lose all entries of a unit. An array that lost all of them says
+    nothing: where nothing stays of one of its axes, that says the policy.
+    """
+    traced, pruned = space.trace, set(space.atoms)
+    kept: dict[Atom, np.ndarray] = {
+        atom: np.zeros(size, bool)
+        for site in space.sites
+        for atom, size, count in zip(site.atoms, site.sizes, site.options[policy[site.index]].counts)
+        if count == 0
+    }
+    for leaf, mask in zip(traced.leaves, jax.tree.leaves(masks)):
+        if not mask.any():
+            continue
+        for dim, axis in enumerate(traced.leaf_term(leaf.index)):
+            atoms = pruned & set(traced.axes.atoms(axis))
+            if atoms:
+                used = mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
+                found: dict[Atom, np.ndarray] = {}
+                traced.axes.infer(axis, used, found)
+                for atom in atoms:
+                    units = found.get(atom, np.ones(traced.axes.atom_size(atom), bool))
+                    kept[atom] = kept.get(atom, np.zeros_like(units)) | units
+    return {atom: units for atom, units in kept.items() if not units.all()}
