@@ -547,6 +547,7 @@ def test_latency_in_engines_is_measured_printed_kept_and_reported(
     shutil.copytree(finished, run.path)
     config = (run.path / "config.json").read_bytes()
     assert latency_rows(run) == []
+    assert "In engines" not in (run.path / "report.html").read_text()
     options = ["--engines", "xla,onnxruntime", "--threads", "1", "--batch", "1,3", "--repeats", "2"]
     assert main(["bench", "latency", "--run", str(run.path), *options]) == 0
     printed = capsys.readouterr().out
@@ -563,6 +564,9 @@ def test_latency_in_engines_is_measured_printed_kept_and_reported(
         assert (row["n"], row["threads"], row["precision"]) == (2, 1, "float32")
     report = (run.path / "report.html").read_text()
     assert "latency, compact, onnxruntime, threads 1, batch 3" in report
+    ratio = rows[0]["median_ms"] / rows[1]["median_ms"]
+    assert f'<td>xla</td><td class="number">1</td><td class="number">{rows[0]["median_ms"]:.2f} ms' in report
+    assert f'<td class="number">{ratio:.2f}' in report
     svg = (run.path / "plots" / "latency.svg").read_bytes()
     assert base64.b64encode(svg).decode() in report
     assert run.done("report")

@@ -25,6 +25,7 @@ from sculpt.report import (
     write_html,
 )
 from sculpt.report.run_directory import read_json
+from sculpt.report.tables import engine_caption
 from sculpt.scoring import evaluate, recalibrate
 from sculpt.scoring.recalibrate import images_used
 
@@ -245,7 +246,7 @@ def write_report(p: Pipeline) -> list[str]:
         "graph": ("The network and the pattern chosen at each site", graph_plot(p.space, p.policy)),
     }
     if measured := latency_rows(p.run):
-        plots["latency"] = (_latency_caption(measured), latency_plot(measured))
+        plots["latency"] = (f"Latency by engine. {engine_caption(measured)}", latency_plot(measured))
     folder = p.run.path / "plots"
     for name, (_, svg) in plots.items():
         with written_whole(folder / f"{name}.svg") as temporary:
@@ -263,6 +264,7 @@ def write_report(p: Pipeline) -> list[str]:
         arrays=p.run.record("compact")["arrays"],
         config=p.run.config,
         plots=dict(plots.values()),
+        engines=measured,
     )
     write_html(report, p.run.path / "report.html")
     return sorted(plots)
@@ -276,15 +278,6 @@ def latency_rows(run: RunDirectory) -> list[dict[str, Any]]:
     """
     file = run.path / LATENCY
     return read_json(file)["rows"] if file.is_file() else []
-
-
-def _latency_caption(rows: list[dict[str, Any]]) -> str:
-    first = rows[0]
-    engines = ", ".join(dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows))
-    return (
-        f"Latency by engine: median and quartiles of {first['n']} samples, interleaved; threads: {first['threads']}, "
-        f"{first['precision']}, {first['device']}; {engines}"
-    )
 
 
 def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list[Number]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sculpt.files import written_whole
-from sculpt.report.tables import COLUMNS, Row, cells
+from sculpt.report.tables import COLUMNS, ENGINE_COLUMNS, Row, cells, engine_caption, engine_cells
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -64,6 +64,8 @@ class Report:
     """Section -> settings."""
     plots: Mapping[str, str]
     """Caption -> SVG."""
+    engines: Sequence[Mapping[str, Any]] = ()
+    """Rows of `latency.json`, the dense network's before the compact one's; none where engines were not asked."""
 
 
 def write_html(report: Report, path: str | Path) -> None:
@@ -82,6 +84,13 @@ def render(report: Report) -> str:
         for section, values in report.config.items()
         for name, value in values.items()
     ]
+    engines = []
+    if report.engines:
+        engines = [
+            "<h2>In engines</h2>",
+            _table(ENGINE_COLUMNS, engine_cells(report.engines), numbers_from=1),
+            f'<p class="note">{html.escape(engine_caption(report.engines))}</p>',
+        ]
     numbers = [(n.name, n.value, n.kind, n.n, str(report.seed)) for n in report.numbers]
     parts = [
         "<!doctype html>",
@@ -94,6 +103,7 @@ def render(report: Report) -> str:
         _table(COLUMNS, cells(report.rows), numbers_from=1),
         f'<p class="note">{html.escape(report.caption)} Theoretical: products with masked weights are left out. '
         "Realised: what the arrays as they stand compute. Measured: on the device named above.</p>",
+        *engines,
         *(_figure(caption, svg) for caption, svg in report.plots.items()),
         "<h2>Every number</h2>",
         _table(("quantity", "value", "kind", "n", "seed"), numbers),

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
 COLUMNS = ("network", "test accuracy", "MACs theoretical", "MACs realised", "weights", "latency measured")
 """Theoretical: zeros are not counted. Realised: counted in the program that really runs. Measured: on this device."""
+ENGINE_COLUMNS = ("engine", "batch", "dense", "compact", "dense / compact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,26 +97,33 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=Text(_about(rows)))
-    for column in ("engine", "batch", "dense", "compact", "dense / compact"):
+    table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=Text(engine_caption(rows)))
+    for column in ENGINE_COLUMNS:
         table.add_column(column, justify="left" if column == "engine" else "right")
-    for dense, compact in zip(rows[::2], rows[1::2]):
-        ratio = dense["median_ms"] / compact["median_ms"]
-        slower = " (slower)" if ratio < 1 else ""
-        table.add_row(
-            dense["engine"], str(dense["batch"]), _timed(dense), _timed(compact), Text(f"{ratio:.2f}{slower}")
-        )
+    for row in engine_cells(rows):
+        table.add_row(*map(Text, row))
     return table
 
 
-def _timed(row: Mapping[str, Any]) -> Text:
-    from rich.text import Text
+def engine_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The same as text, one tuple per engine and batch size in the order of `ENGINE_COLUMNS`."""
+    found = []
+    for dense, compact in zip(rows[::2], rows[1::2]):
+        ratio = dense["median_ms"] / compact["median_ms"]
+        slower = " (slower)" if ratio < 1 else ""
+        found.append(
+            (dense["engine"], str(dense["batch"]), _timed(dense), _timed(compact), f"{ratio:.2f}{slower}")
+        )
+    return found
 
+
+def _timed(row: Mapping[str, Any]) -> str:
     low, high = row["quartiles_ms"]
-    return Text(f"{row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]")
+    return f"{row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]"
 
 
-def _about(rows: Sequence[Mapping[str, Any]]) -> str:
+def engine_caption(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What these numbers are, and what they were measured with."""
     first = rows[0]
     engines = ", ".join(dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows))
     return (
