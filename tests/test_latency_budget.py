@@ -126,6 +126,10 @@ def test_filters_are_grouped_as_the_engine_likes_it(run: Path, monkeypatch: pyte
     compacted = json.loads((run / "stages" / "compact.json").read_text())
     assert compacted["overheads"] and set(compacted["overheads"].values()) == {None}
     assert not any("in groups" in line for line in compacted["arrays"])
+    assert any(
+        line.endswith("in one piece: groups of filters would cost more than they save")
+        for line in compacted["arrays"]
+    )
     found = Pipeline(RunDirectory.existing(run), {})
     by_rule = sculpt.compact(found.tuned, found.space, found.policy, masks=found.masks)
     assert any("in groups" in line for line in by_rule.apply.describe())  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sculpt.model import Model, Params, State
+from sculpt.pruning.family import Site
 from sculpt.pruning.filter_groups import OVERHEAD, FilterGroup, in_order, mask_groups
 from sculpt.pruning.permutation import movable_atom
 from sculpt.pruning.rewrite import units_left
@@ -53,12 +54,16 @@ def _sliced(leaf: ArrayLike, places: tuple[np.ndarray, ...]) -> jax.Array:
 
 def grouped_kernels(space: Space) -> list[str]:
     """The paths of the kernels whose filters `rect_grouped` may give windows of their own, sorted."""
-    leaves = space.trace.leaves
-    return sorted(
-        leaves[site.kernel.leaf].path
+    return sorted(space.trace.leaves[leaf].path for _, leaf in _grouped_sites(space))
+
+
+def _grouped_sites(space: Space) -> list[tuple[Site, int]]:
+    """The sites of `rect_grouped`, and the leaf of the kernel of each."""
+    return [
+        (site, site.kernel.leaf)
         for site in space.sites
         if site.family == "rect_grouped" and site.kernel is not None
-    )
+    ]
 
 
 def make_plan(
@@ -76,6 +81,7 @@ def make_plan(
     arrays = len(jax.tree.leaves((model.params, model.state)))
     terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
     groups, orders = _filter_groups(space, masks, kept, overheads, reorder)
+    windowed = {leaf for site, leaf in _grouped_sites(space) if policy[site.index] > 0}
     left = units_left(kept, orders)
     places = tuple(tuple(axes.places(axis, left) for axis in term) for term in terms)
     rows = []
@@ -89,6 +95,8 @@ def make_plan(
         ]
         if layer.leaf in groups:
             notes.append(f"in groups: {', '.join(map(str, groups[layer.leaf]))}")
+        elif layer.leaf in windowed and all(small):
+            notes.append("in one piece: groups of filters would cost more than they save")
         rows.append("; ".join([f"{leaf.path} {list(leaf.shape)} -> {small}", *notes]))
     empty = {atom for atom, units in kept.items() if not units.any()}
     emptied = tuple(
@@ -111,10 +119,8 @@ def _filter_groups(
     traced, leaves = space.trace, jax.tree.leaves(masks)
     groups: dict[int, tuple[FilterGroup, ...]] = {}
     orders: dict[Atom, np.ndarray] = {}
-    for site in space.sites:
-        if site.family != "rect_grouped" or site.kernel is None:
-            continue
-        leaf, layer = site.kernel.leaf, traced.layers[site.owner]
+    for site, leaf in _grouped_sites(space):
+        layer = traced.layers[site.owner]
         term, (outputs,) = traced.leaf_term(leaf), layer.out_axes
         left = units_left(kept, orders)
         mask = leaves[leaf][np.ix_(*(traced.axes.places(axis, left) for axis in term))]
