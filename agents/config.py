@@ -117,7 +117,7 @@ class SearchConfig:
     method: Method = "agent"
     """"agent": the graph attention network trained by PPO. Controls, under the same projection and the same number of
     evaluations: "table" (PPO on a table of logits, without the graph), "random", "evolution" (aging evolution), "cma_es" (on
-    logits), "greedy" (each site by itself first), and the fixed rules "uniform", "magnitude" and "lamp"."""
+    logits), "greedy" (each site by itself first, with up to half of the evaluations), and the fixed rules "uniform", "magnitude" and "lamp"."""
     warm_start: bool | None = None
     """Whether the first proposals favour options that retain energy. None: for "cma_es", and for "agent" and "table" where no single
     sites are scored first (see `sensitivity`) or an agent was taught elsewhere; "random" and "evolution" then begin with all options
@@ -154,7 +154,7 @@ class SearchConfig:
     sensitivity: float = 0.125
     """Of the evaluations, up to this share are spent first on single sites, all others dense: as many options of every site as there is
     room for. The first proposals then favour what does the score little harm. 0: none. With `projection` alone. For "agent" and "table";
-    "greedy" scores all options so."""
+    "greedy" spends up to half on it."""
     agent: AgentConfig = AgentConfig()
     """The size of the agent. For `method="agent"` alone; what follows for "table" too; other methods refuse another value."""
     learning_rate: float = 3e-3

@@ -2,8 +2,8 @@
 
 All of them propose policies through the same projection onto the budget, and what they propose is scored by the same
 environment. Uniform, magnitude and LAMP are rules without chance: they propose one policy over and over, which costs one
-evaluation. Greedy first scores every option of every site by itself, beyond the budget, and then draws near the policy that these
-scores favour. A table of logits learned by PPO is in `table`.
+evaluation. Greedy first scores options of every site by themselves, beyond the budget, all of them if half of its evaluations are
+enough, and then draws near the policy that these scores favour. A table of logits learned by PPO is in `table`.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def propose(
         steps = jnp.abs(jnp.arange(space.max_options)[None, None] - targets[:, :, None]).astype(jnp.float32)
         logits = jnp.where(archive.count > 0, -_STEP * weights[:, :, None] * steps, logits)
     elif method == "greedy":
-        # All options are scored by themselves: what they retain is never asked for.
-        favoured = sensitivity_logits(space, jnp.ones_like(prior), each, archive, config.objective)
+        # Between options that were scored it goes by how much they keep: nothing but scores and sizes.
+        favoured = sensitivity_logits(space, jnp.asarray(space.kept), each, archive, config.objective)
         logits = jnp.broadcast_to(favoured, logits.shape)
     keys = jax.random.split(project_key, number)
     policies = jax.vmap(lambda row, k: project(space, row, budget, k).policy)(logits, keys)

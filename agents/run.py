@@ -134,10 +134,11 @@ def settled(config: SearchConfig, space: Space, agent: Params | None) -> SearchC
     """
     for budget in config.budgets:
         check_budget(space, budget)
-    alone = len(singles(space, options_each(config, space))) if config.method == "greedy" else 0
-    if 0 < config.evaluations <= alone:
+    if config.method == "greedy" and options_each(config, space) == 0:
+        least = 2 * len(singles(space, 1))
         raise ValueError(
-            f"method 'greedy' scores {alone} policies of one pruned site first: evaluations must be more, got {config.evaluations}"
+            f"method 'greedy' scores every site by itself with half of its evaluations: they must be at least {least}, got "
+            f"{config.evaluations}"
         )
     if agent is None:
         return config

@@ -18,14 +18,19 @@ from sculpt.scoring.reward import Objective, quality
 
 _TRUST = 3.0
 """Logits of an option whose effect on the score is the root mean square of all; the draw adds Gumbel noise of scale 1."""
+_OF_GREEDY = 0.5
+"""Share of its evaluations, at the most, that greedy search spends on single sites; with the others it draws near what these favour."""
 _FARTHEST = 2.0
 """Beyond the last scored option the line through it and the one before is followed so many times their distance."""
 
 
 def options_each(config: SearchConfig, space: Space) -> int:
-    """How many options of every site a search scores by themselves; 0: it begins without that."""
+    """How many options of every site a search scores by themselves; 0: it begins without that, or, greedy search, has too few
+    evaluations."""
     if config.method == "greedy":
-        return space.max_options - 1
+        room = int(_OF_GREEDY * config.evaluations)
+        every = range(space.max_options - 1, 0, -1)
+        return next((each for each in every if len(singles(space, each)) <= room), 0)
     if config.method not in LEARNERS or not config.projection:
         return 0
     room = int(config.sensitivity * config.evaluations) - 1  # the dense network is scored as well
@@ -71,7 +76,7 @@ def sensitivity_logits(
 
     Args:
       space: sites and patterns.
-      retained: float32 `[sites, options]`: share of the energy that an option keeps.
+      retained: float32 `[sites, options]`: share of the energy, or of the weights, that an option keeps.
       each: as for `singles`.
       archive: scores of all `singles`, and of whatever else.
       objective: what the score is.

@@ -7,6 +7,7 @@ import functools
 import importlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,12 +111,15 @@ def test_the_table_too_finds_nearly_the_optimum() -> None:
     assert 0.9 * optimum() < table <= optimum() + 1e-6
 
 
-def test_greedy_needs_more_evaluations_than_options() -> None:
-    config = dataclasses.replace(CONTROL, method="greedy", evaluations=32)
-    with pytest.raises(
-        ValueError, match=r"scores \d+ policies of one pruned site first: evaluations must be more, got 32"
-    ):
+def test_greedy_needs_more_evaluations_than_sites() -> None:
+    config = dataclasses.replace(CONTROL, method="greedy", evaluations=8, batch_size=4)
+    with pytest.raises(ValueError, match=r"every site by itself .* must be at least (\d+), got 8") as told:
         run(config)
+    # With so many it scores one option of each, and tells by these what the others would do.
+    least = int(re.findall(r"at least (\d+)", str(told.value))[0])
+    found = run(dataclasses.replace(config, evaluations=least, batch_size=least // 2))
+    assert [row["single_sites"] for row in found.history] == [least // 2, 0]
+    assert found.score > 0.5 * optimum()
 
 
 @pytest.mark.parametrize("method", get_args(Method))

@@ -157,4 +157,6 @@ def test_impossible_wishes_are_refused() -> None:
     with pytest.raises(ValueError, match="budget"):
         together(dataclasses.replace(BASE, budget=1e-4), 2)
     with pytest.raises(ValueError, match="greedy"):
-        together(dataclasses.replace(BASE, method="greedy", agent=AgentConfig(), evaluations=16), 2)
+        together(
+            dataclasses.replace(BASE, method="greedy", agent=AgentConfig(), evaluations=8, batch_size=8), 2
+        )
