@@ -14,7 +14,7 @@ import numpy as np
 from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.controls import fixed_policy
-from sculpt.agents.sensitivity import options_each, singles, starts_from_energy
+from sculpt.agents.sensitivity import count_singles, options_each, starts_from_energy
 from sculpt.agents.transfer import check_agent
 from sculpt.agents.update import (
     Metrics,
@@ -135,7 +135,7 @@ def settled(config: SearchConfig, space: Space, agent: Params | None) -> SearchC
     for budget in config.budgets:
         check_budget(space, budget)
     if config.method == "greedy" and options_each(config, space) == 0:
-        least = 2 * len(singles(space, 1))
+        least = 2 * count_singles(space, 1)
         raise ValueError(
             f"method 'greedy' scores every site by itself with half of its evaluations: they must be at least {least}, got "
             f"{config.evaluations}"

@@ -28,9 +28,9 @@ def options_each(config: SearchConfig, space: Space) -> int:
     """How many options of every site a search scores by themselves; 0: it begins without that, or, greedy search, has too few
     evaluations."""
     if config.method == "greedy":
-        room = int(_OF_GREEDY * config.evaluations)
+        room = int(_OF_GREEDY * config.updates * config.policies_per_update)
         every = range(space.max_options - 1, 0, -1)
-        return next((each for each in every if len(singles(space, each)) <= room), 0)
+        return next((each for each in every if count_singles(space, each) <= room), 0)
     if config.method not in LEARNERS or not config.projection:
         return 0
     room = int(config.sensitivity * config.evaluations) - 1  # the dense network is scored as well
@@ -43,6 +43,11 @@ def starts_from_energy(config: SearchConfig, space: Space) -> bool:
     if config.warm_start is not None:
         return config.warm_start
     return config.method == "cma_es" or (config.method in LEARNERS and options_each(config, space) == 0)
+
+
+def count_singles(space: Space, each: int) -> int:
+    """How many policies `singles` has."""
+    return 1 + int(np.minimum(each, space.num_options - 1).sum()) if each else 0
 
 
 def singles(space: Space, each: int) -> np.ndarray:

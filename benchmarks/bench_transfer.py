@@ -76,7 +76,7 @@ def searched(
     found = sculpt.search(model, space, splits, config, jax.random.key(seed), agent=agent)
     return {
         "score": found.score,
-        "first": found.history[0]["mean_reward"],
+        "first": next(row["mean_reward"] for row in found.history if not row["single_sites"]),
         "best": [[row["evaluations"], row.get("best")] for row in found.history],
         "search_seconds": found.seconds,
     }
@@ -110,7 +110,7 @@ def main() -> None:
         *provenance(),
         f"Lessons: {', '.join(options.lessons)}, {options.lesson_evaluations} evaluations of each, budgets {', '.join(map(str, LESSON_BUDGETS))}. "
         "Accuracy on 256 train images after BatchNorm recalibration on 128, families channels and rect; nothing is fine-tuned. The mean of "
-        "the first 32 policies is what is known before anything was scored; then the best after so many evaluations. Median [quartiles] "
+        "the first 32 policies (within the budget) is what was known before; then the best after so many evaluations. Median [quartiles] "
         "over the seeds.",
     ]
     for name in options.tasks:
@@ -131,9 +131,9 @@ def main() -> None:
                 results = []
                 for seed in options.seeds:
                     place = options.run / name / f"budget{budget}-{options.evaluations}"
-                    label = method.replace(", ", "-") + (
-                        "" if teach is None else "-" + "-".join(options.lessons)
-                    )
+                    label = method.replace(", ", "-")
+                    if teach is not None:
+                        label = f"{label}-{'-'.join(options.lessons)}-{options.lesson_evaluations}"
                     place.mkdir(parents=True, exist_ok=True)
                     compute = functools.partial(searched, model, space, splits, config, seed, teach)
                     results.append(stage(place / f"{label}-seed{seed}.json", compute))

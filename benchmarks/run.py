@@ -38,6 +38,7 @@ def commands(data: Path | None) -> list[list[str]]:
         "bench_resources",
         "bench_engines",
         "bench_layer_latency",
+        "bench_transfer",
     )
     return [
         *alone,

@@ -112,17 +112,22 @@ def test_layers_measured_for_other_settings_are_measured_again(
 def test_filters_are_grouped_as_the_engine_likes_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
-    def measured(model: sculpt.Model, space: sculpt.Space, *_: Any, **settings: Any) -> dict[str, int | None]:
-        asked.append(settings)
+    def measured(
+        model: sculpt.Model, space: sculpt.Space, policy: Any, x: Any, **settings: Any
+    ) -> dict[str, int | None]:
+        asked.append({"batch": len(x), **settings})
         return dict.fromkeys(grouped_kernels(space), None)
 
     monkeypatch.setattr(artefacts, "measure_group_overheads", measured)
     options = "--families rect_grouped --resource latency --latency-batch 2 --latency-threads 1 --budget 0.8"
     assert search(run, options, "--method", "uniform", "--devices", "1") == 0
+    # What the layers took is told by the search's record: they are not measured again.
+    (run / "layers.safetensors").unlink()
     for command in (["finetune", "--epochs", "1"], ["compact"]):
         assert main([*command, "--run", str(run)]) == 0
+    assert not (run / "layers.safetensors").exists()
     (settings,) = asked
-    assert (settings["engine"], settings["threads"]) == ("xla", 1)
+    assert (settings["engine"], settings["batch"], settings["threads"]) == ("xla", 2, 1)
     compacted = json.loads((run / "stages" / "compact.json").read_text())
     assert compacted["overheads"] and set(compacted["overheads"].values()) == {None}
     assert not any("in groups" in line for line in compacted["arrays"])

@@ -10,20 +10,21 @@ import jax
 
 from sculpt.arguments import checked, is_whole
 from sculpt.deploy.engines import confined, engine_of
-from sculpt.deploy.environment import cores
+from sculpt.deploy.environment import check_threads, cores
 from sculpt.deploy.latency import seconds_beside
 from sculpt.deploy.layer_alone import BIND, Layer, name_of, prepare_alone, traced_example
 from sculpt.model import Model
 from sculpt.pruning import Space, compact
 from sculpt.pruning.compact import CompactFunction
 from sculpt.pruning.compact_plan import grouped_kernels
-from sculpt.pruning.filter_groups import convolutions_by
+from sculpt.pruning.filter_groups import OVERHEAD, convolutions_by
 from sculpt.tracing.execute import execute
 
-_TRIED = (0, 8, 16, 32, 64, 128)
-"""Overheads of a group, in filters, from as many groups as there are windows to hardly any."""
+_TRIED = (OVERHEAD, 0, 8, 32, 64, 128)
+"""Overheads of a group, in filters: that of the rule, then from as many groups as there are windows to hardly any. A cut goes by the first
+that gives it."""
 _WORTH = 0.97
-"""Groups have to take this share of the time of one piece: they are not to cost anything where they gain nothing."""
+"""Groups have to take this share of the time of one piece, and other groups of that of the rule's: differences below are noise."""
 
 
 @checked
@@ -41,7 +42,7 @@ def measure_group_overheads(
     """Measures how the convolutions of a policy are best cut into groups, each by itself at the sizes that compaction leaves.
 
     Every convolution is tried in one piece and in the groups that overheads of 0 to 128 filters give; groups that are not faster than
-    one piece by 3% are not made. Layers are measured in float32, and all with channels in the order that the same overhead for all gives.
+    one piece by 3% are not made, nor others than the rule's (see `compact`) that are not faster than those by as much. Layers are measured in float32, and all with channels in the order that the same overhead for all gives.
 
     Args:
       model: a model that carries the zeros of the policy, dense shapes.
@@ -61,8 +62,9 @@ def measure_group_overheads(
     """
     if not is_whole(repeats, 1):
         raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}")
-    x = traced_example(space.trace, example_input)
     threads, runner = cores() if threads is None else threads, engine_of(engine)
+    check_threads(threads)
+    x = traced_example(space.trace, example_input)
     kernels = grouped_kernels(space)
     if not kernels:
         return {}
@@ -79,14 +81,21 @@ def measure_group_overheads(
             if not others:
                 continue
             pieces = [prepare_alone(layer, runner, threads) for layer in whole]
-            shares: dict[int | None, float] = {None: _WORTH}
+            shares: dict[int | None, float] = {}
             for overhead, layers in others:
                 calls = [prepare_alone(layer, runner, threads) for layer in layers]
                 beside = [seconds_beside(call, piece, repeats) for call, piece in zip(calls, pieces)]
                 seconds = math.fsum(ratio * usual for ratio, usual in beside)
                 shares[overhead] = seconds / math.fsum(usual for _, usual in beside)
-            found[kernel] = min(shares, key=shares.__getitem__)
+            found[kernel] = _best(shares)
     return found
+
+
+def _best(shares: dict[int | None, float]) -> int | None:
+    """The overhead whose groups take the least time, given as shares of that of one piece; None for one piece."""
+    worth = {overhead: share for overhead, share in shares.items() if share <= _WORTH}
+    best = min(worth, key=worth.__getitem__, default=None)
+    return OVERHEAD if OVERHEAD in worth and worth[best] >= _WORTH * worth[OVERHEAD] else best
 
 
 def _convolutions(small: Model, space: Space, names: Sequence[str], x: Any) -> dict[str, list[Layer]]:

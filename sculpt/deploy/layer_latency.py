@@ -19,7 +19,7 @@ import numpy as np
 
 from sculpt.arguments import checked, is_whole
 from sculpt.deploy.engines import Engine, confined, engine_of
-from sculpt.deploy.environment import cores
+from sculpt.deploy.environment import check_threads, cores
 from sculpt.deploy.latency import compare_latency, seconds_beside
 from sculpt.deploy.layer_alone import Layer, name_of, prepare_alone, traced_example
 from sculpt.deploy.layer_grid import Part
@@ -135,6 +135,8 @@ def measure_layers(
     for name, value, least in (("networks", networks, 3), ("repeats", repeats, 1)):
         if not is_whole(value, least):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    threads = cores() if threads is None else threads
+    check_threads(threads)
     fitting_leaves(space.trace, model.params)
     x = traced_example(space.trace, example_input)
     parts = find_parts(space, len(x), all_sizes)

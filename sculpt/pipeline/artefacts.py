@@ -25,6 +25,7 @@ from sculpt.deploy import (
     measure_layers,
     save_layers,
 )
+from sculpt.deploy.environment import cores
 from sculpt.model import Model, Params, from_linen
 from sculpt.pipeline.settings import (
     DEFAULT_IMPORTANCE,
@@ -247,19 +248,19 @@ class Artefacts:
     @functools.cached_property
     def group_overheads(self) -> dict[str, int | None]:
         """What groups of filters cost: as the run has it, for what was compacted once is made again as it was; else measured where budgets
-        are of latency, in the engine that the layers were measured in; else what `compact` takes them to cost."""
+        are of latency, as the layers were that the search went by; else what `compact` takes them to cost."""
         if self.run.recorded("compact"):
             return self.run.record("compact").get("overheads", {})
         if "latency" not in self.search_settings.resource or not grouped_kernels(self.space):
             return {}
-        layers = self.layers()
+        about = self.run.record("search")["latency"]
         return measure_group_overheads(
             self.tuned,
             self.space,
             self.policy,
-            self.noise(layers.batch),
-            engine=layers.engine,
-            threads=layers.threads,
+            self.noise(about["batch"]),
+            engine=about["engine"],
+            threads=min(about["threads"], cores()),
             masks=self.masks,
         )
 

@@ -25,7 +25,6 @@ from sculpt.report import (
     write_html,
 )
 from sculpt.report.run_directory import read_json
-from sculpt.report.tables import engine_caption
 from sculpt.scoring import evaluate, recalibrate
 from sculpt.scoring.recalibrate import images_used
 
@@ -246,7 +245,10 @@ def write_report(p: Pipeline) -> list[str]:
         "graph": ("The network and the pattern chosen at each site", graph_plot(p.space, p.policy)),
     }
     if measured := latency_rows(p.run):
-        plots["latency"] = (f"Latency by engine. {engine_caption(measured)}", latency_plot(measured))
+        plots["latency"] = (
+            "Latency by engine: medians and quartiles of the table above",
+            latency_plot(measured),
+        )
     folder = p.run.path / "plots"
     for name, (_, svg) in plots.items():
         with written_whole(folder / f"{name}.svg") as temporary:

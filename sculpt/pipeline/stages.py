@@ -14,6 +14,7 @@ import numpy as np
 
 from sculpt.agents import SearchConfig, SearchResult, search
 from sculpt.deploy import export_stablehlo, save_params
+from sculpt.deploy.environment import check_threads
 from sculpt.model import Model
 from sculpt.pipeline import closing
 from sculpt.pipeline.artefacts import Artefacts
@@ -105,6 +106,8 @@ class Pipeline(Artefacts):
             if self.train_settings.trains:
                 check_request(model, self.splits, self.train_settings.config(self.splits), None)
         if "search" in stages:
+            if self.search_settings.latency_threads is not None:
+                check_threads(self.search_settings.latency_threads)
             if "latency" not in self.search_settings.resource:  # which is not known yet
                 space = self.limited(self.space)
                 for budget in self.search_config.budgets:

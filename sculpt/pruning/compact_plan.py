@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,17 +74,33 @@ def make_plan(
     overheads: Mapping[str, int | None],
     reorder: bool = True,
 ) -> Plan:
-    """What stays of a model's arrays under a policy and its masks. Filters with windows of their own are put into groups by `overheads` (kernel -> what
-    a group costs, as in `group_filters`), and channels in the groups' order if `reorder`."""
+    """What stays of a model's arrays under a policy and its masks. Filters with windows of their own are put into groups by `overheads`
+    (kernel -> what a group costs, as in `group_filters`), and channels in the groups' order if `reorder`."""
     traced, axes = space.trace, space.trace.axes
     kept = _kept_atoms(space, policy, masks)
     arrays = len(jax.tree.leaves((model.params, model.state)))
     terms = [traced.flow.terms[v] for v in traced.program.inputs[:arrays]]
     groups, orders = _filter_groups(space, masks, kept, overheads, reorder)
-    windowed = {leaf for site, leaf in _grouped_sites(space) if policy[site.index] > 0}
     left = units_left(kept, orders)
     places = tuple(tuple(axes.places(axis, left) for axis in term) for term in terms)
-    rows = []
+    empty = {atom for atom, units in kept.items() if not units.any()}
+    emptied = tuple(
+        tuple(tuple(i for i, atom in enumerate(axes.atoms(axis)) if atom in empty) for axis in term)
+        for term in terms
+    )
+    rows = _rows(space, policy, places, groups)
+    return Plan(shapes_of(model.params), shapes_of(model.state), places, emptied, groups, rows)
+
+
+def _rows(
+    space: Space,
+    policy: np.ndarray,
+    places: Sequence[tuple[np.ndarray, ...]],
+    groups: Mapping[int, tuple[FilterGroup, ...]],
+) -> tuple[str, ...]:
+    """`Plan.rows`."""
+    traced, rows = space.trace, []
+    windowed = {leaf for site, leaf in _grouped_sites(space) if policy[site.index] > 0}
     for layer in traced.layers:
         leaf = traced.leaves[layer.leaf]
         small = [len(units) for units in places[layer.leaf]]
@@ -98,12 +114,7 @@ def make_plan(
         elif layer.leaf in windowed and all(small):
             notes.append("in one piece: groups of filters would cost more than they save")
         rows.append("; ".join([f"{leaf.path} {list(leaf.shape)} -> {small}", *notes]))
-    empty = {atom for atom, units in kept.items() if not units.any()}
-    emptied = tuple(
-        tuple(tuple(i for i, atom in enumerate(axes.atoms(axis)) if atom in empty) for axis in term)
-        for term in terms
-    )
-    return Plan(shapes_of(model.params), shapes_of(model.state), places, emptied, groups, tuple(rows))
+    return tuple(rows)
 
 
 def _filter_groups(

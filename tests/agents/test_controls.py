@@ -82,6 +82,25 @@ def test_greedy_scores_every_option_by_itself_and_then_favours_what_does_least_h
     assert kept.mean() > by_chance.mean() + 0.3
 
 
+def test_greedy_tells_by_sizes_what_options_would_do_that_it_had_no_room_for() -> None:
+    """Pruning site 1 by half does great harm: by less it does harm too."""
+    few = dataclasses.replace(config_of("greedy"), evaluations=2 * len(singles(toy_space(), 1)), batch_size=8)
+    alone = singles(toy_space(), 1)
+    accuracy = np.where(alone[:, 1] > 0, 0.1, 0.9).astype(np.float32)
+    empty, count = empty_archive(len(alone), toy_space().num_sites), jnp.int32(len(alone))
+    archive = dataclasses.replace(
+        empty, policies=jnp.asarray(alone), accuracy=jnp.asarray(accuracy), count=count, total=count
+    )
+    draw = jax.jit(
+        lambda key: (
+            propose(few, toy_space(), jnp.float32(BUDGET), rule("greedy"), prior(), archive, {}, key).policies
+        )
+    )
+    drawn = np.concatenate([draw(jax.random.key(turn)) for turn in range(8)])[:, 1]
+    assert alone[alone[:, 1] > 0, 1] > 1, "an option lies between"
+    assert (drawn == 0).mean() > 0.9
+
+
 def test_cma_es_moves_towards_what_is_worth_more() -> None:
     """Worth is how often the first option is taken: after some populations it is taken more often."""
     method, archive, state = "cma_es", empty_archive(64, toy_space().num_sites), begun("cma_es")

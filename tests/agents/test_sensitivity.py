@@ -138,7 +138,7 @@ def test_the_share_of_the_evaluations_decides_how_many_options_are_scored() -> N
 def test_other_methods_and_rewards_that_hold_the_budget_score_no_single_sites() -> None:
     assert options_each(SearchConfig(method="random"), toy_space()) == 0
     for evaluations in range(8, 512, 8):
-        each = options_each(SearchConfig(method="greedy", evaluations=evaluations), toy_space())
+        each = options_each(SearchConfig(method="greedy", evaluations=evaluations, batch_size=8), toy_space())
         assert each == 0 or len(singles(toy_space(), each)) <= evaluations / 2
         assert each == EVERY - 1 or len(singles(toy_space(), each + 1)) > evaluations / 2
     assert each == EVERY - 1
