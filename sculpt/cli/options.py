@@ -305,7 +305,7 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 def _parts(kind: Callable[[str], _T], example: str, text: str) -> tuple[_T, ...]:
     try:
-        return tuple(kind(part) for part in _names(text))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"expected numbers with commas, such as {example}, got {text!r}"

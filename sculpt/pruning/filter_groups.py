@@ -42,8 +42,8 @@ class FilterGroup:
     """Output channels, ascending."""
 
     def __str__(self) -> str:
-        sides = "x".join(str(stop - start) for start, stop in self.window)
-        return f"{len(self.filters)} filters of {sides}"
+        sides = "x".join(str(stop - start) for start, stop in self.window if stop > start)
+        return f"{len(self.filters)} filters of {sides or 'nothing'}"
 
 
 def group_filters(used: np.ndarray, overhead: int | None = OVERHEAD) -> tuple[FilterGroup, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -110,16 +111,23 @@ def engine_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     found = []
     for dense, compact in zip(rows[::2], rows[1::2]):
         ratio = dense["median_ms"] / compact["median_ms"]
-        slower = " (slower)" if ratio < 1 else ""
+        (low, high), (other_low, other_high) = dense["quartiles_ms"], compact["quartiles_ms"]
+        notes = ["slower"] * (ratio < 1) + ["within the spread"] * (low <= other_high and other_low <= high)
+        words = f" ({', '.join(notes)})" if notes else ""
         found.append(
-            (dense["engine"], str(dense["batch"]), _timed(dense), _timed(compact), f"{ratio:.2f}{slower}")
+            (dense["engine"], str(dense["batch"]), _timed(dense), _timed(compact), f"{ratio:.2f}{words}")
         )
     return found
 
 
 def _timed(row: Mapping[str, Any]) -> str:
-    low, high = row["quartiles_ms"]
-    return f"{row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]"
+    median, low, high = map(_three_digits, (row["median_ms"], *row["quartiles_ms"]))
+    return f"{median} ms [{low}, {high}]"
+
+
+def _three_digits(value: float) -> str:
+    """With three significant digits: latencies of small networks are hundredths of a millisecond."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-9))))}f}"
 
 
 def engine_caption(rows: Sequence[Mapping[str, Any]]) -> str:

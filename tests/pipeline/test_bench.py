@@ -23,6 +23,7 @@ from sculpt.report import RunDirectory, latency_plot
         ("bench latency --threads 1000", "threads must be a whole number from 1 to"),
         ("bench latency --batch 0,1", r"batches must be distinct numbers of at least 1, got \[0, 1\]"),
         ("bench latency --batch one", "expected numbers with commas, such as 1,8,32, got 'one'"),
+        ("bench latency --batch 1,,8", "expected numbers with commas, such as 1,8,32, got '1,,8'"),
         ("bench latency --repeats 0", "repeats must be at least 1"),
         ("bench", "required: what"),
         ("bench speed", "invalid choice: 'speed'"),

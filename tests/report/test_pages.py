@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import jax
@@ -24,6 +25,7 @@ from sculpt.report import (
     reward_plot,
     write_html,
 )
+from sculpt.report.tables import engine_cells
 from tests.conftest import untrained_digits
 
 ROWS = [
@@ -145,3 +147,18 @@ def test_correctness_07_the_page_says_n_seed_device_versions_and_kind() -> None:
         assert part in text
     assert "resnet8 &lt;digits&gt;" in text
     assert "<digits>" not in text
+
+
+def test_latencies_in_engines_are_read_with_their_spread() -> None:
+    def row(median: float, low: float, high: float) -> dict[str, Any]:
+        return {"engine": "xla", "batch": 8, "median_ms": median, "quartiles_ms": [low, high]}
+
+    rows = [row(0.02237, 0.0221, 0.0229), row(0.01127, 0.011, 0.0115)]
+    rows += [row(0.36, 0.34, 1.36), row(0.4, 0.39, 0.44)]
+    rows += [row(513.7, 511.0, 519.0), row(600.0, 590.0, 610.0)]
+    rows += [row(1.5, 1.4, 1.6), row(1.45, 1.3, 1.5)]
+    clear, noisy, slower, close = engine_cells(rows)
+    assert clear == ("xla", "8", "0.0224 ms [0.0221, 0.0229]", "0.0113 ms [0.0110, 0.0115]", "1.98")
+    assert noisy[4] == "0.90 (slower, within the spread)"
+    assert slower[2:] == ("514 ms [511, 519]", "600 ms [590, 610]", "0.86 (slower)")
+    assert close[4] == "1.03 (within the spread)"
