@@ -117,7 +117,8 @@ class SearchConfig:
     method: Method = "agent"
     """"agent": the graph attention network trained by PPO. Controls, under the same projection and the same number of
     evaluations: "table" (PPO on a table of logits, without the graph), "random", "evolution" (aging evolution), "cma_es" (on
-    logits), "greedy" (each site by itself first, with up to half of the evaluations), and the fixed rules "uniform", "magnitude" and "lamp"."""
+    logits), "greedy" (each site by itself first, with up to half of the evaluations), and the fixed rules "uniform", "magnitude"
+    and "lamp"."""
     warm_start: bool | None = None
     """Whether the first proposals favour options that retain energy. None: for "cma_es", and for "agent" and "table" where no single
     sites are scored first (see `sensitivity`) or an agent was taught elsewhere; "random" and "evolution" then begin with all options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.controls import fixed_policy
-from sculpt.agents.sensitivity import count_singles, options_each, starts_from_energy
+from sculpt.agents.sensitivity import options_each, starts_from_energy
 from sculpt.agents.transfer import check_agent
 from sculpt.agents.update import (
     Metrics,
@@ -134,8 +135,9 @@ def settled(config: SearchConfig, space: Space, agent: Params | None) -> SearchC
     """
     for budget in config.budgets:
         check_budget(space, budget)
-    if config.method == "greedy" and options_each(config, space) == 0:
-        least = 2 * count_singles(space, 1)
+    if config.method == "greedy" and space.max_options > 1 and options_each(config, space) == 0:
+        more = (dataclasses.replace(config, evaluations=n) for n in itertools.count(config.evaluations + 1))
+        least = next(found.evaluations for found in more if options_each(found, space) > 0)
         raise ValueError(
             f"method 'greedy' scores every site by itself with half of its evaluations: they must be at least {least}, got "
             f"{config.evaluations}"

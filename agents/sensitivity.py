@@ -30,7 +30,7 @@ def options_each(config: SearchConfig, space: Space) -> int:
     if config.method == "greedy":
         room = int(_OF_GREEDY * config.updates * config.policies_per_update)
         every = range(space.max_options - 1, 0, -1)
-        return next((each for each in every if count_singles(space, each) <= room), 0)
+        return next((each for each in every if _count_singles(space, each) <= room), 0)
     if config.method not in LEARNERS or not config.projection:
         return 0
     room = int(config.sensitivity * config.evaluations) - 1  # the dense network is scored as well
@@ -45,9 +45,9 @@ def starts_from_energy(config: SearchConfig, space: Space) -> bool:
     return config.method == "cma_es" or (config.method in LEARNERS and options_each(config, space) == 0)
 
 
-def count_singles(space: Space, each: int) -> int:
-    """How many policies `singles` has."""
-    return 1 + int(np.minimum(each, space.num_options - 1).sum()) if each else 0
+def _count_singles(space: Space, each: int) -> int:
+    """How many policies `singles` has, `each` being above 0."""
+    return 1 + int(np.minimum(each, space.num_options - 1).sum())
 
 
 def singles(space: Space, each: int) -> np.ndarray:

@@ -73,7 +73,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--engines", nargs="+", choices=sorted(ENGINES), default=["onnxruntime", "openvino", "xla"]
+        "--engines",
+        nargs="+",
+        choices=sorted(ENGINES),
+        default=["onnxruntime", "openvino", "xla"],
+        help="those not installed are left out",
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=15, help="samples of each network")
@@ -93,12 +97,21 @@ def main() -> None:
         "| engine | filters keep | batch | dense | rule | measured | rule, times as fast | measured, times as fast | cuts | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    absent = []
     for engine in options.engines:
+        try:
+            engine_of(engine)
+        except ValueError as error:
+            absent.append(f"Not measured: {engine}: {error}.")
+            continue
         for batch in options.batches:
             for label in GROUPED:
                 lines.append(row(model, space, label, engine, batch, image.shape[1], options.repeats))
-                write_results("bench_group_overheads", lines)
+                print(lines[-1], flush=True)
                 jax.clear_caches()
+        write_results("bench_group_overheads", lines)
+    if absent:
+        write_results("bench_group_overheads", [*lines, "", *absent])
 
 
 if __name__ == "__main__":

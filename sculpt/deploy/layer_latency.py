@@ -145,8 +145,7 @@ def measure_layers(
             f"no option of the families {', '.join(space.families)} makes a layer smaller, zeros stay in place: add channels, rect or "
             "rect_grouped for a budget of latency"
         )
-    threads, runner = cores() if threads is None else threads, engine_of(engine)
-    seconds = _measured(model, space, parts, len(x), runner, threads, repeats, on_progress)
+    seconds = _measured(model, space, parts, len(x), engine_of(engine), threads, repeats, on_progress)
     tables = [part.table(found) for part, found in zip(parts, seconds, strict=True)]
     layers = _lookup(space, parts, tables)
     policies = _drawn(space, model, layers, networks, key)

@@ -112,14 +112,16 @@ def test_the_table_too_finds_nearly_the_optimum() -> None:
 
 
 def test_greedy_needs_more_evaluations_than_sites() -> None:
-    config = dataclasses.replace(CONTROL, method="greedy", evaluations=8, batch_size=4)
+    config = dataclasses.replace(CONTROL, method="greedy", evaluations=8, batch_size=5)
     with pytest.raises(ValueError, match=r"every site by itself .* must be at least (\d+), got 8") as told:
         run(config)
     # With so many it scores one option of each, and tells by these what the others would do.
     least = int(re.findall(r"at least (\d+)", str(told.value))[0])
-    found = run(dataclasses.replace(config, evaluations=least, batch_size=least // 2))
-    assert [row["single_sites"] for row in found.history] == [least // 2, 0]
-    assert found.score > 0.0
+    found = run(dataclasses.replace(config, evaluations=least))
+    alone = sum(row["single_sites"] for row in found.history)
+    assert alone == 1 + toy_space().num_sites <= 5 * len(found.history) / 2
+    with pytest.raises(ValueError, match=f"at least {least}, got {least - 1}"):
+        run(dataclasses.replace(config, evaluations=least - 1))
 
 
 @pytest.mark.parametrize("method", get_args(Method))
