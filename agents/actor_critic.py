@@ -1,9 +1,10 @@
 """The agent: a graph goes in, a distribution over patterns at every site and a value come out.
 
 Logits of a site = a scorer shared by all options of all sites, that reads the site's node embedding and what is known of
-the option (energy retained, cost, fraction kept), + a head per family of patterns, + logits of the site's own, + 3 log(retained
-energy). All but the last begin at zero or near it: an untrained agent already prefers what magnitude pruning would. What the
-first two learn holds for every graph; a site's own logits learn what this network's features do not tell, and stay with it.
+the option (energy retained, cost, fraction kept), + a head per family of patterns, + logits of the site's own, + a prior: what
+single sites did to the loss (`sensitivity`), or 3 log(retained energy). All but the last begin at zero or near it: an untrained
+agent already prefers what does little harm, or what magnitude pruning would. What the first two learn holds for every graph; a
+site's own logits learn what this network's features do not tell, and stay with it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SiteInputs:
     kept: jax.Array
     """float32 `[sites, options]`: fraction of the site that an option keeps."""
     prior: jax.Array
-    """float32 `[sites, options]`: the logits that an agent starts from."""
+    """float32 `[sites, options]`: the logits that are added to what an agent learns."""
     valid: jax.Array
     """bool `[sites, options]`: False beyond a site's last option."""
 

@@ -154,8 +154,8 @@ class SearchConfig:
     """How each of them is fine-tuned."""
     sensitivity: float = 0.125
     """Of the evaluations, up to this share are spent first on single sites, all others dense: as many options of every site as there is
-    room for. The first proposals then favour what does the score little harm. 0: none. With `projection` alone. For "agent" and "table";
-    "greedy" spends up to half on it."""
+    room for, and of many sites one option each, where half of the evaluations suffice for that. The first proposals then favour what does
+    the loss little harm. 0: none. With `projection` alone. For "agent" and "table"; "greedy" spends up to half on it."""
     agent: AgentConfig = AgentConfig()
     """The size of the agent. For `method="agent"` alone; what follows for "table" too; other methods refuse another value."""
     learning_rate: float = 3e-3

@@ -103,7 +103,7 @@ def propose(
         logits = jnp.where(archive.count > 0, -_STEP * weights[:, :, None] * steps, logits)
     elif method == "greedy":
         # Between options that were scored it goes by how much they keep: nothing but scores and sizes.
-        favoured = sensitivity_logits(space, jnp.asarray(space.kept), each, archive, config.objective)
+        favoured = sensitivity_logits(space, jnp.asarray(space.kept), each, archive)
         logits = jnp.broadcast_to(favoured, logits.shape)
     keys = jax.random.split(project_key, number)
     policies = jax.vmap(lambda row, k: project(space, row, budget, k).policy)(logits, keys)

@@ -14,7 +14,6 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sculpt.agents import distributions
@@ -128,7 +127,6 @@ def ppo_loss(
     agent: PolicyNetwork,
     batch: Batch,
     sites: SiteInputs,
-    free: np.ndarray,
     config: SearchConfig,
     entropy: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -139,7 +137,6 @@ def ppo_loss(
       agent: the network.
       batch: samples.
       sites: what the agent knows of the sites.
-      free: int `[k]`, the sites that have a choice; the others would dilute the mean with ratios of 1.
       config: the clip ratio.
       entropy: float32 scalar, weight of the entropy.
     """
@@ -148,12 +145,12 @@ def ppo_loss(
     logits, values = in_turn(forward(agent, params, rollout.graphs, sites), number)
     logits = distributions.at_price(logits, rollout.prices.reshape(number), sites.cost)
     log_probs = distributions.log_prob(logits, rollout.policies.reshape(number, -1))
-    shift = (log_probs - rollout.log_probs.reshape(number, -1))[:, free]
+    shift = log_probs - rollout.log_probs.reshape(number, -1)
     ratios = jnp.exp(shift)
     surrogate = load_rlax().clipped_surrogate_pg_loss(
-        ratios.reshape(-1), batch.advantages[:, free].reshape(-1), config.clip_ratio
+        ratios.reshape(-1), batch.advantages.reshape(-1), config.clip_ratio
     )
-    mean_entropy = jnp.mean(distributions.entropy(logits)[:, free])
+    mean_entropy = jnp.mean(distributions.entropy(logits))
     value_loss = 0.5 * jnp.mean((values - batch.returns) ** 2)
     measured = {
         "entropy": mean_entropy,
@@ -177,7 +174,6 @@ def learn(
     agent: PolicyNetwork,
     batch: Batch,
     sites: SiteInputs,
-    free: np.ndarray,
     config: SearchConfig,
     entropy: jax.Array,
 ) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:
@@ -190,7 +186,7 @@ def learn(
     def epoch(carry: tuple, _: None) -> tuple[tuple, dict[str, jax.Array]]:
         going, before = carry
         gradients, measured = jax.grad(ppo_loss, has_aux=True)(
-            before[0], agent, batch, sites, free, config, entropy
+            before[0], agent, batch, sites, config, entropy
         )
         with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes Python floats with an integer count
             updates, optimizer_state = optimizer.update(gradients, before[1], before[0])

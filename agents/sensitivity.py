@@ -14,12 +14,12 @@ import numpy as np
 from sculpt.agents.config import LEARNERS, SearchConfig
 from sculpt.pruning import Space
 from sculpt.scoring.archive import Archive
-from sculpt.scoring.reward import Objective, quality
 
-_TRUST = 3.0
-"""Logits of an option whose effect on the score is the root mean square of all; the draw adds Gumbel noise of scale 1."""
-_OF_GREEDY = 0.5
-"""Share of its evaluations, at the most, that greedy search spends on single sites; with the others it draws near what these favour."""
+_TRUST = 12.0
+"""Logits of an option whose effect on the loss is the root mean square of all; the draw adds Gumbel noise of scale 1."""
+_AT_MOST = 0.5
+"""Share of the evaluations, at the most, that are spent on single sites: by greedy search for as many options as there is room for, by
+others for one option of each."""
 _FARTHEST = 2.0
 """Beyond the last scored option the line through it and the one before is followed so many times their distance."""
 
@@ -27,15 +27,16 @@ _FARTHEST = 2.0
 def options_each(config: SearchConfig, space: Space) -> int:
     """How many options of every site a search scores by themselves; 0: it begins without that, or, greedy search, has too few
     evaluations."""
-    if config.method == "greedy":
-        room = int(_OF_GREEDY * config.updates * config.policies_per_update)
-        every = range(space.max_options - 1, 0, -1)
-        return next((each for each in every if _count_singles(space, each) <= room), 0)
-    if config.method not in LEARNERS or not config.projection:
+    greedy, learns = config.method == "greedy", config.method in LEARNERS and config.projection
+    # In a single update all policies are drawn before any is scored.
+    if config.updates < 2 or not (greedy or (learns and config.sensitivity > 0.0)):
         return 0
-    room = int(config.sensitivity * config.evaluations) - 1  # the dense network is scored as well
-    free = int(np.sum(space.num_options > 1))
-    return min(room // max(free, 1), space.max_options - 1) if room > 0 else 0
+    evaluations = config.updates * config.policies_per_update
+    for each in range(space.max_options - 1, 0, -1):
+        share = _AT_MOST if greedy or each == 1 else min(config.sensitivity, _AT_MOST)
+        if _count_singles(space, each) <= share * evaluations:
+            return each
+    return 0
 
 
 def starts_from_energy(config: SearchConfig, space: Space) -> bool:
@@ -72,24 +73,22 @@ def singles_first(alone: np.ndarray, total: jax.Array, policies: jax.Array) -> j
     )
 
 
-def sensitivity_logits(
-    space: Space, retained: jax.Array, each: int, archive: Archive, objective: Objective
-) -> jax.Array:
-    """Logits of every option by what it does to the score by itself, in units of the root mean square over all options.
+def sensitivity_logits(space: Space, retained: jax.Array, each: int, archive: Archive) -> jax.Array:
+    """Logits of every option by what it does to the loss by itself, in units of the root mean square over all options.
 
-    Options that were not scored by themselves lie on the line between those that were, by the energy that they lose.
+    Of the loss whatever the search maximises: a single site changes the class of few images, or of none. Options that were not scored
+    by themselves lie on the line between those that were, by the energy that they lose.
 
     Args:
       space: sites and patterns.
       retained: float32 `[sites, options]`: share of the energy, or of the weights, that an option keeps.
       each: as for `singles`.
       archive: scores of all `singles`, and of whatever else.
-      objective: what the score is.
 
     Returns:
       float32 `[sites, options]`.
     """
-    found = _effects(space, archive, objective)
+    found = _effects(space, archive)
     low, high = _neighbours(space, each)
     rows = np.arange(space.num_sites)[:, None]
     lost = 1.0 - retained
@@ -100,9 +99,9 @@ def sensitivity_logits(
     return _TRUST * effects / jnp.maximum(deviation, 1e-6)
 
 
-def _effects(space: Space, archive: Archive, objective: Objective) -> jax.Array:
-    """float32 `[sites, options]`: score less that of the dense network, of policies that prune one site; 0 where there is none."""
-    worth = quality(archive.accuracy, archive.loss, objective)
+def _effects(space: Space, archive: Archive) -> jax.Array:
+    """float32 `[sites, options]`: loss of the dense network less that of policies that prune one site; 0 where there is none."""
+    worth = -archive.loss
     used = jnp.arange(worth.size) < archive.count
     pruned = (archive.policies > 0).sum(axis=1)
     dense = jnp.max(jnp.where(used & (pruned == 0), worth, -jnp.inf))

@@ -190,7 +190,7 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
     sites = task.sites
     if each:
         archive = state.env.archive
-        told = sensitivity_logits(env.space, sites.retained, each, archive, config.objective)
+        told = sensitivity_logits(env.space, sites.retained, each, archive)
         sites = dataclasses.replace(sites, prior=sites.prior + jnp.where(left > 0, 0.0, told))
     env_state, rollout = play(
         agent, state.agent, env, task.env, state.env, sites, key, config.projection, alone
@@ -198,10 +198,9 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
     batch, credit, credited = ppo.prepare(
         config, rollout, state.credit, env.space.max_options, len(task.env.budget)
     )
-    free = np.flatnonzero(env.space.num_options > 1)
     entropy = ppo.entropy_weight(config, state.update)
     params, optimizer, measured = ppo.learn(
-        state.agent, state.optimizer, agent, batch, sites, free, config, entropy
+        state.agent, state.optimizer, agent, batch, sites, config, entropy
     )
     critic = rollout.values[:-1].reshape(-1)
     measured |= {

@@ -72,10 +72,10 @@ def test_greedy_scores_every_option_by_itself_and_then_favours_what_does_least_h
     first = proposed("greedy", archive, rule("greedy"), jax.random.key(0))
     np.testing.assert_array_equal(first, alone[:NUMBER])
     # Pruning site 1 does great harm, other sites none.
-    accuracy = np.where(alone[:, 1] > 0, 0.1, 0.9).astype(np.float32)
+    loss = np.where(alone[:, 1] > 0, 2.3, 0.1).astype(np.float32)
     count = jnp.int32(len(alone))
     full = dataclasses.replace(
-        archive, policies=jnp.asarray(alone), accuracy=jnp.asarray(accuracy), count=count, total=count
+        archive, policies=jnp.asarray(alone), loss=jnp.asarray(loss), count=count, total=count
     )
     kept = np.asarray(proposed("greedy", full, rule("greedy"), jax.random.key(1)))[:, 1] == 0
     by_chance = np.asarray(proposed("random", full, rule("random"), jax.random.key(1)))[:, 1] == 0
@@ -86,10 +86,10 @@ def test_greedy_tells_by_sizes_what_options_would_do_that_it_had_no_room_for() -
     """Pruning site 1 by half does great harm: by less it does harm too."""
     few = dataclasses.replace(config_of("greedy"), evaluations=2 * len(singles(toy_space(), 1)), batch_size=8)
     alone = singles(toy_space(), 1)
-    accuracy = np.where(alone[:, 1] > 0, 0.1, 0.9).astype(np.float32)
+    loss = np.where(alone[:, 1] > 0, 2.3, 0.1).astype(np.float32)
     empty, count = empty_archive(len(alone), toy_space().num_sites), jnp.int32(len(alone))
     archive = dataclasses.replace(
-        empty, policies=jnp.asarray(alone), accuracy=jnp.asarray(accuracy), count=count, total=count
+        empty, policies=jnp.asarray(alone), loss=jnp.asarray(loss), count=count, total=count
     )
     draw = jax.jit(
         lambda key: (

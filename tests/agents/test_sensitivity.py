@@ -34,11 +34,16 @@ def retained() -> jax.Array:
     return site_features(toy_space(), toy_model().params).retained
 
 
-def scored(policies: np.ndarray, accuracy: np.ndarray) -> Archive:
-    """An archive of policies int32 `[n, sites]` with accuracies float32 `[n]`."""
+def scored(policies: np.ndarray, loss: np.ndarray) -> Archive:
+    """An archive of policies int32 `[n, sites]` with losses float32 `[n]`, and accuracies that tell nothing."""
     empty, count = empty_archive(len(policies), toy_space().num_sites), jnp.int32(len(policies))
     return dataclasses.replace(
-        empty, policies=jnp.asarray(policies), accuracy=jnp.asarray(accuracy), count=count, total=count
+        empty,
+        policies=jnp.asarray(policies),
+        loss=jnp.asarray(loss, jnp.float32),
+        accuracy=jnp.ones(len(policies)),
+        count=count,
+        total=count,
     )
 
 
@@ -76,17 +81,17 @@ def test_singles_come_first_and_once(total: int) -> None:
 def test_scored_options_are_favoured_by_what_they_do() -> None:
     alone = singles(toy_space(), EVERY)
     rng = np.random.default_rng(0)
-    accuracy = rng.uniform(size=len(alone)).astype(np.float32)
+    loss = rng.uniform(size=len(alone))
     both = np.zeros((2, toy_space().num_sites), np.int32)
     both[:, :2] = 1  # of two sites: says nothing of either alone
-    archive = scored(np.concatenate([alone, both]), np.append(accuracy, [5.0, -5.0]).astype(np.float32))
-    logits = np.asarray(sensitivity_logits(toy_space(), retained(), EVERY, archive, "accuracy"))
+    archive = scored(np.concatenate([alone, both]), np.append(loss, [5.0, -5.0]))
+    logits = np.asarray(sensitivity_logits(toy_space(), retained(), EVERY, archive))
     effects = np.zeros_like(logits)
     for row, policy in enumerate(alone[1:], 1):
         site = int(np.flatnonzero(policy)[0])
-        effects[site, policy[site]] = accuracy[row] - accuracy[0]
+        effects[site, policy[site]] = loss[0] - loss[row]
     valid = toy_space().valid
-    expected = 3.0 * effects / np.sqrt(np.mean(effects[valid] ** 2))
+    expected = 12.0 * effects / np.sqrt(np.mean(effects[valid] ** 2))
     np.testing.assert_allclose(logits[valid], expected[valid], rtol=1e-4, atol=1e-5)
 
 
@@ -96,9 +101,9 @@ def test_options_between_lie_on_the_line_by_the_energy_that_they_lose(each: int)
     alone, lost = singles(toy_space(), each), 1.0 - np.asarray(retained())
     factors = np.linspace(0.1, 1.0, toy_space().num_sites)
     harm = factors[:, None] * lost
-    accuracy = 0.9 - harm[np.arange(toy_space().num_sites)[None], alone].sum(axis=1)
-    archive = scored(alone, accuracy.astype(np.float32))
-    logits = np.asarray(sensitivity_logits(toy_space(), retained(), each, archive, "accuracy"))
+    loss = 0.1 + harm[np.arange(toy_space().num_sites)[None], alone].sum(axis=1)
+    archive = scored(alone, loss)
+    logits = np.asarray(sensitivity_logits(toy_space(), retained(), each, archive))
     channels = [site.index for site in toy_space().sites if site.family == "channels"]
     for (
         site
@@ -113,20 +118,26 @@ def test_options_between_lie_on_the_line_by_the_energy_that_they_lose(each: int)
 
 def test_nothing_is_favoured_where_no_site_matters() -> None:
     alone = singles(toy_space(), 2)
-    archive = scored(alone, np.full(len(alone), 0.5, np.float32))
-    logits = sensitivity_logits(toy_space(), retained(), 2, archive, "accuracy")
+    archive = scored(alone, np.full(len(alone), 0.5))
+    logits = sensitivity_logits(toy_space(), retained(), 2, archive)
     np.testing.assert_array_equal(logits, jnp.zeros_like(logits))
 
 
 def test_the_share_of_the_evaluations_decides_how_many_options_are_scored() -> None:
-    free = int((toy_space().num_options > 1).sum())
-    for share, evaluations in itertools.product((0.0, 0.1, 0.25, 0.9), (32, 64, 256, 4096)):
-        config = dataclasses.replace(BASE, sensitivity=share, evaluations=evaluations)
+    least = 1 + toy_space().num_sites
+    for share, evaluations in itertools.product((0.1, 0.25, 0.9), (16, 20, 32, 64, 256, 4096)):
+        config = dataclasses.replace(BASE, sensitivity=share, evaluations=evaluations, batch_size=8)
         each = options_each(config, toy_space())
-        rows = len(singles(toy_space(), each))
-        assert rows <= share * evaluations
-        more = 1 + (each + 1) * free  # at the most
-        assert each == EVERY - 1 or more > share * evaluations
+        drawn = config.updates * config.batch
+        rows, more = (len(singles(toy_space(), number)) for number in (each, each + 1))
+        assert rows <= max(least, min(share, 0.5) * drawn)
+        assert rows <= drawn / 2
+        assert each == EVERY - 1 or more > min(share, 0.5) * drawn
+        # One option of each is worth more than its share.
+        assert (each > 0) == (least <= drawn / 2)
+    assert options_each(dataclasses.replace(BASE, sensitivity=0.0), toy_space()) == 0
+    alone_and_no_more = dataclasses.replace(BASE, evaluations=64, batch_size=64)
+    assert options_each(alone_and_no_more, toy_space()) == 0
     history = plain().history
     alone = len(singles(toy_space(), options_each(BASE, toy_space())))
     assert sum(row["single_sites"] for row in history) == alone
@@ -149,7 +160,7 @@ def test_other_methods_and_rewards_that_hold_the_budget_score_no_single_sites() 
 
 
 def test_energy_is_what_a_search_begins_from_where_no_single_sites_are_scored() -> None:
-    few = dataclasses.replace(BASE, evaluations=32)
+    few = dataclasses.replace(BASE, evaluations=16)
     assert starts_from_energy(few, toy_space()) and not starts_from_energy(BASE, toy_space())
     assert starts_from_energy(dataclasses.replace(BASE, warm_start=True), toy_space())
     assert not starts_from_energy(dataclasses.replace(few, warm_start=False), toy_space())
