@@ -15,8 +15,8 @@ from sculpt.agents.config import LEARNERS, SearchConfig
 from sculpt.pruning import Space
 from sculpt.scoring.archive import Archive
 
-_TRUST = 12.0
-"""Logits of an option whose effect on the loss is the root mean square of all; the draw adds Gumbel noise of scale 1."""
+_TRUST = 8.0
+"""Logits of an option whose effect on the loss is the mean of all; the draw adds Gumbel noise of scale 1."""
 _AT_MOST = 0.5
 """Share of the evaluations, at the most, that are spent on single sites: by greedy search for as many options as there is room for, by
 others for one option of each."""
@@ -74,9 +74,9 @@ def singles_first(alone: np.ndarray, total: jax.Array, policies: jax.Array) -> j
 
 
 def sensitivity_logits(space: Space, retained: jax.Array, each: int, archive: Archive) -> jax.Array:
-    """Logits of every option by what it does to the loss by itself, in units of the root mean square over all options.
+    """Logits of every option by what it does to the loss by itself, in units of the mean size of all effects.
 
-    Of the loss whatever the search maximises: a single site changes the class of few images, or of none. Options that were not scored
+    The mean: few sites ruin a network by themselves, and would drown the others in a mean square. Of the loss whatever the search maximises: a single site changes the class of few images, or of none. Options that were not scored
     by themselves lie on the line between those that were, by the energy that they lose.
 
     Args:
@@ -95,8 +95,8 @@ def sensitivity_logits(space: Space, retained: jax.Array, each: int, archive: Ar
     way = (lost - lost[rows, low]) / jnp.maximum(lost[rows, high] - lost[rows, low], 1e-6)
     step = found[rows, high] - found[rows, low]
     effects = found[rows, low] + jnp.clip(way, 0.0, _FARTHEST) * step
-    deviation = jnp.sqrt(jnp.mean(effects**2, where=jnp.asarray(space.valid)))
-    return _TRUST * effects / jnp.maximum(deviation, 1e-6)
+    size = jnp.mean(jnp.abs(effects), where=jnp.asarray(space.valid))
+    return _TRUST * effects / jnp.maximum(size, 1e-6)
 
 
 def _effects(space: Space, archive: Archive) -> jax.Array:

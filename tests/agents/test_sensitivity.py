@@ -91,7 +91,7 @@ def test_scored_options_are_favoured_by_what_they_do() -> None:
         site = int(np.flatnonzero(policy)[0])
         effects[site, policy[site]] = loss[0] - loss[row]
     valid = toy_space().valid
-    expected = 12.0 * effects / np.sqrt(np.mean(effects[valid] ** 2))
+    expected = 8.0 * effects / np.mean(np.abs(effects[valid]))
     np.testing.assert_allclose(logits[valid], expected[valid], rtol=1e-4, atol=1e-5)
 
 
