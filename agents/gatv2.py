@@ -2,9 +2,9 @@
 
     e_ij = a^T LeakyReLU(W_s h_j + W_t h_i + W_e x_ij),   alpha_ij = softmax over j of e_ij,   h_i' = sum_j alpha_ij W_s h_j
 
-for an edge from node j (sender) to node i (receiver) with features x_ij. Gathers and sums over edges are products with
-0/1 incidence matrices instead of scatter-adds: a few hundred nodes make that cheap, it suits a TPU, and the bits are
-the same at every run where an atomic scatter-add on a GPU would not give that.
+for an edge from node j (sender) to node i (receiver) with features x_ij. Sums over edges, those of gradients included, are
+products with 0/1 incidence matrices instead of scatter-adds: a few hundred nodes make that cheap, it suits a TPU, and the
+bits are the same at every run where an atomic scatter-add on a GPU would not give that.
 """
 
 from __future__ import annotations

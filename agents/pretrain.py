@@ -17,6 +17,7 @@ from sculpt.pruning import Space, check_budget
 from sculpt.scoring.env import Scorer
 from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
+from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits
 
 
@@ -80,7 +81,11 @@ def pretrain(
             check_budget(lesson.space, budget)
     plan = plan or EvaluationPlan()
     config = dataclasses.replace(
-        config, sensitivity=0.0, agent=dataclasses.replace(config.agent, own_logits=False)
+        config,
+        sensitivity=0.0,
+        rerank=0,
+        rerank_finetune=FinetuneConfig(),
+        agent=dataclasses.replace(config.agent, own_logits=False),
     )
     data_key, init_key, update_key = jax.random.split(key, 3)
     runs = []

@@ -33,7 +33,8 @@ class Referee:
     config: SearchConfig
     """Whether and how to fine-tune."""
     calibration: jax.Array | None
-    """float32 `[k, h, w, c]`: candidates are reconstructed on these, or where nothing is fine-tuned recalibrated; None: left alone."""
+    """float32 `[k, h, w, c]`: candidates are reconstructed on these before fine-tuning, or recalibrated before they are judged; None:
+    left alone."""
     key: jax.Array
     """The same for every candidate: all of them see the same batches."""
 
@@ -45,24 +46,26 @@ class Referee:
         masks = make_masks(self.space, self.model.params, jnp.asarray(policy))
         config = self.config.rerank_finetune
         try:
-            if not self.config.rerank:
-                pruned = self._repaired(masks)
-            else:
-                # Weights that are to fade must be there to begin with.
-                start = self.model if config.gradual else self._repaired(masks)
+            # Weights that are to fade must be there to begin with.
+            fades = self.config.rerank and config.gradual
+            pruned = self.model if fades else self._pruned(masks)
+            if self.config.rerank:
                 teacher = self.model if config.needs_teacher else None
-                pruned = finetune(start, masks, self.splits, config, self.key, teacher=teacher)
+                pruned = finetune(pruned, masks, self.splits, config, self.key, teacher=teacher)
         except (NotFinite, TrainingDiverged):
             return 0.0
-        validation = self.splits.validation
-        images = self.splits.normalise(validation.images)
-        return float(evaluate(pruned, images, validation.labels).accuracy)
+        if self.calibration is not None and not self._reconstructs:
+            # After so few steps running statistics are still partly those of the dense network.
+            pruned = recalibrate(pruned, self.calibration)
+        split = self.splits.validation
+        return float(evaluate(pruned, split.images, split.labels, normalise=self.splits.normalise).accuracy)
 
-    def _repaired(self, masks: Any) -> Model:
-        """The masked network, reconstructed with all effort or recalibrated; statistics are left to fine-tuning where there is any."""
-        if self.calibration is not None and self.config.repair_of(self.model) == "reconstruct":
+    @property
+    def _reconstructs(self) -> bool:
+        return self.calibration is not None and self.config.repair_of(self.model) == "reconstruct"
+
+    def _pruned(self, masks: Any) -> Model:
+        """The masked network, reconstructed with all effort where that is asked for."""
+        if self._reconstructs:
             return reconstruct(self.model, masks, self.calibration)
-        pruned = apply_masks(self.model, masks)
-        if self.calibration is None or self.config.rerank:
-            return pruned
-        return recalibrate(pruned, self.calibration)
+        return apply_masks(self.model, masks)

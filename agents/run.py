@@ -34,7 +34,9 @@ from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
 from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import make_problem
+from sculpt.scoring.recalibrate import check_calibration_images
 from sculpt.training.data import Splits
+from sculpt.training.finetune import check_request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +160,16 @@ def set_up(
     plan: EvaluationPlan,
     scorer: Scorer = score_policies,
 ) -> tuple[Program, Task, jax.Array | None]:
-    """The program of a search, its arrays (images are drawn by `key`), and the images to calibrate on."""
+    """The program of a search, its arrays (images are drawn by `key`), and the images to calibrate on.
+
+    Raises:
+      ValueError: if the train split is too small, or what the re-rank would refuse after the search: settings of its fine-tuning.
+    """
+    if config.repair_of(model) == "recalibrate":
+        check_calibration_images(config.calibration_images)
+    if config.rerank:
+        brief = config.rerank_finetune
+        check_request(model, splits, brief, model if brief.needs_teacher else None)
     sites = site_inputs(space, model.params)
     if not starts_from_energy(config, space):
         sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))

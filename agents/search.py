@@ -17,11 +17,13 @@ from sculpt.agents.result import SearchResult, make_result, shortlist
 from sculpt.agents.run import Run, set_up, settled
 from sculpt.agents.update import Metrics
 from sculpt.arguments import checked
+from sculpt.digest import add_arrays
 from sculpt.model import Model, Params
 from sculpt.pruning import Space
 from sculpt.scoring.env import EnvParams, Scorer
 from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
+from sculpt.tracing.outline import add_model
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.data import Splits
 from sculpt.training.stream import content
@@ -76,7 +78,7 @@ def search(
     keeper = (
         None
         if directory is None
-        else Checkpoints(directory, _fingerprint(model, space, splits, config, key, task.env, agent))
+        else Checkpoints(directory, _fingerprint(model, space, splits, config, key, task.env, scorer, agent))
     )
     referee = Referee(model, space, splits, config, calibration, rerank_key)
     try:
@@ -124,20 +126,22 @@ def _fingerprint(
     config: SearchConfig,
     key: jax.Array,
     task: EnvParams,
+    scorer: Scorer,
     agent: Params | None,
 ) -> str:
-    """Tells one search from another: settings, key, sites, weights, data, precision, what the agent begins with; not how often it
-    is saved, nor its layout."""
+    """Tells one search from another: settings, key, sites, network, data, precision, scorer, what the agent begins with; not how often
+    it is saved, nor its layout."""
     settings = dataclasses.replace(config, checkpoint_every=1, repair=config.repair_of(model))
+    scored_by = getattr(scorer, "__qualname__", repr(scorer))  # the text of a function has its address
     precision = task.problem.plan.precision
-    digest = hashlib.sha256(repr((settings, precision, splits.name, splits.mean, splits.std)).encode())
-    digest.update(np.asarray(jax.random.key_data(key)).tobytes())
+    digest = hashlib.sha256(
+        repr((settings, precision, scored_by, splits.name, splits.mean, splits.std)).encode()
+    )
     digest.update(space.resource.name.encode() + space.option_cost.tobytes())
     for site in space.sites:
         digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())
-    arrays = model.params, model.state, task.problem.choices, task.budget, agent
-    for leaf in jax.tree.leaves(jax.device_get(arrays)):
-        digest.update(np.asarray(leaf).tobytes())
+    add_model(digest, model, splits.train.images.shape[1:])
+    add_arrays(digest, (key, task.problem.choices, task.budget, agent))
     # Beyond the images to score on: the re-rank trains on the whole train split and judges on validation.
     for split in (splits.train, splits.validation):
         for array in (split.images, split.labels):

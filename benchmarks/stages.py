@@ -38,8 +38,8 @@ def settle(folder: Path, settings: dict[str, Any]) -> None:
 
 def test_accuracy(model: Model, splits: Any) -> float:
     """Accuracy on the test split, in percent."""
-    images = splits.normalise(splits.test.images)
-    return 100 * float(sculpt.evaluate(model, images, splits.test.labels).accuracy)
+    test = splits.test
+    return 100 * float(sculpt.evaluate(model, test.images, test.labels, normalise=splits.normalise).accuracy)
 
 
 def in_words(config: sculpt.FinetuneConfig) -> str:

@@ -107,6 +107,8 @@ def _hashable(module: Any) -> Any:
 
 _OFF_IN_TRAINING = ("deterministic", "use_running_average")
 """Keywords of the kind that is True in evaluation."""
+_MODES = ("train", "training", "is_training", "is_train", *_OFF_IN_TRAINING)
+"""Keywords that switch training mode on or off, as they are usually called."""
 
 
 def _mode(argument: str | None, training: bool) -> dict[str, bool]:
@@ -164,8 +166,7 @@ def _accepted_argument(module: Any, name: str | None, must_switch: bool) -> str 
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if name is None or name in parameters or takes_any:
         return name
-    modes = {"training", "is_training", "is_train", *_OFF_IN_TRAINING}
-    if name == "train" and not must_switch and not modes & set(parameters):
+    if name == "train" and not must_switch and not set(_MODES) & set(parameters):
         return None
     raise ValueError(
         f"{type(module).__name__}.__call__ takes {[p for p in parameters if p != 'self']}, not {name!r}: "
@@ -176,16 +177,19 @@ def _accepted_argument(module: Any, name: str | None, must_switch: bool) -> str 
 @dataclasses.dataclass(frozen=True)
 class _NnxApply:
     graphdef: Any
+    train_argument: str | None
 
     def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
         from flax import nnx
 
-        return nnx.merge(self.graphdef, params, state["rest"], copy=True)(x)
+        module = nnx.merge(self.graphdef, params, state["rest"], copy=True)
+        return module(x, **_mode(self.train_argument, False))
 
 
 @dataclasses.dataclass(frozen=True)
 class _NnxTrain:
     graphdef: Any
+    train_argument: str | None
 
     def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
         from flax import nnx
@@ -193,27 +197,54 @@ class _NnxTrain:
         module = nnx.merge(self.graphdef, params, state["rest"], copy=True)
         default, dropout = jax.random.split(key)
         nnx.reseed(module, default=default, dropout=dropout)
-        logits = module(x)
+        logits = module(x, **_mode(self.train_argument, True))
         return logits, {"rest": nnx.state(module, nnx.Not(nnx.Param))}
 
 
-def from_nnx(module: Any) -> Model:
+def from_nnx(module: Any, train_argument: str | None = None) -> Model:
     """Adapts a Flax NNX module whose `__call__(x)` returns logits.
 
     Its `nnx.Param` leaves become `params`; every other variable becomes `state`. The module itself is not changed.
 
+    Args:
+      module: a `flax.nnx.Module`.
+      train_argument: name of a boolean keyword of `__call__` that switches training mode on, as for `from_linen`; None: the mode is that
+        of the layers themselves, as `module.train()` and `module.eval()` set it.
+
     Raises:
-      ValueError: if the module holds no `nnx.Param`.
+      ValueError: if the module holds no `nnx.Param`, does not take `train_argument`, or takes such a keyword that was not named.
     """
     from flax import nnx
 
+    _check_keyword(module, train_argument)
     evaluation = nnx.view(module, deterministic=True, use_running_average=True, raise_if_not_found=False)
     training = nnx.view(module, deterministic=False, use_running_average=False, raise_if_not_found=False)
     graphdef, params, rest = nnx.split(evaluation, nnx.Param, ...)
     train_graphdef, _, _ = nnx.split(training, nnx.Param, ...)
     if not jax.tree.leaves(params):
         raise ValueError(f"from_nnx found no nnx.Param in {type(module).__name__}: nothing there to prune")
-    return Model(_NnxApply(graphdef), _NnxTrain(train_graphdef), params, {"rest": rest})
+    apply, apply_train = _NnxApply(graphdef, train_argument), _NnxTrain(train_graphdef, train_argument)
+    return Model(apply, apply_train, params, {"rest": rest})
+
+
+def _check_keyword(module: Any, train_argument: str | None) -> None:
+    """Raises ValueError unless `train_argument` is the keyword of an NNX module that switches training mode on, or there is none."""
+    import inspect
+
+    parameters = inspect.signature(type(module).__call__).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    # None as its default leaves the mode to the layer.
+    modes = [name for name in _MODES if name in parameters and parameters[name].default is not None]
+    if train_argument is None and modes:
+        raise ValueError(
+            f"{type(module).__name__}.__call__ takes {modes[0]!r}, which would stay as it is in training: pass "
+            f"train_argument={modes[0]!r}"
+        )
+    if train_argument is not None and train_argument not in parameters and not takes_any:
+        raise ValueError(
+            f"{type(module).__name__}.__call__ takes {[p for p in parameters if p != 'self']}, not {train_argument!r}: pass "
+            "train_argument=<the keyword that switches training mode on>, or leave it out"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

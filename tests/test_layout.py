@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ORDER = (
     "arguments",
     "cache",
+    "digest",
     "files",
     "model",
     "tracing",

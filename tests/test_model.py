@@ -59,6 +59,29 @@ def _floats(tree: object) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
+class Switched(nnx.Module):
+    """An NNX module that is told its mode when it is called."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs)
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        return self.last(self.norm(self.first(x), use_running_average=not train))
+
+
+def test_the_keyword_of_an_nnx_module_switches_its_mode() -> None:
+    with pytest.raises(ValueError, match=r"Switched.__call__ takes 'train', .* pass train_argument='train'"):
+        sculpt.from_nnx(Switched(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"takes \['x', 'train'\], not 'training'"):
+        sculpt.from_nnx(Switched(nnx.Rngs(0)), train_argument="training")
+    model, x = sculpt.from_nnx(Switched(nnx.Rngs(0)), train_argument="train"), jnp.ones((4, 8))
+    _, state = model.apply_train(model.params, model.state, x, jax.random.key(0))
+    before, after = (jax.tree.leaves(tree)[0] for tree in (model.state, state))
+    assert float(jnp.abs(after - before).max()) > 0.01
+    np.testing.assert_array_equal(model(x), Switched(nnx.Rngs(0))(x))
+
+
 def test_nnx_module_is_left_as_it_was() -> None:
     module = NnxResidual(nnx.Rngs(0))
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module, nnx.Param)))

@@ -56,9 +56,13 @@ def find_chains(program: Program, constants: set[int]) -> tuple[Chain, ...]:
     fresh = len(program.avals)
     for place, eqn in enumerate(program.equations):
         found = None if eqn.outputs[0] in constants else kernel_of(program, eqn, constants)
-        if found is None or program.avals[eqn.outputs[0]].dtype not in FOLDED_DTYPES:
+        if found is None:
             continue
         operand, axes = found
+        # Of half precision are perhaps the kernel alone, and sums in full.
+        values = (v for v in (eqn.inputs[operand], eqn.outputs[0]) if isinstance(v, int))
+        if any(program.avals[v].dtype not in FOLDED_DTYPES for v in values):
+            continue
         steps: list[int] = []
         value = eqn.outputs[0]
         while value not in results and len(readers.get(value, ())) == 1:

@@ -53,6 +53,11 @@ class _SizesAtPoint(Sizes):
         self._batch = batch
         images = flow.terms[flow.program.inputs[-1]][0]
         self._images, self._traced_batch = set(flow.axes.atoms(images)), flow.axes.size(images)
+        if not self._images:
+            raise ValueError(
+                "latencies of layers are measured for a batch of any size, and this network takes its batch apart, image by image: "
+                "choose another resource"
+            )
         self._kept: dict[Axis, dict[Atom, np.ndarray]] = {}
         windows = _windows(space, choices, part, point)
         for dimension, size in zip(part.dimensions, point):

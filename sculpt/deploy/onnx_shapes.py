@@ -100,7 +100,9 @@ def _batch_size(writer: Writer, eqn: Equation) -> list[Tensor]:
 @operation("tile")
 def _tile(writer: Writer, eqn: Equation) -> list[Tensor]:
     x, repeats = writer.tensor(eqn.inputs[0]), eqn.params["reps"]
-    name = writer.node("Tile", [writer.held(x, x.order), writer.integers(*(repeats[d] for d in x.order))])
+    name = writer.node(
+        "Tile", [writer.held(x, x.order), writer.expanded_sizes([repeats[d] for d in x.order])]
+    )
     return [Tensor(name, x.order, writer.program.shape(eqn.outputs[0]))]
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sculpt.pipeline.stages import Pipeline
     from sculpt.tracing.axes import Atom
     from sculpt.tracing.layers import Monomials
+    from sculpt.training import Splits
 
 _CALIBRATION = 512
 LATENCY = "latency.json"
@@ -69,7 +70,6 @@ def theoretical_macs(space: Space, policy: Any, masks: Any) -> int:
 def measure(p: Pipeline) -> dict[str, Any]:
     """Everything that the closing table says. The only place of a run that reads the test split, once."""
     test = p.splits.test
-    images, labels = p.splits.normalise(test.images), test.labels
     train_images = p.splits.train.images
     calibration = train_images[: images_used(min(_CALIBRATION, len(train_images)))]
     masked = recalibrate(apply_masks(p.dense, p.masks), p.splits.normalise(calibration))
@@ -82,7 +82,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
         "fine-tuned": p.tuned,
         "compact": p.small,
     }
-    accuracy = {name: _accuracy(m, images, labels) for name, m in networks.items()}
+    accuracy = {name: _accuracy(m, p.splits) for name, m in networks.items()}
     timed = {name: networks[name] for name in ("dense", "fine-tuned", "compact")}
     latency = compare_latency(timed, p.example)
     trace, compacted = p.space.trace, p.run.record("compact")
@@ -112,7 +112,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
         "budget": kept_of_budget(p, rows[0], rows[-1]),
         "device": device_name(),
         "versions": versions(),
-        "n_test": len(labels),
+        "n_test": len(test.labels),
         "n_latency": latency["dense"].n,
         "latency_batch": latency["dense"].batch,
         "n_calibration": len(calibration) if jax.tree.leaves(p.dense.state) else 0,
@@ -120,14 +120,16 @@ def measure(p: Pipeline) -> dict[str, Any]:
         "splits": {
             "train": len(train_images),
             "validation": len(p.splits.validation.labels),
-            "test": len(labels),
+            "test": len(test.labels),
         },
     }
 
 
-def _accuracy(model: Model, images: Any, labels: Any) -> float:
-    """A share of whole images, free of float32 rounding."""
-    return round(float(evaluate(model, images, labels).accuracy) * len(labels)) / len(labels)
+def _accuracy(model: Model, splits: Splits) -> float:
+    """A share of whole test images, free of float32 rounding."""
+    images, labels = splits.test.images, splits.test.labels
+    accuracy = float(evaluate(model, images, labels, normalise=splits.normalise).accuracy)
+    return round(accuracy * len(labels)) / len(labels)
 
 
 def _costs(values: tuple[int, int, int]) -> dict[str, int]:

@@ -287,7 +287,7 @@ class Pipeline(Artefacts):
 
     def _validated(self, model: Model) -> dict[str, Any]:
         split = self.splits.validation
-        accuracy = evaluate(model, self.splits.normalise(split.images), split.labels).accuracy
+        accuracy = evaluate(model, split.images, split.labels, normalise=self.splits.normalise).accuracy
         return {"validation_accuracy": float(accuracy), "n_validation": len(split.labels)}
 
     def _plan(self, config: SearchConfig) -> EvaluationPlan:

@@ -120,7 +120,7 @@ def _static_features(space: Space) -> np.ndarray:
             spread = len(group.slots) / 32
             touched = {leaf for leaf, _ in group.slots}
             shares = [
-                sum(layer.macs for layer in trace.layers if layer.leaf in touched) / trace.macs,
+                sum(layer.macs for layer in trace.layers if layer.leaf in touched) / max(trace.macs, 1),
                 sum(params[leaf] for leaf in touched),
             ]
         logs = [np.log10(max(s, 1e-6)) / 6 for s in shares]

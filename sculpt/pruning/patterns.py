@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ from sculpt.pruning.importance import Importance
 from sculpt.pruning.importance_weights import unit_energy, window_energy
 from sculpt.tracing import Trace
 from sculpt.tracing.branches import branch_atoms
+from sculpt.tracing.layers import RENAMING
+from sculpt.tracing.program import Equation, Operand
 
 LEVELS = 8
 """Keep fractions of the `channels` family are eighths."""
@@ -90,12 +91,18 @@ def _rect_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
     uses: dict[int, int] = {}
     for layer in trace.layers:
         uses[layer.leaf] = uses.get(layer.leaf, 0) + 1
-    readers = Counter(
-        value for eqn in trace.program.equations for value in eqn.inputs if isinstance(value, int)
-    )
+    readers: dict[Operand, list[Equation]] = {}
+    for eqn in trace.program.equations:
+        for value in eqn.inputs:
+            readers.setdefault(value, []).append(eqn)
+
+    def reads(value: Operand) -> int:
+        """How often a kernel is read, as it is or cast, transposed or reshaped."""
+        return sum(reads(eqn.outputs[0]) if eqn.name in RENAMING else 1 for eqn in readers.get(value, ()))
+
     for layer in trace.layers:
         # A kernel used twice, or used other than by a convolution, keeps its window.
-        read_elsewhere = readers[trace.program.inputs[layer.leaf]] > 1
+        read_elsewhere = reads(trace.program.inputs[layer.leaf]) > 1
         if not layer.window or layer.leaf in seen or uses[layer.leaf] > 1 or read_elsewhere:
             continue
         seen.add(layer.leaf)

@@ -207,6 +207,13 @@ def _pad(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
     return {"padding_config": tuple(config)}
 
 
+@rewrite_rule("tile")
+def _tile(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    before, after = sizes.program.shape(eqn.inputs[0]), sizes.shape(eqn.outputs[0])
+    reps = eqn.params["reps"]
+    return {"reps": tuple(new if old == 1 else times for old, new, times in zip(before, after, reps))}
+
+
 @rewrite_rule("gather")
 def _gather(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
     batching = eqn.params["dimension_numbers"].operand_batching_dims

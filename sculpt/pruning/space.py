@@ -106,7 +106,7 @@ def make_space(
         fine-tuning. None ranks them by retained energy on the parameters that masks are made of.
 
     Raises:
-      ValueError: for an unknown family, a number below 1, importance of another trace, or a network without any site.
+      ValueError: for an unknown family, `round_to` below 1 or `min_keep` below 0, importance of another trace, or a network without any site.
     """
     families = (families,) if isinstance(families, str) else tuple(families)
     for name in families:

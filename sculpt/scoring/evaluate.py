@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,13 +13,20 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
-from sculpt.arguments import checked
+from sculpt.arguments import checked, is_whole
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import check_policies, mask_params, masks_from_choices
 from sculpt.pruning.space import Space
 from sculpt.scoring.lowering import lowered
 from sculpt.scoring.plan import IMAGE_AXIS, POLICY_AXIS, EvaluationPlan
-from sculpt.scoring.problem import Problem, Repair, check_images, check_logits, make_problem
+from sculpt.scoring.problem import (
+    Problem,
+    Repair,
+    check_images,
+    check_labels,
+    check_logits,
+    make_problem,
+)
 from sculpt.scoring.recalibrate import batch_statistics
 from sculpt.scoring.reconstruct import BRIEF, RIDGE, fit_params, linear_network
 
@@ -230,20 +238,41 @@ def evaluate_policies(
 
 
 @checked
-def evaluate(model: Model, images: Any, labels: Any, images_per_batch: int = 64) -> Scores:
-    """Accuracy and mean cross-entropy (scalars) of a model as it stands, on normalised images `[m, ...]`.
+def evaluate(
+    model: Model,
+    images: Any,
+    labels: Any,
+    images_per_batch: int = 64,
+    *,
+    normalise: Callable[[Any], Any] | None = None,
+) -> Scores:
+    """Accuracy and mean cross-entropy (scalars) of a model as it stands.
+
+    Args:
+      model: a network that gives logits.
+      images: `[m, ...]`, normalised, or what `normalise` takes.
+      labels: integers `[m]`.
+      images_per_batch: how many are on the device at a time.
+      normalise: what is done to the images of a batch first, such as `splits.normalise`; None: nothing.
 
     Raises:
-      ValueError: if images or labels do not fit together, or the model's output is not logits.
+      ValueError: if images or labels do not fit together, the model's output is not logits, or `images_per_batch` is not a whole
+        number of at least 1.
     """
-    images, labels = check_images(np.shape(images)[1:], images, labels)
-    check_logits(model, images[:1], labels)
+    if not is_whole(images_per_batch, 1):
+        raise ValueError(f"images_per_batch must be a whole number of at least 1, got {images_per_batch!r}")
+    prepared = normalise or (lambda block: block)
+    number = np.shape(images)[0]
+    labels = check_labels(labels, number)
+    first, _ = check_images(np.shape(images)[1:], prepared(images[:1]))
+    check_logits(model, first, labels)
     right = loss = 0.0
-    for start in range(0, len(labels), images_per_batch):
+    for start in range(0, number, images_per_batch):
         block = slice(start, start + images_per_batch)
-        counts = _count_right(model.apply, model.params, model.state, images[block], labels[block])
+        x = jnp.asarray(prepared(images[block]), jnp.float32)
+        counts = _count_right(model.apply, model.params, model.state, x, labels[block])
         right, loss = right + counts[0], loss + counts[1]
-    return Scores(jnp.asarray(right / len(labels)), jnp.asarray(loss / len(labels)))
+    return Scores(jnp.asarray(right / number), jnp.asarray(loss / number))
 
 
 @functools.partial(jax.jit, static_argnums=0)

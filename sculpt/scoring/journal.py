@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked
+from sculpt.digest import digest_of
 from sculpt.files import written_whole
 from sculpt.model import Model
 from sculpt.pruning.space import Space
@@ -34,7 +34,7 @@ from sculpt.scoring.policy_file import (
 )
 from sculpt.scoring.problem import Problem, Repair, make_problem
 from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
-from sculpt.tracing.program import Program
+from sculpt.tracing.outline import outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,15 +281,6 @@ def _locked(file: Path) -> Any:
 def _about(problem: Problem) -> dict[str, Any]:
     """What scores depend on: two tasks with the same description have the same scores."""
 
-    def digest(tree: Any) -> str:
-        found = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaf = jax.random.key_data(leaf)
-            found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
-            found.update(np.ascontiguousarray(leaf).tobytes())
-        return found.hexdigest()
-
     labels = np.asarray(problem.labels).reshape(-1)
     real = labels >= 0
     images = np.asarray(problem.images).reshape(-1, *problem.images.shape[2:])
@@ -303,28 +294,12 @@ def _about(problem: Problem) -> dict[str, Any]:
         else int(np.prod(problem.calibration.shape[:2])),
         **({} if problem.wanted is None else {"repair": "reconstruct"}),
         "precision": problem.plan.precision,
-        "network sha256": digest((problem.params, problem.state)),
-        "data sha256": digest((images[real], labels[real], problem.calibration)),
-        "choices sha256": digest(problem.choices),
-        "program sha256": hashlib.sha256(_outline(problem.space.trace.program).encode()).hexdigest(),
+        "network sha256": digest_of((problem.params, problem.state)),
+        "data sha256": digest_of((images[real], labels[real], problem.calibration)),
+        "choices sha256": digest_of(problem.choices),
+        "program sha256": hashlib.sha256(outline(problem.space.trace.program).encode()).hexdigest(),
         "sites sha256": hashlib.sha256(json.dumps(sites).encode()).hexdigest(),
     }
-
-
-def _outline(program: Program) -> str:
-    """What a program does, as text that is the same in every process."""
-
-    def plain(value: Any) -> bool:
-        if isinstance(value, tuple | list):
-            return all(map(plain, value))
-        return value is None or isinstance(value, bool | int | float | str | np.dtype)
-
-    lines = []
-    for eqn in program.equations:
-        params = {name: value for name, value in sorted(eqn.params.items()) if plain(value)}
-        lines.append(f"{eqn.name} {[program.shape(value) for value in eqn.outputs]} {params}")
-        lines += map(_outline, eqn.bodies)
-    return "\n".join(lines)
 
 
 def _on_first_host(begin: Callable[[], Journal], out: Path) -> Journal | _Nothing:

@@ -74,7 +74,9 @@ def _lines(file: Path) -> Iterator[np.ndarray]:
             except ValueError as error:
                 raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
             policy = content.get("policy") if isinstance(content, dict) else content
-            if not isinstance(policy, list) or not all(type(option) is int for option in policy):
+            if not isinstance(policy, list) or not all(
+                type(option) is int and abs(option) < 2**31 for option in policy
+            ):
                 raise ValueError(
                     f'{file}, line {number}: expected a list of integers or {{"policy": [...]}}, got {line.strip()[:60]}'
                 )

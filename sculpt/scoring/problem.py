@@ -131,16 +131,17 @@ def check_images(shape: Sequence[int], images: Any, labels: Any = None) -> tuple
             f"expected normalised floating-point images, got {jax.dtypes.result_type(images)}: "
             "normalise them first (splits.normalise, sculpt.nets.preprocess)"
         )
-    if labels is None:
-        labels = np.zeros(np.shape(images)[0], np.int32)
-    if np.shape(labels) != np.shape(images)[:1] or not jnp.issubdtype(
-        jax.dtypes.result_type(labels), jnp.integer
-    ):
+    labels = np.zeros(np.shape(images)[0], np.int32) if labels is None else labels
+    return jnp.asarray(images, jnp.float32), check_labels(labels, np.shape(images)[0])
+
+
+def check_labels(labels: Any, number: int) -> jax.Array:
+    """Labels as int32 `[number]`; raises ValueError for another shape or dtype."""
+    if np.shape(labels) != (number,) or not jnp.issubdtype(jax.dtypes.result_type(labels), jnp.integer):
         raise ValueError(
-            f"expected integer labels [{np.shape(images)[0]}], got "
-            f"{jax.dtypes.result_type(labels)}{list(np.shape(labels))}"
+            f"expected integer labels [{number}], got {jax.dtypes.result_type(labels)}{list(np.shape(labels))}"
         )
-    return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+    return jnp.asarray(labels, jnp.int32)
 
 
 def check_logits(model: Model, images: jax.Array, labels: jax.Array) -> None:

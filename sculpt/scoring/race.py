@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.arguments import checked
+from sculpt.arguments import checked, is_whole
 from sculpt.model import Model
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space
@@ -102,8 +102,8 @@ def race_policies(
         ("factor", factor, 2),
         ("sample", sample, 2),
     ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not is_whole(value, least):
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     number, total = len(policies), len(images)
     sizes = _sizes(min(first_images, total), total, factor)
     # What a policy costs beside its score images: a training-mode pass over the calibration images, or one and about another of fits.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sculpt.arguments import checked
+from sculpt.arguments import checked, is_whole
 from sculpt.model import Model, State, TrainFn
 from sculpt.scoring.lowering import lowered
 from sculpt.tracing.program import flatten
@@ -84,8 +84,11 @@ def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_B
       images: float32 `[n, ...]`, normalised as the model expects; what does not fill a batch is left out.
 
     Raises:
-      ValueError: if there is no image, or the images are not floating-point numbers.
+      ValueError: if there is no image, the images are not floating-point numbers, or `images_per_batch` is not a whole number of at
+        least 1.
     """
+    if not is_whole(images_per_batch, 1):
+        raise ValueError(f"images_per_batch must be a whole number of at least 1, got {images_per_batch!r}")
     if not jnp.issubdtype(jax.dtypes.result_type(images), jnp.floating):
         raise ValueError(
             f"expected normalised floating-point images, got {jax.dtypes.result_type(images)}: "

@@ -13,6 +13,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sculpt.arguments import is_real
+
 Objective = Literal["accuracy", "loss"]
 _KINDS = ("budget", "lagrangian", "schedule")
 
@@ -39,7 +41,7 @@ class RewardConfig:
             raise ValueError(f"RewardConfig.kind must be one of {', '.join(_KINDS)}, got {self.kind!r}")
         for name in ("weight", "rate"):
             value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
+            if not is_real(value) or value < 0.0:
                 raise ValueError(f"RewardConfig.{name} must be a number >= 0, got {value!r}")
         if self.kind == "budget" and (self.weight, self.rate) != (1.0, 4.0):
             raise ValueError(

@@ -191,7 +191,7 @@ def _try(
         return Trial(plan, None, None, 0.0, f"needs {plan.devices} devices, there are {len(jax.devices())}")
     problem = make_problem(model, space, images, labels, calibration, plan, repair)
     count = plan.policies_per_chunk * plan.policy_shards
-    # Everything pruned a little: what is pruned does not change the work.
+    # Nothing is pruned: what is does not change the work.
     policies = plan.place(jnp.zeros((count, space.num_sites), jnp.int32))
     arguments = problem, policies, plan.place(jnp.int32(count))
     compile_seconds, memory, seconds = 0.0, None, []

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sculpt.tracing.axes import Atom
+from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.flow import Flow
 from sculpt.tracing.program import CONTRACTIONS, Equation
 
@@ -97,7 +97,7 @@ def find_layers(
 ) -> tuple[tuple[Layer, ...], tuple[Product, ...]]:
     """Lists layers and products in program order; axis 0 of the program's inputs `images` is their batch."""
     program = flow.program
-    finder = _Finder(leaves, frozenset(a for i in images for a in flow.axes.atoms(flow.terms[i][0])))
+    finder = _Finder(leaves, tuple(flow.terms[i][0] for i in images))
     views = {
         value: _View(i, tuple(range(len(leaves[i].shape))), True)
         for i, value in enumerate(program.inputs[: len(leaves)])
@@ -107,9 +107,10 @@ def find_layers(
 
 
 class _Finder:
-    def __init__(self, leaves: Sequence[Leaf], batch: frozenset[Atom]) -> None:
+    def __init__(self, leaves: Sequence[Leaf], batches: Sequence[Axis]) -> None:
         self.leaves = leaves
-        self.batch = batch
+        self.batches = batches
+        """The axes of the images."""
         self.layers: list[Layer] = []
         self.products: list[Product] = []
 
@@ -150,7 +151,8 @@ class _Finder:
             ]
         elif eqn.name == "scan":
             stacked = eqn.params["num_consts"] + eqn.params["num_carry"]
-            repeats = repeats * eqn.params["length"]
+            over_images = any(self._of_images(flow, flow.term(o)[0]) for o in eqn.inputs[stacked:])
+            repeats = repeats if over_images else repeats * eqn.params["length"]
         depends = any(isinstance(i, int) and i in image for i in eqn.inputs)
         for body, inputs in zip(flow.bodies[id(eqn)], operands):
             inner_views, inner_image = {}, set()
@@ -180,9 +182,10 @@ class _Finder:
         else:
             summed = eqn.params["dimension_numbers"][0][operand]
             factors = [*output, *(term[d] for d in summed)]
+        batch = {a for axis in self.batches for a in flow.axes.atoms(axis)}
         monomials = tuple(
-            (c * repeats, tuple(a for a in atoms if a not in self.batch))
-            for c, atoms in product([flow.axes.monomials(a) for a in factors])
+            (c * repeats, tuple(a for a in atoms if a not in batch))
+            for c, atoms in product([flow.axes.monomials(a) for a in factors if not self._of_images(flow, a)])
         )
         macs = sum(c * math.prod(flow.axes.atom_size(a) for a in atoms) for c, atoms in monomials)
         if not kernels:
@@ -190,6 +193,10 @@ class _Finder:
         else:
             view = views[eqn.inputs[operand]]  # type: ignore[index]
             self.layers.append(self._layer(flow, eqn, operand, view, repeats, macs, monomials))
+
+    def _of_images(self, flow: Flow, axis: Axis) -> bool:
+        """Whether an axis is the images' own, taken apart or not."""
+        return any(flow.axes.resolve(axis) == flow.axes.resolve(batch) for batch in self.batches)
 
     def _layer(
         self,

@@ -8,7 +8,11 @@ with derivatives of their own stay one equation with bodies: they mean more than
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -346,11 +350,22 @@ def _as_function(eqn: Any) -> Callable[..., list[Any]]:
     return lambda *operands: list(evaluate(*(operands[i] for i in places)))
 
 
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    """Where code is that is not the user's own."""
+    found = [importlib.util.find_spec(name) for name in ("jax", "jaxlib", "flax", "numpy")]
+    folders = [
+        folder for spec in found if spec is not None for folder in spec.submodule_search_locations or ()
+    ]
+    here = Path(__file__).parent
+    return (*(os.path.join(folder, "") for folder in (*folders, here)), str(here.parent / "model.py"))
+
+
 def _source(eqn: Any, caller: str) -> str:
     """The first frame of the user's own code; the call's where an inner function was traced apart from it."""
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in traceback.frames if traceback is not None else ():
         path = frame.file_name
-        if not any(part in path for part in ("/jax/", "/flax/", "/sculpt/model.py", "/sculpt/tracing/", "<")):
+        if not path.startswith(_libraries()) and "<" not in path:
             return f"{path.rsplit('/', 1)[-1]}:{frame.line_num} ({frame.function_name})"
     return caller

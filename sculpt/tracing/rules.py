@@ -291,4 +291,6 @@ def _conv(flow: Flow, eqn: Equation) -> list[Term]:
 
 @rule("tile")
 def _tile(flow: Flow, eqn: Equation) -> list[Term]:
-    return [tuple(axis * reps for axis, reps in zip(flow.term(eqn.inputs[0]), eqn.params["reps"]))]
+    pairs = zip(flow.term(eqn.inputs[0]), eqn.params["reps"])
+    # What is copied along an axis of size one takes part in that axis as what is broadcast does.
+    return [tuple(flow.axes.fresh(n) if flow.axes.size(axis) == 1 else axis * n for axis, n in pairs)]

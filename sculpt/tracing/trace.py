@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import sculpt.tracing.zero_rules  # noqa: F401
 from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.tracing.axes import Atom, Axes, Axis
-from sculpt.tracing.flow import Flow
+from sculpt.tracing.flow import Flow, because
 from sculpt.tracing.layers import Layer, Leaf, Monomials, Product, find_layers, product
 from sculpt.tracing.program import Program, flatten
 from sculpt.tracing.zeros import unsound_atoms
@@ -58,7 +59,8 @@ class Trace:
     frozen: tuple[Frozen, ...]
     layers: tuple[Layer, ...]
     products: tuple[Product, ...]
-    """Matrix products of activations with each other."""
+    """Matrix products and convolutions without a kernel of their own: of activations with each other, or with a part that was cut out of
+    a parameter."""
     inputs: Any
     """Tree of `ShapeDtypeStruct` `[2, ...]`: what the network was traced on; most take one array."""
     program: Program
@@ -114,20 +116,21 @@ class Trace:
 
 
 def leaf_parts(tree: Any) -> list[tuple[str | int, ...]]:
-    """The paths of a pytree's leaves, part by part: keys and names as text, places in sequences as numbers (the `value` of Flax
-    NNX variables left out)."""
+    """The paths of a pytree's leaves, part by part: keys and names as text, places in sequences as numbers. The `value` of what holds
+    nothing else, such as Flax NNX variables, is left out."""
+    found = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    held = Counter(path[:-1] for path in found)
     paths = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        parts = tuple(
-            p.idx
-            if isinstance(p, jax.tree_util.SequenceKey)
-            else str(getattr(p, "key", getattr(p, "name", p)))
-            for p in path
-        )
-        if len(parts) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey):
-            parts = parts[:-1]
-        paths.append(parts)
+    for path in found:
+        variable = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+        paths.append(tuple(map(_part, path[:-1] if variable and held[path[:-1]] == 1 else path)))
     return paths
+
+
+def _part(key: Any) -> str | int:
+    if isinstance(key, jax.tree_util.SequenceKey):
+        return key.idx
+    return str(getattr(key, "key", getattr(key, "name", key)))
 
 
 def leaf_paths(tree: Any) -> list[str]:
@@ -175,6 +178,7 @@ def trace(model: Model, example_input: Any) -> Trace:
             "its `params` argument instead of closing over them"
         )
     flow = axis_flow(program)
+    _freeze_random(flow)
     images = program.inputs[-len(jax.tree.leaves(inputs)) :]
     for value in images:
         flow.freeze(flow.term(value), "network input")
@@ -214,12 +218,26 @@ def _two_of(example: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype)
 
 
+def _freeze_random(flow: Flow) -> None:
+    """Numbers drawn in evaluation stay as many as they are: of fewer each would be another."""
+    for eqn in flow.program.equations:
+        if eqn.name in ("random_bits", "rng_uniform") and not flow.program.is_table(eqn):
+            flow.freeze(flow.terms[eqn.outputs[0]], because(eqn, "random numbers"))
+        for body in flow.bodies.get(id(eqn), ()):
+            _freeze_random(body)
+
+
 def _follow_training(
     flow: Flow, model: Model, arguments: tuple[Any, ...], weights: Sequence[int], read: set[int]
 ) -> None:
     """Couples weights that only training reads (such as those of an auxiliary head) to those that evaluation reads too."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    program = flatten(lambda *a: model.apply_train(*a)[0], *arguments, key)
+    try:
+        program = flatten(lambda *a: model.apply_train(*a)[0], *arguments, key)
+    except Exception:  # each framework has its own; what cannot be trained reads nothing in training
+        for value in set(weights) - read:
+            flow.freeze(flow.term(value), "not read in evaluation")
+        return
     training = Flow(program, flow.axes, [*map(flow.term, flow.program.inputs), ()])
     for term in training.results:
         flow.freeze(term, "network output")

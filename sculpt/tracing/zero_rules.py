@@ -25,7 +25,14 @@ def _kept(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
 def _gather(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
     # Places out of bounds are filled with NaN by default, in the masked network as in the compact one.
     filled = eqn.params.get("fill_value")
-    return operands[0].atoms if filled is None or filled == 0 or filled != filled else frozenset()
+    if not (filled is None or filled == 0 or filled != filled):
+        return frozenset()
+    # Along the axes of the indices entries are picked, whichever atoms these axes have; but for those that both sides share.
+    numbers = eqn.params["dimension_numbers"]
+    result = zeros.flow.terms[eqn.outputs[0]]
+    of_indices = [axis for d, axis in enumerate(result) if d not in numbers.offset_dims]
+    picked = (a for d, a in enumerate(of_indices) if d not in numbers.start_indices_batching_dims)
+    return operands[0].atoms - zeros.live(picked)
 
 
 @zero_rule("top_k")
@@ -105,7 +112,11 @@ def _all_zero(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]
         considered = operands[1:] if eqn.name == "select_n" else operands
     harmless = _HARMLESS.get(eqn.name, lambda c: c == 0)
     sets = [o.atoms for o in considered if o.constant is None or not harmless(o.constant)]
-    return frozenset.intersection(*sets) if sets else zeros.live(zeros.flow.terms[eqn.outputs[0]])
+    if sets:
+        return frozenset.intersection(*sets)
+    # Of harmless constants alone the result is zero where one of them is: not the larger of -1 and -2.
+    anywhere = any(o.constant == 0 for o in considered)
+    return zeros.live(zeros.flow.terms[eqn.outputs[0]]) if anywhere else frozenset()
 
 
 @zero_rule("clamp")

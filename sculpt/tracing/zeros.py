@@ -125,13 +125,13 @@ class ZeroPass:
         shape, result = self.flow.program.shape(operand), eqn.outputs[0]
         sizes = dict(zip(eqn.params.get("broadcast_dimensions", range(len(shape))), shape))
         axes = zip(self.flow.terms[result], self.flow.program.shape(result))
-        copied = self.live(axis for dim, (axis, size) in enumerate(axes) if sizes.get(dim) != size)
+        copied = self.live(axis for dim, (axis, size) in enumerate(axes) if sizes.get(dim, 1) == 1 != size)
         return dataclasses.replace(zero, atoms=zero.atoms - copied)
 
 
 _COPYING = {
     *("add", "sub", "add_any", "mul", "div", "rem", "max", "min", "pow", "and", "or", "select_n", "clamp"),
-    "broadcast_in_dim",
+    *("broadcast_in_dim", "tile"),
 }
 """Operations that copy operands along axes of size one, or along new ones."""
 _CARRY_CONSTANT = {

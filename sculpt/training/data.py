@@ -94,7 +94,7 @@ def from_arrays(
     """Splits from arrays in memory; validation is carved out of train, every class in its proportion.
 
     Args:
-      train_images: `[n, height, width, channels]`, uint8 or floating.
+      train_images: `[n, height, width, channels]`, uint8, or floating on whatever scale (RandAugment wants 0 to 255).
       train_labels: integers `[n]`, 0 to num_classes - 1.
       test_images: `[m, height, width, channels]`, of the same dtype.
       test_labels: integers `[m]`.

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked
+from sculpt.digest import add_arrays
 from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks, check_masks
+from sculpt.tracing.outline import add_model
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits
@@ -171,6 +173,13 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
         raise ValueError(
             f"FinetuneConfig.steps_per_call is {config.steps_per_call}, but a stream brings the batch of one step at a time: leave it out"
         )
+    if config.rand_augment and isinstance(images, np.ndarray) and jnp.issubdtype(images.dtype, jnp.floating):
+        low, high = float(images.min()), float(images.max())
+        if low < 0.0 or not 1.0 < high <= 255.0:
+            raise ValueError(
+                f"FinetuneConfig.rand_augment is {config.rand_augment}, which takes pixels from 0 to 255; those of {splits.name} go from "
+                f"{low:.3g} to {high:.3g}: scale them, or leave it at 0"
+            )
     x = jax.ShapeDtypeStruct((config.batch_size, *images.shape[1:]), jnp.float32)
     try:
         logits = jax.eval_shape(model.apply, model.params, model.state, x)
@@ -223,17 +232,13 @@ def _check_features(teacher: Model, model: Model, x: jax.ShapeDtypeStruct) -> No
 def _fingerprint(
     model: Model, masks: Any, splits: Splits, config: FinetuneConfig, key: jax.Array, teacher: Model | None
 ) -> str:
-    """Tells one run from another: settings, key, weights, masks and data; not how often it is saved, or its loops."""
+    """Tells one run from another: settings, key, networks, masks and data; not how often it is saved, or its loops."""
     settings = dataclasses.replace(config, checkpoint_every=None, steps_per_call=None)
     digest = hashlib.sha256(repr((settings, splits.name, splits.mean, splits.std)).encode())
-    arrays = [key, model.params, model.state, masks]
-    if teacher is not None:
-        arrays += [teacher.params, teacher.state]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        typed_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        value = np.asarray(jax.random.key_data(leaf) if typed_key else leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype}{value.shape}".encode())
-        digest.update(value.tobytes())
+    add_arrays(digest, (key, masks))
+    for network in (model, teacher):
+        if network is not None:
+            add_model(digest, network, splits.train.images.shape[1:])
     for split in (splits.train, splits.validation):
         for array in (split.images, split.labels):
             digest.update(f"{array.dtype}{array.shape}".encode())

@@ -6,6 +6,7 @@ import dataclasses
 from types import MappingProxyType
 from typing import Any
 
+from sculpt.arguments import is_whole
 from sculpt.training.config import FinetuneConfig
 
 LARGE_IMAGES = 96
@@ -39,7 +40,7 @@ class Recipe:
         """
         batch = changes.get("batch_size", _BATCH_SIZE)
         # What is no number is refused by the configuration itself.
-        scale = batch / self.config.batch_size if isinstance(batch, int) else 1.0
+        scale = batch / self.config.batch_size if is_whole(batch, 1) else 1.0
         own = {"batch_size": batch, "learning_rate": self.config.learning_rate * scale}
         return dataclasses.replace(self.config, **{**own, **changes})
 

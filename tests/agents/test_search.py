@@ -205,6 +205,8 @@ def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
     assert again == []
     with pytest.raises(ValueError, match="another run"):
         run(dataclasses.replace(BASE, budget=0.4), directory=tmp_path)
+    with pytest.raises(ValueError, match="another run"):
+        run(BASE, directory=tmp_path, scorer=TableScorer(1))
     splits = toy_splits()
     # An image that is neither scored nor calibrated on: the re-rank trains on it.
     unseen = int(jax.random.permutation(jax.random.split(jax.random.key(0), 4)[0], 600)[-1])

@@ -99,13 +99,16 @@ def from_nnx(module: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[jax.Array], 
     return build
 
 
-def from_function(
-    apply: Callable[..., jax.Array], shapes: Mapping[str, tuple[int, ...]]
-) -> Callable[[jax.Array], Model]:
-    """Builder of a plain JAX function of a dict of arrays."""
+def from_function(apply: Callable[..., jax.Array], shapes: Mapping[str, Any]) -> Callable[[jax.Array], Model]:
+    """Builder of a plain JAX function of arrays in a dict, whose values are shapes or trees of them."""
+
+    def of_numbers(node: Any) -> bool:
+        return type(node) is tuple and all(isinstance(size, int) for size in node)
 
     def build(key: jax.Array) -> Model:
-        tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        tree = jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), dict(shapes), is_leaf=of_numbers
+        )
         return sculpt.from_function(apply, draw(tree, key))
 
     return build

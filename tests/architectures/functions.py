@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,10 +130,37 @@ def _reciprocal(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return jnp.tanh(y.mean(1) @ params["second"]) @ params["head"]
 
 
+def _tiled(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """A class token repeated for every image, and a gate of one channel repeated for all, as `jnp.tile` does it."""
+    y = x @ params["embed"]
+    y = jnp.concatenate([jnp.tile(params["token"][None, None], (x.shape[0], 1, 1)), y], axis=1)
+    gate = jax.nn.sigmoid(y @ params["gate"])
+    y = y + (jax.nn.relu(y @ params["first"]) * jnp.tile(gate, (1, 1, 10))) @ params["second"]
+    return y[:, 0] @ params["head"]
+
+
+class Affine(NamedTuple):
+    """Weights of a layer as an object with attributes."""
+
+    weight: Any
+    bias: Any
+
+
+def _attributes(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """Layers whose arrays are attributes, in a list and by name."""
+    for layer in params["layers"]:
+        x = jax.nn.relu(x @ layer.weight + layer.bias[None, None])
+    return x.mean(1) @ params["head"].weight + params["head"].bias[None]
+
+
 def _shapes(**changes: tuple[int, ...]) -> dict[str, Any]:
     return {"first": (3, 3, 3, 8), "bias": (8,), "second": (3, 3, 8, 6), "head": (6, CLASSES), **changes}
 
 
+ATTRIBUTES = {
+    "layers": [Affine((3, 8), (8,)), Affine((8, 6), (6,))],
+    "head": Affine((6, CLASSES), (CLASSES,)),
+}
 UNBIASED = {name: shape for name, shape in _shapes().items() if name != "bias"}
 TWO_LAYERS = {"first": (3, 8), "bias": (8,), "second": (8, 6), "head": (6, CLASSES)}
 UNDEFINED: dict[str, str] = dict.fromkeys(("first:1", "bias:0", "second:0"), "must not be zero")
@@ -199,6 +226,22 @@ ARCHITECTURES = {
         example_input=SEQUENCE,
         frozen=UNDEFINED,
     ),
+    "tiled": Architecture(
+        from_function(
+            _tiled,
+            {
+                "embed": (3, 6),
+                "token": (6,),
+                "gate": (6, 1),
+                "first": (6, 10),
+                "second": (10, 6),
+                "head": (6, CLASSES),
+            },
+        ),
+        groups=(6, 10),
+        example_input=SEQUENCE,
+    ),
+    "attributes": Architecture(from_function(_attributes, ATTRIBUTES), groups=(6, 8), example_input=SEQUENCE),
     "reciprocal": Architecture(
         from_function(_reciprocal, TWO_LAYERS), groups=(6,), example_input=SEQUENCE, frozen=UNDEFINED
     ),

@@ -76,6 +76,28 @@ def chain(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return y.reshape(x.shape[0], -1)
 
 
+def test_kernels_of_half_precision_stay_where_sums_are_in_full() -> None:
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x.astype(jnp.bfloat16),
+            params["kernel"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=layout,
+            preferred_element_type=jnp.float32,
+        )
+        y = jax.nn.relu(y * params["scale"][None, None, None] + params["shift"][None, None, None])
+        return y.mean((1, 2)) @ params["head"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 3, 3, 8), "scale": (8,), "shift": (8,), "head": (8, 5)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    model = sculpt.from_function(apply, params | {"kernel": params["kernel"].astype(jnp.bfloat16)})
+    found = sculpt.fold(model, IMAGES)(IMAGES)
+    np.testing.assert_allclose(found, model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
 def test_chains_of_any_scales_and_shifts() -> None:
     shapes = {"w": (5, 3, 4), "a": (3, 4), "b": (3,)}
     keys = jax.random.split(jax.random.key(3), 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -67,6 +68,28 @@ def test_groups_of_no_more_than_min_keep_stay_whole() -> None:
 def test_bad_spaces_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sculpt.make_space(traced("plain"), **options)
+
+
+def test_kernels_that_something_else_reads_too_keep_their_windows() -> None:
+    """Also where both read a copy in another dtype."""
+
+    def apply(params: dict[str, jax.Array], x: jax.Array, twice: bool = True) -> jax.Array:
+        kernel = params["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return (y * jnp.exp(kernel).mean() if twice else y).mean((1, 2)) @ params["head"]
+
+    params = {"kernel": jnp.ones((3, 3, 3, 4)), "head": jnp.ones((4, 5))}
+    traces = [
+        sculpt.trace(
+            sculpt.from_function(functools.partial(apply, twice=twice), params), jnp.zeros((1, 8, 8, 3))
+        )
+        for twice in (True, False)
+    ]
+    with pytest.raises(ValueError, match="nothing to prune"):
+        sculpt.make_space(traces[0], "rect")
+    assert [site.name for site in sculpt.make_space(traces[1], "rect").sites] == ["kernel"]
 
 
 def test_nothing_to_prune_is_said_with_the_reasons() -> None:

@@ -132,6 +132,32 @@ def test_whole_model_accuracy() -> None:
     assert float(scores.accuracy) == pytest.approx(float((jnp.argmax(model(IMAGES), 1) == LABELS).mean()))
 
 
+def test_raw_images_are_normalised_batch_by_batch() -> None:
+    model, raw = network("plain"), np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
+    seen: list[int] = []
+
+    def normalise(images: np.ndarray) -> np.ndarray:
+        seen.append(len(images))
+        return images.astype(np.float32) / 255.0
+
+    found = sculpt.evaluate(model, raw, LABELS, 16, normalise=normalise)
+    wanted = sculpt.evaluate(model, raw.astype(np.float32) / 255.0, LABELS, 16)
+    assert float(found.accuracy) == float(wanted.accuracy) and float(found.loss) == float(wanted.loss)
+    assert max(seen) == 16
+    with pytest.raises(ValueError, match="normalise them first"):
+        sculpt.evaluate(model, raw, LABELS, normalise=lambda images: images)
+    with pytest.raises(ValueError, match=r"expected integer labels \[50\]"):
+        sculpt.evaluate(model, raw, LABELS[:16], 16, normalise=normalise)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_batches_hold_whole_numbers_of_images(size: int) -> None:
+    with pytest.raises(ValueError, match="images_per_batch must be a whole number of at least 1"):
+        sculpt.evaluate(network("plain"), IMAGES, LABELS, size)
+    with pytest.raises(ValueError, match="images_per_batch must be a whole number of at least 1"):
+        sculpt.recalibrate(network("plain"), IMAGES, size)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [

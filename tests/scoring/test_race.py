@@ -73,7 +73,9 @@ def test_one_policy_and_few_images_are_a_race_too(task: dict[str, Any]) -> None:
     assert np.isnan(race.rungs[0].rank_correlation)
 
 
-@pytest.mark.parametrize(("name", "value"), [("first_images", 0), ("factor", 1), ("sample", 1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("first_images", 0), ("factor", 1), ("factor", 2.5), ("sample", 1)]
+)
 def test_numbers_out_of_range_are_refused(task: dict[str, Any], name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least"):
         sculpt.race_policies(**task, key=KEY, **{name: value})  # type: ignore[arg-type]

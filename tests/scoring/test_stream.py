@@ -388,6 +388,7 @@ def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
         ("p.jsonl", b"[0, 0]\nzero\n", "line 2 is not JSON"),
         ("p.jsonl", b'[0, 0]\n{"mask": 3}\n', "line 2: expected a list of integers"),
         ("p.jsonl", b"[0, 1.5]\n", "line 1: expected a list of integers"),
+        ("p.jsonl", b"[0, 99999999999]\n", "line 1: expected a list of integers"),
         ("p.jsonl", b"[0, 0]\n[0, 99]\n", r"policy 1: site .* has options"),
         ("p.jsonl", b"[0]\n", r"policy 0: expected policies as integers"),
         ("p.npz", b"not a zip", "cannot read policies from .*: numpy.savez did not write it"),

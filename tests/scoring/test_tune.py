@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +22,23 @@ CHOICES = (("convolution", ("lax", "im2col")), ("images_per_batch", (64, 16)))
 FEW = (("images_per_batch", (64, 16)),)
 
 
-def tuned(cache: Path | None = None, choices: Choices = CHOICES, calibrated: bool = True) -> sculpt.Tuning:
+def tuned(
+    cache: Path | None = None,
+    choices: Choices = CHOICES,
+    calibrated: bool = True,
+    images: int = 64,
+    **fields: Any,
+) -> sculpt.Tuning:
     calibration = IMAGES if calibrated else None
     return sculpt.tune_plan(
-        network("plain"), SPACE, IMAGES, LABELS, calibration, choices=choices, cache=cache
+        network("plain"),
+        SPACE,
+        IMAGES[:images],
+        LABELS[:images],
+        calibration,
+        choices=choices,
+        cache=cache,
+        **fields,
     )
 
 
@@ -56,7 +70,15 @@ def test_what_was_found_is_remembered_by_shapes_and_precision(tmp_path: Path) ->
     assert again.remembered
     assert dataclasses.replace(again, remembered=False) == first
     assert "an earlier run" in "\n".join(again.describe())
-    assert not tuned(tmp_path, choices=FEW[:1], calibrated=False).remembered
+    for other in (
+        {"calibrated": False},
+        {"images": 32},
+        {"precision": "bfloat16"},
+        {"choices": FEW[:1] + CHOICES[:1]},
+    ):
+        found = tuned(tmp_path, **{"choices": FEW, **other})  # type: ignore[arg-type]
+        assert not found.remembered
+        assert found.plan.precision == other.get("precision", "float32")
     for file in tmp_path.iterdir():
         file.write_text("{broken")
     assert not tuned(tmp_path, choices=FEW).remembered

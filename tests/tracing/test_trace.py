@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -131,6 +132,79 @@ def test_axes_without_a_prunable_unit_say_so() -> None:
     assert reasons["both:0"] == "single units side by side"
     assert reasons["idle:0"] == "not read in evaluation"
     assert reasons["one:1"] == "size one"
+
+
+def test_the_line_is_the_user_s_own_wherever_it_lies(tmp_path: Path) -> None:
+    """Not that of a library, and not missing because a folder is called like one."""
+    folder = tmp_path / "jax" / "flax"
+    folder.mkdir(parents=True)
+    file = folder / "mine.py"
+    file.write_text(
+        "import jax.numpy as jnp\n\ndef f(params, x):\n    return jnp.flip(x @ params['w'], -1) @ params['b']\n"
+    )
+    names: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    model = sculpt.from_function(names["f"], {"w": jnp.ones((3, 6)), "b": jnp.ones((6, 5))})
+    reasons = {row.name: row.reason for row in sculpt.trace(model, jnp.zeros((1, 3))).frozen}
+    assert reasons["w:1"] == "order reversed (rev at mine.py:4 (f))"
+
+
+def _twice(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+
+def _image_by_image(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda image: _twice(params, image), x)
+
+
+def _against_the_first(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    hidden = jax.nn.relu(x @ params["a"])
+    return (hidden + hidden[:1] - hidden.mean(0, keepdims=True)) @ params["b"]
+
+
+def _twice_over_steps(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """Two steps are no two images."""
+    step = lambda y, _: (jax.nn.tanh(y @ params["a"]) @ params["c"], None)  # noqa: E731
+    return jax.lax.scan(step, x, None, 2)[0] @ params["d"]
+
+
+@pytest.mark.parametrize(
+    ("function", "macs"),
+    [
+        (_twice, 8 * 12 + 12 * 5),
+        (_image_by_image, 8 * 12 + 12 * 5),
+        (_against_the_first, 8 * 12 + 12 * 5),
+        (_twice_over_steps, 2 * (8 * 12 + 12 * 8) + 8 * 5),
+    ],
+)
+def test_macs_are_those_of_one_image_however_the_batch_is_gone_through(
+    function: Callable[..., jax.Array], macs: int
+) -> None:
+    shapes = {"a": (8, 12), "b": (12, 5), "c": (12, 8), "d": (8, 5)}
+    model = sculpt.from_function(function, {name: jnp.ones(shape) for name, shape in shapes.items()})
+    assert sculpt.trace(model, jnp.zeros((1, 8))).macs == macs
+
+
+def test_what_is_drawn_in_evaluation_keeps_its_size() -> None:
+    def noisy(params: dict[str, jax.Array], state: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        hidden = jax.nn.relu(x @ params["a"])
+        noise = jax.random.normal(state["key"], hidden.shape)
+        return jax.nn.relu((hidden + 0.1 * noise) @ params["b"]) @ params["c"]
+
+    params = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 6)), "c": jnp.ones((6, 5))}
+    trace = sculpt.trace(sculpt.from_function(noisy, params, {"key": jax.random.key(0)}), jnp.zeros((1, 3)))
+    assert [group.size for group in trace.groups] == [6]
+    assert "random numbers (random_bits at test_trace.py" in {f.name: f.reason for f in trace.frozen}["a:1"]
+
+
+def test_what_cannot_be_trained_can_be_traced() -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no training mode")
+
+    params = {"a": jnp.ones((8, 12)), "b": jnp.ones((12, 5)), "idle": jnp.ones(3)}
+    trace = sculpt.trace(sculpt.from_function(_twice, params, apply_train=fails), jnp.zeros((1, 8)))
+    assert [group.size for group in trace.groups] == [12]
+    assert {f.name: f.reason for f in trace.frozen}["idle:0"] == "not read in evaluation"
 
 
 def test_reasons_for_an_operation_end_with_its_line() -> None:

@@ -520,6 +520,11 @@ def test_what_does_not_fit_together_is_refused() -> None:
         ValueError, match=r"expected logits \[32, 11 or more\] for digits, the model gives \[32, 10\]"
     ):
         train(model, dataclasses.replace(splits, num_classes=11), BASE, KEY)
+    unit = Split(splits.train.images.astype(np.float32) / 255.0, splits.train.labels)
+    with pytest.raises(
+        ValueError, match=r"rand_augment is 2, which takes pixels from 0 to 255; .* go from 0 to 1"
+    ):
+        train(model, dataclasses.replace(splits, train=unit), dataclasses.replace(BASE, rand_augment=2), KEY)
     small = dataclasses.replace(splits, train=Split(splits.train.images[:, :4], splits.train.labels))
     with pytest.raises(
         ValueError, match=r"the model does not take the images of digits, float32\[32, 4, 8, 1\]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from sculpt import nets
@@ -35,6 +36,11 @@ def test_every_network_has_a_recipe() -> None:
     assert recipe_for("resnet", 32).name == "residual"
     assert recipe_for("vgg", 95).name == "plain"
     assert recipe_for("vit", 96).name == "transformer"
+
+
+def test_the_learning_rate_is_scaled_with_numpy_s_batches_too() -> None:
+    config = RECIPES["residual"].train(batch_size=np.int64(32))  # type: ignore[arg-type]
+    assert config == RECIPES["residual"].train(batch_size=32)
 
 
 def test_what_is_wrong_is_said() -> None:

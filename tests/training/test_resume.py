@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import sculpt
 from sculpt.model import Model
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
@@ -22,6 +23,7 @@ from tests.training.tiny import (
     BASE,
     KEY,
     OPTIMIZERS,
+    Tiny,
     largest_masked,
     same_bits,
     tiny_masks,
@@ -117,6 +119,10 @@ def test_another_run_s_directory_is_refused(tmp_path: Path) -> None:
         (model, other(Split(splits.train.images, labels)), BASE, KEY),
         (model, dataclasses.replace(splits, name="others"), BASE, KEY),
     ]
+    # The same arrays, another function of them: what is dropped in training, and what is computed at any time.
+    module = Tiny(dropout=0.7)
+    runs.append((sculpt.from_linen(module, {"params": model.params, **model.state}), splits, BASE, KEY))
+    runs.append((model.replace(apply=lambda *arguments: 2.0 * model.apply(*arguments)), splits, BASE, KEY))
     for arguments in runs:
         with pytest.raises(ValueError, match="holds checkpoints of another run"):
             train(*arguments, directory=tmp_path)
