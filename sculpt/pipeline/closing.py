@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from sculpt.pipeline.stages import Pipeline
     from sculpt.tracing.axes import Atom
     from sculpt.tracing.layers import Monomials
-    from sculpt.training import Splits
+    from sculpt.training import Split
 
 _CALIBRATION = 512
 LATENCY = "latency.json"
@@ -82,7 +83,7 @@ def measure(p: Pipeline) -> dict[str, Any]:
         "fine-tuned": p.tuned,
         "compact": p.small,
     }
-    accuracy = {name: _accuracy(m, p.splits) for name, m in networks.items()}
+    accuracy = {name: _accuracy(m, test, p.splits.normalise) for name, m in networks.items()}
     timed = {name: networks[name] for name in ("dense", "fine-tuned", "compact")}
     latency = compare_latency(timed, p.example)
     trace, compacted = p.space.trace, p.run.record("compact")
@@ -125,11 +126,10 @@ def measure(p: Pipeline) -> dict[str, Any]:
     }
 
 
-def _accuracy(model: Model, splits: Splits) -> float:
-    """A share of whole test images, free of float32 rounding."""
-    images, labels = splits.test.images, splits.test.labels
-    accuracy = float(evaluate(model, images, labels, normalise=splits.normalise).accuracy)
-    return round(accuracy * len(labels)) / len(labels)
+def _accuracy(model: Model, split: Split, normalise: Callable[[Any], Any]) -> float:
+    """A share of whole images, free of float32 rounding."""
+    accuracy = float(evaluate(model, split.images, split.labels, normalise=normalise).accuracy)
+    return round(accuracy * len(split.labels)) / len(split.labels)
 
 
 def _costs(values: tuple[int, int, int]) -> dict[str, int]:
