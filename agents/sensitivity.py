@@ -76,8 +76,9 @@ def singles_first(alone: np.ndarray, total: jax.Array, policies: jax.Array) -> j
 def sensitivity_logits(space: Space, retained: jax.Array, each: int, archive: Archive) -> jax.Array:
     """Logits of every option by what it does to the loss by itself, in units of the mean size of all effects.
 
-    The mean: few sites ruin a network by themselves, and would drown the others in a mean square. Of the loss whatever the search maximises: a single site changes the class of few images, or of none. Options that were not scored
-    by themselves lie on the line between those that were, by the energy that they lose.
+    The mean: few sites ruin a network by themselves, and would drown the others in a mean square. The loss, whatever the search maximises:
+    a single site changes the class of few images, or of none. Options that were not scored by themselves lie on the line between those
+    that were, by the energy that they lose.
 
     Args:
       space: sites and patterns.

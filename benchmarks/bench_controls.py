@@ -192,7 +192,7 @@ def main() -> None:
                     stage(place / f"seed{seed}.json", compute)
                     policy = json.loads((place / f"seed{seed}.json").read_text())["policy"]
                     for again in range(1, options.finetunes):
-                        name = f"finetune{again}-seed{seed}"
+                        repeated = f"finetune{again}-seed{seed}"
                         repeat = functools.partial(
                             tested,
                             dense,
@@ -201,9 +201,9 @@ def main() -> None:
                             task,
                             np.asarray(policy, np.int32),
                             again,
-                            place / name,
+                            place / repeated,
                         )
-                        stage(place / f"{name}.json", repeat)
+                        stage(place / f"{repeated}.json", repeat)
                 report(options)
 
 

@@ -16,7 +16,7 @@ def add_arrays(digest: Any, tree: Any) -> None:
         typed_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         value = np.asarray(jax.random.key_data(leaf) if typed_key else leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).data)
+        digest.update(value.tobytes())
 
 
 def digest_of(tree: Any) -> str:
