@@ -25,8 +25,7 @@ from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.tracing.outline import add_model
 from sculpt.training.checkpoint import Checkpoints
-from sculpt.training.data import Splits
-from sculpt.training.stream import content
+from sculpt.training.data import Splits, add_examples
 
 
 @checked
@@ -143,7 +142,5 @@ def _fingerprint(
     add_model(digest, model, splits.train.images.shape[1:])
     add_arrays(digest, (key, task.problem.choices, task.budget, agent))
     # Beyond the images to score on: the re-rank trains on the whole train split and judges on validation.
-    for split in (splits.train, splits.validation):
-        for array in (split.images, split.labels):
-            digest.update(content(array))
+    add_examples(digest, splits)
     return digest.hexdigest()

@@ -5,14 +5,16 @@
 Tasks are those of `tasks`, their dense network trained (or fine-tuned) once, with seed 0. Every method searches channels and
 windows with the same images to score on, and ends with the same re-rank; what it chooses is fine-tuned alike and tested. A search is
 kept under --run and skipped when it is there already, so that a killed benchmark goes on where it was; the table holds whatever is
-complete. `--finetunes 4` fine-tunes what was found with so many keys; tests are then means over them. Networks without BatchNorm are reconstructed wherever the others are recalibrated, and before they are fine-tuned.
+complete, and every search of it is a line of the file of records beside it. `--known benchmarks/results/bench_controls.jsonl` takes the
+searches of such a file for done, and adds to them. `--finetunes 4` fine-tunes what was found with so many keys; tests are then means over
+them. Networks without BatchNorm are reconstructed wherever the others are recalibrated, and before they are fine-tuned.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import sculpt
-from benchmarks.stages import in_words, stage
+from benchmarks import records
+from benchmarks.stages import in_words, stage, test_accuracy
 from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, to_reconstruct, tuned
-from benchmarks.timing import provenance, write_results
+from benchmarks.timing import RESULTS, provenance, write_results
 from sculpt.agents import Method
 from sculpt.agents.cma_es import load_evosax
 from sculpt.agents.config import RULES
@@ -50,21 +53,33 @@ def searched(
     config: sculpt.SearchConfig,
     seed: int,
     folder: Path,
+    made: dict[str, Any],
 ) -> dict[str, Any]:
-    """One search, and the test accuracy of what it found after fine-tuning."""
+    """One search, and the test accuracy of what it found after fine-tuning; `made` says where."""
     found = sculpt.search(model, space, splits, config, jax.random.key(seed))
     after = tested(model, space, splits, task, found.policy, 0, folder / f"seed{seed}")
     return {
         "score": found.front[0].score,
         "chosen": found.score,
         "validation": found.validation_accuracy,
-        "test": after["test_accuracy"],
+        "tests": [after["test_accuracy"]],
         "search_seconds": found.seconds,
         "rerank_seconds": found.rerank_seconds,
         "unique": found.unique_evaluations,
-        "best": [[row["evaluations"], row.get("best")] for row in found.history],
+        "evaluations": config.evaluations,
+        "best": improvements(found.history),
         "policy": found.policy.tolist(),
+        "made": made,
     }
+
+
+def improvements(history: Sequence[Mapping[str, float]]) -> list[tuple[int, float]]:
+    """Evaluations and score of each policy within the budget that is better than all before; of one update the last is known."""
+    found: list[tuple[int, float]] = []
+    for row in history:
+        if "best" in row and (not found or row["best"] > found[-1][1]):
+            found.append((int(row["evaluations"]), row["best"]))
+    return found
 
 
 def tested(
@@ -81,15 +96,12 @@ def tested(
 
 def best_after(result: dict[str, Any], evaluations: int) -> float | None:
     """The best score within the budget among the first so many evaluations; None where there is none."""
-    values = [best for count, best in result["best"] if count <= evaluations and best is not None]
-    return max(values, default=None)
+    return max((best for count, best in result["best"] if count <= evaluations), default=None)
 
 
 def evaluations_to(result: dict[str, Any], score: float) -> float:
     """Evaluations until a score is reached; infinite where it never is."""
-    return min(
-        (count for count, best in result["best"] if best is not None and best >= score), default=np.inf
-    )
+    return min((count for count, best in result["best"] if best >= score), default=np.inf)
 
 
 def in_quartiles(values: list[float], digits: int) -> str:
@@ -98,47 +110,39 @@ def in_quartiles(values: list[float], digits: int) -> str:
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def table(found: dict[str, list[dict[str, Any]]], evaluations: int) -> list[str]:
+def table(found: list[dict[str, Any]], evaluations: int) -> list[str]:
     """Rows of one task and budget: the methods of which there are results."""
     looks = [look for look in LOOKS if look < evaluations]
-    goal = np.median([result["score"] for result in found["random"]]) if "random" in found else np.inf
+    by_method = {
+        method: [result for result in found if result["method"] == method]
+        for method in dict.fromkeys(result["method"] for result in found)
+    }
+    goal = np.median([result["score"] for result in by_method["random"]]) if "random" in by_method else np.inf
     lines = [
         f"| method | seeds | {' | '.join(f'best after {look}' for look in looks)} | best after {evaluations} | validation | "
         "test, fine-tuned | distinct | evaluations to random's end | seconds |",
         f"| --- | --- |{' --- |' * len(looks)} --- | --- | --- | --- | --- | --- |",
     ]
-    for method, results in found.items():
+    for method, results in by_method.items():
         early = []
         for look in looks:
             values = [best_after(result, look) for result in results]
             early.append("-" if None in values else f"{np.median(np.asarray(values, float)):.3f}")
         reached = np.median([evaluations_to(result, float(goal)) for result in results])
+        ending = "not reached" if np.isinf(reached) else f"{reached:.0f}"
+        if method == "random" or "random" not in by_method:
+            ending = "-"
         lines.append(
             f"| {method} | {len(results)} | {' | '.join(early)} | {in_quartiles([r['score'] for r in results], 3)} | "
-            f"{in_quartiles([r['validation'] for r in results], 3)} | {in_quartiles([r['test'] for r in results], 2)} | "
-            f"{np.median([r['unique'] for r in results]):.0f} | {f'{reached:.0f}' if np.isfinite(reached) else 'not reached'} | "
+            f"{in_quartiles([r['validation'] for r in results], 3)} | {in_quartiles([np.mean(r['tests']) for r in results], 2)} | "
+            f"{np.median([r['unique'] for r in results]):.0f} | {ending} | "
             f"{' / '.join(f'{np.median([r[part] for r in results]):.0f}' for part in ('search_seconds', 'rerank_seconds'))} |"
         )
     return lines
 
 
-def results_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Method -> results of the seeds that are complete."""
-    found = {}
-    for method in METHODS:
-        place = folder / method.replace(", ", "-")
-        rows = []
-        for file in sorted(place.glob("seed*.json")):
-            row = json.loads(file.read_text())
-            again = [json.loads(other.read_text()) for other in place.glob(f"finetune*-{file.name}")]
-            rows.append({**row, "test": np.mean([row["test"], *(other["test_accuracy"] for other in again)])})
-        if rows:
-            found[method] = rows
-    return found
-
-
 def report(options: argparse.Namespace) -> None:
-    """Prints the tables as Markdown and keeps them in benchmarks/results/."""
+    """Prints the tables as Markdown and keeps them in benchmarks/results/, with the records that they are made of."""
     lines = [
         "# The agent and its controls",
         "",
@@ -146,17 +150,22 @@ def report(options: argparse.Namespace) -> None:
         f"{options.evaluations} evaluations of every method, accuracy on 256 train images after BatchNorm recalibration on 128 (networks without "
         "BatchNorm: after reconstruction on 128, and again on 512 before fine-tuning), "
         f"families channels and rect. The best {RERANK} distinct policies are fine-tuned briefly; the one with the highest accuracy on "
-        "validation then (column validation) is fine-tuned with the dense network as its teacher and tested. Median "
-        "[quartiles] over the seeds of the search; the fine-tuning has the same "
-        f"{'key' if options.finetunes == 1 else f'{options.finetunes} keys, tests being means over them,'} throughout. Seconds: the search, compilation included / "
-        "the re-rank, of one process on a shared machine.",
+        "validation then (column validation) is fine-tuned with the dense network as its teacher and tested. Median [quartiles] over the seeds "
+        "of the search; the fine-tuning has the same keys throughout (where there are several, tests are means over them). "
+        "Seconds: the search, compilation included / the re-rank, of one process on a shared machine. Every search is a line of "
+        "`bench_controls.jsonl` beside this file.",
     ]
+    everything = []
     for name in TASKS:
-        for place in sorted((options.run / name).glob("budget*")):
-            if found := results_of(place):
-                budget = place.name.removeprefix("budget")
-                lines += ["", f"## {name}, budget {budget}", "", *table(found, options.evaluations)]
-                lines += ["", f"Fine-tuning: {in_words(TASKS[name].finetune)}."]
+        found = list(records.gathered(options.run, name, METHODS))
+        everything += found
+        for budget in sorted({result["budget"] for result in found}):
+            rows = [result for result in found if result["budget"] == budget]
+            keys = " or ".join(str(count) for count in sorted({len(result["tests"]) for result in rows}))
+            lines += ["", f"## {name}, budget {budget}", "", *table(rows, options.evaluations), ""]
+            lines += [f"Fine-tuning: {in_words(TASKS[name].finetune)}; keys: {keys}."]
+            lines += [f"Made: {records.origins(rows)}."]
+    records.keep(RESULTS / "bench_controls.jsonl", everything)
     write_results("bench_controls", lines)
 
 
@@ -167,43 +176,44 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--finetunes", type=int, default=1, metavar="KEYS")
     parser.add_argument("--evaluations", type=int, default=512)
+    parser.add_argument(
+        "--known", type=Path, nargs="*", default=[], metavar="FILE", help="records of searches that were done"
+    )
     options = parser.parse_args()
+    for file in options.known:
+        records.unpack(file, options.run, options.evaluations)
     if "cma_es" in options.methods:
         load_evosax()  # now rather than after hours
     jax.config.update("jax_compilation_cache_dir", str(options.run / "cache"))
     for name in options.tasks:
         folder = options.run / name
         task, splits, dense = begin(name, folder, options.data, evaluations=options.evaluations)
+        made = records.made_on(dense, test_accuracy(dense, splits))
         space = sculpt.make_space(sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:]))))
         for budget in options.budgets:
             for method in options.methods:
                 fields = METHODS[method]
+                config = sculpt.SearchConfig(
+                    budget=budget,
+                    evaluations=options.evaluations,
+                    rerank=RERANK,
+                    rerank_finetune=task.brief,
+                    **fields,
+                )
+                place = records.place(options.run, name, budget, method)
                 # A rule has no chance in it.
                 for seed in options.seeds[:1] if fields["method"] in RULES else options.seeds:
-                    config = sculpt.SearchConfig(
-                        budget=budget,
-                        evaluations=options.evaluations,
-                        rerank=RERANK,
-                        rerank_finetune=task.brief,
-                        **fields,
+                    compute = functools.partial(
+                        searched, dense, space, splits, task, config, seed, place, made
                     )
-                    place = folder / f"budget{budget}" / method.replace(", ", "-")
-                    compute = functools.partial(searched, dense, space, splits, task, config, seed, place)
-                    stage(place / f"seed{seed}.json", compute)
-                    policy = json.loads((place / f"seed{seed}.json").read_text())["policy"]
-                    for again in range(1, options.finetunes):
-                        repeated = f"finetune{again}-seed{seed}"
+                    result = stage(place / f"seed{seed}.json", compute)
+                    policy = np.asarray(result["policy"], np.int32)
+                    for again in range(len(result["tests"]), options.finetunes):
+                        key = f"finetune{again}-seed{seed}"
                         repeat = functools.partial(
-                            tested,
-                            dense,
-                            space,
-                            splits,
-                            task,
-                            np.asarray(policy, np.int32),
-                            again,
-                            place / repeated,
+                            tested, dense, space, splits, task, policy, again, place / key
                         )
-                        stage(place / f"{repeated}.json", repeat)
+                        stage(place / f"{key}.json", repeat)
                 report(options)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import sculpt
-from benchmarks.bench_controls import best_after, in_quartiles
+from benchmarks.bench_controls import best_after, improvements, in_quartiles
 from benchmarks.stages import stage
 from benchmarks.tasks import TASKS, begin, parser_of
 from benchmarks.timing import provenance, write_results
@@ -77,7 +77,7 @@ def searched(
     return {
         "score": found.score,
         "first": next(row["mean_reward"] for row in found.history if not row["single_sites"]),
-        "best": [[row["evaluations"], row.get("best")] for row in found.history],
+        "best": improvements(found.history),
         "search_seconds": found.seconds,
     }
 

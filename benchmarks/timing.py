@@ -61,7 +61,7 @@ def provenance() -> list[str]:
     about = ", ".join(f"{name} {version}" for name, version in versions().items())
     return [
         f"Command: `{command}`",
-        f"Device: {len(jax.devices())} x {device_name()}; {about}; commit {_commit()}",
+        f"Device: {len(jax.devices())} x {device_name()}; {about}; commit {commit()}",
     ]
 
 
@@ -73,6 +73,16 @@ def write_results(name: str, lines: Sequence[str]) -> None:
     (RESULTS / f"{name}.md").write_text(text)
 
 
+def commit() -> str:
+    """The commit of this repository, "-dirty" behind it where files were changed since; "unknown" where git does not tell."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
 def _module() -> str:
     return f"benchmarks.{Path(sys.argv[0]).stem}"
 
@@ -81,12 +91,3 @@ def _portable(argument: str) -> str:
     """An argument without the folders of this machine."""
     path = Path(argument)
     return f"DATA/{path.name}" if path.is_absolute() else argument
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

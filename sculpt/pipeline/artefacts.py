@@ -39,7 +39,7 @@ from sculpt.pruning.compact_plan import grouped_kernels
 from sculpt.report import RunDirectory
 from sculpt.tracing import trace
 from sculpt.training import Splits, load_data
-from sculpt.training.stream import content
+from sculpt.training.data import add_examples
 
 _DRAWS = {
     "init": 0,
@@ -323,9 +323,7 @@ def describe(given: Mapping[str, Any]) -> Space:
 def _about(splits: Splits) -> dict[str, Any]:
     """What tells a data set from others, read from the images themselves (some, of a stream); the test split is left alone."""
     digest = hashlib.sha256()
-    for split in (splits.train, splits.validation):
-        digest.update(content(split.images))
-        digest.update(content(split.labels))
+    add_examples(digest, splits)
     return {
         "sha256": digest.hexdigest(),
         "image": list(splits.train.images.shape[1:]),

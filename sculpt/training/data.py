@@ -239,6 +239,16 @@ def _carve(split: Split, validation: int | None, seed: int) -> tuple[Split, Spli
     return Split(rest, split.labels[kept]), Split(images[held], split.labels[held])
 
 
+def add_examples(digest: Any, splits: Splits) -> None:
+    """Adds what is trained on and selected by to a digest of `hashlib`: images (of a stream some) and labels. The test split is left
+    alone."""
+    for split in (splits.train, splits.validation):
+        images = split.images.content() if isinstance(split.images, StreamedImages) else split.images
+        for array in (images, split.labels):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+
+
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of pixels divided by 255."""
     pixels = images.reshape(-1, images.shape[-1])

@@ -21,11 +21,11 @@ from sculpt.pruning.masks import apply_masks, check_masks
 from sculpt.tracing.outline import add_model
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Splits
+from sculpt.training.data import Splits, add_examples
 from sculpt.training.devices import check_devices
 from sculpt.training.features import with_features
 from sculpt.training.run import Metrics, Run, TrainingDiverged
-from sculpt.training.stream import StreamedImages, content
+from sculpt.training.stream import StreamedImages
 
 __all__ = ["FinetuneConfig", "Metrics", "TrainingDiverged", "finetune", "train"]
 
@@ -239,8 +239,5 @@ def _fingerprint(
     for network in (model, teacher):
         if network is not None:
             add_model(digest, network, splits.train.images.shape[1:])
-    for split in (splits.train, splits.validation):
-        for array in (split.images, split.labels):
-            digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(content(array))
+    add_examples(digest, splits)
     return digest.hexdigest()

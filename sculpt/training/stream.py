@@ -271,8 +271,3 @@ def sent_ahead(
                 yield ready
         if sent is not None:
             yield sent
-
-
-def content(images: np.ndarray | StreamedImages) -> memoryview:
-    """The bytes that tell a set of images (or labels) from another: all of them, or those of some images of a stream."""
-    return np.ascontiguousarray(images.content() if isinstance(images, StreamedImages) else images).data

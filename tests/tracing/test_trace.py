@@ -149,12 +149,12 @@ def test_the_line_is_the_user_s_own_wherever_it_lies(tmp_path: Path) -> None:
     assert reasons["w:1"] == "order reversed (rev at mine.py:4 (f))"
 
 
-def _twice(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+def _two_layers(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return jax.nn.relu(x @ params["a"]) @ params["b"]
 
 
 def _image_by_image(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda image: _twice(params, image), x)
+    return jax.lax.map(lambda image: _two_layers(params, image), x)
 
 
 def _against_the_first(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -162,19 +162,22 @@ def _against_the_first(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return (hidden + hidden[:1] - hidden.mean(0, keepdims=True)) @ params["b"]
 
 
-def _twice_over_steps(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+def _over_steps(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     """Two steps are no two images."""
-    step = lambda y, _: (jax.nn.tanh(y @ params["a"]) @ params["c"], None)  # noqa: E731
+
+    def step(y: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jax.nn.tanh(y @ params["a"]) @ params["c"], None
+
     return jax.lax.scan(step, x, None, 2)[0] @ params["d"]
 
 
 @pytest.mark.parametrize(
     ("function", "macs"),
     [
-        (_twice, 8 * 12 + 12 * 5),
+        (_two_layers, 8 * 12 + 12 * 5),
         (_image_by_image, 8 * 12 + 12 * 5),
         (_against_the_first, 8 * 12 + 12 * 5),
-        (_twice_over_steps, 2 * (8 * 12 + 12 * 8) + 8 * 5),
+        (_over_steps, 2 * (8 * 12 + 12 * 8) + 8 * 5),
     ],
 )
 def test_macs_are_those_of_one_image_however_the_batch_is_gone_through(
@@ -202,7 +205,7 @@ def test_what_cannot_be_trained_can_be_traced() -> None:
         raise RuntimeError("no training mode")
 
     params = {"a": jnp.ones((8, 12)), "b": jnp.ones((12, 5)), "idle": jnp.ones(3)}
-    trace = sculpt.trace(sculpt.from_function(_twice, params, apply_train=fails), jnp.zeros((1, 8)))
+    trace = sculpt.trace(sculpt.from_function(_two_layers, params, apply_train=fails), jnp.zeros((1, 8)))
     assert [group.size for group in trace.groups] == [12]
     assert {f.name: f.reason for f in trace.frozen}["idle:0"] == "not read in evaluation"
 
