@@ -22,6 +22,11 @@ img { max-width: 100%; }
 figure { margin: 1.2rem 0; overflow-x: auto; }
 .note { color: #555; }
 """
+_SITES = (
+    "A site is one decision, named by the layer that it is about: which of its channels stay, in it and in all layers that have to lose the "
+    "same ones (.2, .3: further channels of it that go by themselves), or which pattern its kernel takes. The option is what stays: a "
+    "share of the units or of the weights (2:4 is two of every four), or a window of so many rows and columns."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +114,7 @@ def render(report: Report) -> str:
         _table(("quantity", "value", "kind", "n", "seed"), numbers),
         "<h2>The policy</h2>",
         _table(("site", "family", "option"), report.sites),
+        f'<p class="note">{html.escape(_SITES)}</p>',
         "<h2>Kernels</h2>",
         _table(("kernel: dense shape to compact shape",), [(line,) for line in report.arrays]),
         "<h2>Configuration</h2>",
