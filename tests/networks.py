@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 from flax import nnx
 
@@ -158,3 +159,10 @@ def network(name: str) -> Model:
 def traced(name: str) -> sculpt.Trace:
     """Its trace."""
     return sculpt.trace(network(name), jnp.zeros((1, 8, 8, 3)))
+
+
+def slow_but(*chosen: str, among: Iterable[str] = NETWORKS, argument: str = "name") -> pytest.MarkDecorator:
+    """Parametrises over names of which all but a few are slow."""
+    assert set(chosen) <= {*among}
+    params = [n if n in chosen else pytest.param(n, marks=pytest.mark.slow) for n in among]
+    return pytest.mark.parametrize(argument, params)

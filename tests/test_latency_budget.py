@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,22 @@ SMALL = ["--method", "random", "--evaluations", "32", "--rerank", "0", "--device
 """No search to speak of."""
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network trained for a few steps."""
+    folder = tmp_path_factory.mktemp("latency") / "run"
+    options = ["--model", "resnet8", "--dataset", "digits", "--epochs", "1"]
+    assert main(["train", *options, "--run", str(folder)]) == 0
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A network trained for an epoch, of whose layers few sizes are measured."""
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of its layers few sizes are measured."""
     monkeypatch.setattr(layer_sizes, "_LEVELS", 2)
     # Whatever the machine does beside.
     monkeypatch.setattr(layer_latency, "_line", lambda sums, seconds: np.asarray([0.0, 1.0]))
-    options = ["--model", "resnet8", "--dataset", "digits", "--epochs", "1"]
-    assert main(["train", *options, "--run", str(tmp_path / "run")]) == 0
+    shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -45,7 +54,11 @@ def record(run: Path) -> dict[str, Any]:
 
 def test_a_budget_of_latency_and_of_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        search(run, "--families channels --budget 0.8 --resource latency,params --latency-batch 8", *SMALL)
+        search(
+            run,
+            "--families channels --round-to 8 --budget 0.8 --resource latency,params --latency-batch 8",
+            *SMALL,
+        )
         == 0
     )
     found = record(run)
@@ -77,7 +90,7 @@ def test_a_budget_of_latency_and_of_weights(run: Path, capsys: pytest.CaptureFix
 def test_a_budget_that_turns_out_to_be_too_low_can_be_raised(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--families channels --resource latency --latency-batch 2 --latency-threads 1 --budget 0.001"
+    options = "--families channels --round-to 8 --resource latency --latency-batch 2 --latency-threads 1 --budget 0.001"
     assert search(run, options, *SMALL) == 2
     assert "budget 0.001 cannot be reached" in capsys.readouterr().err
     assert search(run) == 2  # what was asked for is not forgotten
@@ -100,7 +113,7 @@ def test_a_budget_that_turns_out_to_be_too_low_can_be_raised(
 def test_layers_measured_for_other_settings_are_measured_again(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = "--families channels --resource latency --latency-batch 2 --budget 0.001"
+    options = "--families channels --round-to 8 --resource latency --latency-batch 2 --budget 0.001"
     assert search(run, options, *SMALL) == 2
     assert not load_layers(run / "layers.safetensors").all_sizes
     assert search(run, "--latency-all-sizes --latency-batch 4") == 2

@@ -381,10 +381,16 @@ def test_devices_share_the_batches_of_training(finished: Path, tmp_path: Path) -
     shutil.copytree(finished, run)
     (run / "params.safetensors").unlink()
     assert main(["finetune", "--devices", "2", "--run", str(run)]) == 0
-    shared, alone = (load_file(folder / "params.safetensors") for folder in (run, finished))
-    assert any((shared[name] != alone[name]).any() for name in alone), "one device did it"
-    for name, array in alone.items():
-        np.testing.assert_allclose(shared[name], array, atol=5e-3)
+    shared, alone, begun = (
+        np.concatenate([array.reshape(-1) for _, array in sorted(load_file(file).items())])
+        for file in (
+            run / "params.safetensors",
+            finished / "params.safetensors",
+            finished / "dense.safetensors",
+        )
+    )
+    # Sums are rounded in another order, and training carries that on.
+    assert 0 < np.linalg.norm(shared - alone) < 0.1 * np.linalg.norm(begun - alone)
 
 
 class Counting(sculpt.Splits):
@@ -457,7 +463,7 @@ def test_many_policies_of_a_finished_run(
     assert f"policies in {out}: 3, 0 of them from before; 2 evaluated, 33% remembered" in text
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["policy"] for row in rows] == [[0] * len(policy), policy, policy]
-    assert rows[0]["macs_ratio"] == 1.0 and rows[1] == rows[2] | {"index": 1}
+    assert rows[0]["macs_ratio"] == pytest.approx(1.0, rel=1e-6) and rows[1] == rows[2] | {"index": 1}
     assert rows[0]["accuracy"] >= rows[1]["accuracy"]
     assert main([*base, *sizes, *fixed]) == 0
     assert "3 of them from before; 0 evaluated" in capsys.readouterr().out

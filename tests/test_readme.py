@@ -77,7 +77,7 @@ def test_the_latency_example_runs(
     (code,) = [block for block in blocks("python") if "measure_layers" in block]
     model, splits = untrained_digits(), sculpt.load_data("digits")
     images = jax.numpy.asarray(splits.normalise(splits.test.images))
-    space = sculpt.make_space(sculpt.trace(model, images[:1]), families=("channels",))
+    space = sculpt.make_space(sculpt.trace(model, images[:1]), families=("channels",), round_to=8)
     found = SimpleNamespace(policy=np.zeros(space.num_sites, np.int32))
     names: dict[str, Any] = {
         "jax": jax,

@@ -19,6 +19,7 @@ from sculpt.scoring import EvaluationPlan, make_problem, score_policies
 from sculpt.scoring.env import Scorer
 from sculpt.scoring.problem import Problem
 from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
+from tests.networks import slow_but
 
 BASE = SearchConfig(
     budget=0.5,
@@ -53,7 +54,13 @@ def one_by_one(config: SearchConfig, seeds: int, scorer: Scorer = score_policies
     return states
 
 
-@pytest.mark.parametrize("method", ["agent", "table", "random", "lamp", "greedy", "evolution"])
+@slow_but(
+    "agent",
+    "lamp",
+    "greedy",
+    among=("agent", "table", "random", "lamp", "greedy", "evolution"),
+    argument="method",
+)
 def test_every_seed_finds_what_it_finds_by_itself(method: Method) -> None:
     agent = SMALL if method == "agent" else AgentConfig()
     config = dataclasses.replace(BASE, method=method, agent=agent)

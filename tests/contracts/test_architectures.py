@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import pytest
 
 import sculpt
 from sculpt.model import Model
+from tests import networks
 from tests.architectures import ARCHITECTURES
 from tests.architectures.equality import (
     Pruned,
@@ -44,11 +44,7 @@ each = pytest.mark.parametrize("name", ARCHITECTURES)
 each_with_groups = pytest.mark.parametrize("name", WITH_GROUPS)
 
 
-def slow_but(*chosen: str, among: Iterable[str] = WITH_GROUPS) -> pytest.MarkDecorator:
-    """Parametrises over networks of which all but a few are slow."""
-    assert set(chosen) <= {*among}
-    params = [n if n in chosen else pytest.param(n, marks=pytest.mark.slow) for n in among]
-    return pytest.mark.parametrize("name", params)
+slow_but = functools.partial(networks.slow_but, among=WITH_GROUPS)
 
 
 @functools.cache

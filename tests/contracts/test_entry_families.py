@@ -14,7 +14,7 @@ import sculpt
 from sculpt.pipeline.closing import theoretical_macs
 from sculpt.pruning import FAMILIES, make_choices
 from sculpt.pruning.compact import max_difference
-from tests.networks import NETWORKS, network, traced
+from tests.networks import network, slow_but, traced
 from tests.scoring.test_evaluate import IMAGES, LABELS, one_by_one
 from tests.training.tiny import BASE, KEY, largest_masked, tiny_model, tiny_splits
 
@@ -68,7 +68,7 @@ def test_costs_are_those_of_the_entries_that_stay(family: str, name: str) -> Non
     assert float(costs.macs_realised) == pytest.approx(trace.macs, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@slow_but("residual", "separable", "nnx")
 def test_masked_equals_compacted_together_with_channels(name: str) -> None:
     """Channels go, the other zeros stay in place."""
     space, trace = space_of(name), traced(name)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import sculpt
 from sculpt import nets
 from sculpt.pruning.compact import max_difference
 from sculpt.training import Splits, from_arrays
 from tests.nets.test_prunable import NARROW
+from tests.networks import slow_but
 
 FAMILIES = {nets.family(name): name for name in NARROW}
 """Family -> the last of its networks."""
-QUICK = ("mobilenet", "vit")
 
 
 def digits(side: int) -> Splits:
@@ -32,10 +31,7 @@ def digits(side: int) -> Splits:
     return from_arrays(*scaled(splits.train), *scaled(splits.test), name="digits", validation=64)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in sorted(FAMILIES)],
-)
+@slow_but("mobilenet", among=sorted(FAMILIES), argument="family")
 def test_the_whole_way(family: str) -> None:
     name = FAMILIES[family]
     options, side = NARROW[name]

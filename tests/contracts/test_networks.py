@@ -14,7 +14,7 @@ from sculpt.model import Model
 from sculpt.pipeline.closing import theoretical_macs
 from sculpt.pruning.budget import random_policies
 from sculpt.pruning.compact import max_difference
-from tests.networks import NETWORKS, network, traced
+from tests.networks import NETWORKS, network, slow_but, traced
 
 IMAGES = jax.random.normal(jax.random.key(11), (4, 8, 8, 3))
 
@@ -156,6 +156,7 @@ def test_training_mode_and_gradients_agree_on_what_survives(name: str) -> None:
     assert jax.tree.structure(state) == jax.tree.structure(small_state)
 
 
+@slow_but("residual", "concatenated", "nnx", "function")
 def test_compact_model_can_be_traced_and_pruned_again(name: str) -> None:
     _, small = pruned(name, mixed_policy(space_of(name)))
     trace = sculpt.trace(small, IMAGES)

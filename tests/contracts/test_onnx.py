@@ -17,6 +17,7 @@ from tests.contracts.test_architectures import WITH_GROUPS, built, inputs, prune
 from tests.deploy.onnx_files import operators, run, sizes
 from tests.nets.test_prunable import NARROW, images, narrow
 from tests.nets.test_prunable import space_of as narrow_space
+from tests.networks import slow_but
 
 CIFAR = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 REFUSED = {
@@ -54,7 +55,7 @@ def assert_same_logits(model: Model, x: jax.Array, file: Path) -> None:
         assert distance(expected[:batch], run(file, x[:batch])) <= 1e-4
 
 
-@pytest.mark.parametrize("name", NARROW)
+@slow_but("resnet18", "mobilenet_v3_small", "efficientnet_lite0", "vit_tiny_patch4", among=NARROW)
 def test_named_networks_dense_and_compact(name: str, tmp_path: Path) -> None:
     x = jnp.concatenate([images(name)] * 3)[:8] * jnp.arange(1.0, 9.0).reshape(-1, 1, 1, 1) / 4.0
     space = narrow_space(name)

@@ -24,6 +24,7 @@ from tests.architectures.equality import (
     prune,
 )
 from tests.nets.test_models import slow_where_only_the_size_differs
+from tests.networks import slow_but
 
 HEADS = ("head", "distillation_head")
 
@@ -119,7 +120,7 @@ def test_every_width_but_input_and_output_is_free(name: str) -> None:
     assert sculpt.make_space(trace).num_sites >= len(trace.groups)
 
 
-@each
+@slow_but("resnet50", "mobilenet_v2", "mobilenet_v3_small", "deit_tiny_distilled_patch16", among=NARROW)
 def test_masked_equals_compacted(name: str) -> None:
     same_in_double(name, drawn_policy(space_of(name), 1))
 

@@ -89,11 +89,11 @@ def test_no_group_loses_all_unless_it_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "families"),
     [
-        ("residual", ("channels",)),
+        pytest.param("residual", ("channels",), marks=pytest.mark.slow),
         ("residual", ("channels", "rect")),
         ("residual", ("channels", "rect_grouped")),
         ("concatenated", ("channels", "rect")),
-        ("separable", ("channels",)),
+        pytest.param("separable", ("channels",), marks=pytest.mark.slow),
         ("nnx", ("channels", "rect_grouped")),
     ],
 )

@@ -40,17 +40,22 @@ def used(*groups: tuple[int, np.ndarray | None]) -> np.ndarray:
 ROW, COLUMN, TWO_ROWS, ALL = lines(1)[0], lines(1)[1], lines(2)[0], np.ones((3, 3), bool)
 
 
-def of_one_convolution(kernel: np.ndarray, option: int) -> np.ndarray:
-    """The masks `[filters, 3, 3]` of the filters of a kernel `[3, 3, inputs, filters]`."""
+@functools.cache
+def one_convolution(inputs: int, filters: int) -> sculpt.Space:
+    """Of one kernel `[3, 3, inputs, filters]`."""
 
     def apply(kernel: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         ).mean((1, 2))
 
-    x = jnp.zeros((1, 4, 4, kernel.shape[2]))
-    space = sculpt.make_space(sculpt.trace(sculpt.from_function(apply, kernel), x), "rect_grouped")
-    mask = np.asarray(sculpt.make_masks(space, kernel, [option]))
+    model = sculpt.from_function(apply, jnp.zeros((3, 3, inputs, filters)))
+    return sculpt.make_space(sculpt.trace(model, jnp.zeros((1, 4, 4, inputs))), "rect_grouped")
+
+
+def of_one_convolution(kernel: np.ndarray, option: int) -> np.ndarray:
+    """The masks `[filters, 3, 3]` of the filters of a kernel `[3, 3, inputs, filters]`."""
+    mask = np.asarray(sculpt.make_masks(one_convolution(*kernel.shape[2:]), kernel, [option]))
     assert (mask == mask[:, :, :1]).all()
     return np.moveaxis(mask[:, :, 0], -1, 0)
 

@@ -53,8 +53,14 @@ def test_scores_equal_a_plain_loop(name: str, calibrated: bool, chunk: int) -> N
         assert float(scores.loss[i]) == pytest.approx(loss, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["residual", "biased"])
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [
+        ("residual", 4),
+        ("biased", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("residual", 1), ("biased", 4))),
+    ],
+)
 def test_scores_of_reconstructed_networks_equal_a_plain_loop(name: str, chunk: int) -> None:
     model, space = network(name), sculpt.make_space(traced(name))
     policies = sculpt.random_policies(space, jax.random.key(2), 5)

@@ -11,7 +11,7 @@ import pytest
 import sculpt
 from sculpt.scoring import Repair
 from sculpt.scoring.evaluate import _scored
-from tests.networks import network, traced
+from tests.networks import network, slow_but, traced
 
 IMAGES = jax.random.normal(jax.random.key(0), (150, 8, 8, 3))
 LABELS = jax.random.randint(jax.random.key(1), (150,), 0, 5)
@@ -45,15 +45,17 @@ def scores(
     )
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_every_plan_gives_the_same_scores(plan: sculpt.EvaluationPlan) -> None:
-    expected, found = scores("residual", sculpt.EvaluationPlan()), scores("residual", plan)
+@slow_but("small batches", "im2col, vmap", "policies and images over devices", among=PLANS, argument="plan")
+def test_every_plan_gives_the_same_scores(plan: str) -> None:
+    expected, found = scores("residual", sculpt.EvaluationPlan()), scores("residual", PLANS[plan])
     np.testing.assert_allclose(found.accuracy, expected.accuracy, atol=1.01 / 150)
     np.testing.assert_allclose(found.loss, expected.loss, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "plan", [pytest.param("im2col, vmap", marks=pytest.mark.slow), "policies and images over devices"]
+@slow_but(
+    "policies and images over devices",
+    among=("im2col, vmap", "policies and images over devices"),
+    argument="plan",
 )
 def test_reconstruction_is_the_same_in_every_plan(plan: str) -> None:
     expected = scores("residual", sculpt.EvaluationPlan(), repair="reconstruct")

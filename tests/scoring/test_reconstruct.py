@@ -38,9 +38,15 @@ def pruned(name: str, families: tuple[str, ...]) -> tuple[Any, Model]:
     return masks, sculpt.apply_masks(model, masks)
 
 
+QUICK = ("residual", "separable", "biased")
+
+
 @pytest.mark.parametrize(
     ("name", "families"),
-    [(name, ("channels", "rect")) for name in NETWORKS]
+    [
+        pytest.param(name, ("channels", "rect"), marks=() if name in QUICK else pytest.mark.slow)
+        for name in NETWORKS
+    ]
     + [("residual", ("rect_grouped",)), ("residual", ("2:4",)), ("function", ("unstructured",))],
 )
 def test_logits_come_closer_and_zeros_stay(name: str, families: tuple[str, ...]) -> None:
