@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,10 @@ if _WORKER and hasattr(os, "sched_setaffinity"):
     if len(_cores) >= _workers:
         # Workers that take the place of one that died are numbered on.
         os.sched_setaffinity(0, _cores[int(_WORKER.removeprefix("gw")) % _workers :: _workers])
+
+# A shell that starts the tests in the background has them ignore interrupts, which some of them send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
