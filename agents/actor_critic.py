@@ -10,7 +10,6 @@ site's own logits learn what this network's features do not tell, and stay with 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -53,7 +52,6 @@ class SiteInputs:
     """bool `[sites, options]`: False beyond a site's last option."""
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def site_inputs(space: Space, params: Params) -> SiteInputs:
     """The `SiteInputs` of `space` for a network with these `params`."""
     features = site_features(space, params)

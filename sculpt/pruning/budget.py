@@ -13,7 +13,7 @@ import numpy as np
 from sculpt.arguments import checked
 from sculpt.model import Params
 from sculpt.pruning.cost import resource_used
-from sculpt.pruning.space import Space, make_choices
+from sculpt.pruning.space import Space, make_choices, retained_shares
 
 _BISECTIONS = 48
 _INVALID = -1e9
@@ -199,12 +199,12 @@ def lamp_policy(space: Space, params: Params, budget: float) -> jax.Array:
     site, and none goes before the one before it.
     """
     check_budget(space, budget)
-    return _lamp(space, params, jnp.float32(budget))
+    return _lamp(space, energy_logits(space, params), jnp.float32(budget))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _lamp(space: Space, params: Params, budget: jax.Array) -> jax.Array:
-    retained = jnp.exp(energy_logits(space, params) / 3.0)
+def _lamp(space: Space, logits: jax.Array, budget: jax.Array) -> jax.Array:
+    retained = jnp.exp(logits / 3.0)
     valid = jnp.asarray(space.valid)
     scores = 1.0 - retained[:, 1:] / jnp.maximum(retained[:, :-1], 1e-6)
     # What comes later in a site cannot go before what comes earlier.
@@ -218,12 +218,7 @@ def _lamp(space: Space, params: Params, budget: jax.Array) -> jax.Array:
     return fill(space, policy, jnp.where(valid, liked, _INVALID), budget + 1e-6)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def energy_logits(space: Space, params: Params) -> jax.Array:
     """float32 `[sites, max_options]`: 3 log(retained energy), a prior that favours what loses little."""
-    options = space.max_options
-    rows = []
-    for choice in make_choices(space, params):
-        logs = 3.0 * jnp.log(jnp.maximum(choice.retained, 1e-6))
-        rows.append(jnp.pad(logs, (0, options - logs.shape[0]), constant_values=_INVALID))
-    return jnp.stack(rows)
+    retained = retained_shares(space, make_choices(space, params))
+    return jnp.where(space.valid, 3.0 * jnp.log(jnp.maximum(retained, 1e-6)), _INVALID)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ import numpy as np
 from sculpt.arguments import checked
 from sculpt.model import Params
 from sculpt.pruning.cost import resource_used
+from sculpt.pruning.family import Choice
 from sculpt.pruning.masks import check_policies
-from sculpt.pruning.space import Space, make_choices
+from sculpt.pruning.space import Space, make_choices, retained_shares
 from sculpt.tracing.graph import EDGE_KINDS, NODE_KINDS, topology
 
 OPTIONS = 8
@@ -37,22 +39,27 @@ class SiteFeatures:
 jax.tree_util.register_dataclass(SiteFeatures, ["retained", "cost", "kept"], [])
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def site_features(space: Space, params: Params) -> SiteFeatures:
     """Tables over all options of all sites (jit-able)."""
-    rows = []
-    for choice in make_choices(space, params):
-        rows.append(jnp.pad(choice.retained, (0, space.max_options - choice.retained.shape[0])))
-    valid = jnp.asarray(space.valid)
+    return _site_features(space, retained_shares(space, make_choices(space, params)))
+
+
+def _site_features(space: Space, retained: jax.Array) -> SiteFeatures:
     return SiteFeatures(
-        retained=jnp.where(valid, jnp.stack(rows), 0.0),
-        cost=jnp.where(valid, jnp.asarray(space.option_cost), 0.0),
+        retained=retained,
+        cost=jnp.where(space.valid, space.option_cost, 0.0),
         kept=jnp.asarray(space.kept),
     )
 
 
 @checked
-def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0) -> Any:
+def to_graph(
+    space: Space,
+    params: Params,
+    policy: Any = None,
+    budget: Any = 1.0,
+    choices: Sequence[Choice] | None = None,
+) -> Any:
     """The traced network as a graph, the current policy embedded in it.
 
     Nodes are layers, merges (add, concat) and coupled-axis groups; edges are data flow, skips and couplings, each with
@@ -63,6 +70,7 @@ def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0
       params: parameters, whose weight statistics and retained shares (see `SiteFeatures`) are features.
       policy: integers `[sites]`; None stands for the dense network.
       budget: share of the resource to be met; what is left to remove is a feature of every node.
+      choices: what `make_choices` gives for these parameters, where it is at hand.
 
     Returns:
       `jraph.GraphsTuple` of one graph: nodes float32 `[nodes, features]`, edges float32 `[edges, edge kinds]` (one-hot),
@@ -74,11 +82,13 @@ def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0
     if policy is None:
         policy = jnp.zeros(space.num_sites, jnp.int32)
     policy = check_policies(space, policy)
+    if choices is None:
+        choices = make_choices(space, params)
     budget = jnp.asarray(budget, jnp.float32)
     ratio = resource_used(space, policy)
     summary = jnp.stack([budget, ratio, ratio - budget])
     return jraph.GraphsTuple(
-        nodes=_node_features(space, params, policy, summary),
+        nodes=_node_features(space, params, retained_shares(space, choices), policy, summary),
         edges=jnp.asarray(np.eye(len(EDGE_KINDS), dtype=np.float32)[graph.kinds]),
         senders=jnp.asarray(graph.senders),
         receivers=jnp.asarray(graph.receivers),
@@ -89,9 +99,11 @@ def to_graph(space: Space, params: Params, policy: Any = None, budget: Any = 1.0
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _node_features(space: Space, params: Params, policy: jax.Array, summary: jax.Array) -> jax.Array:
+def _node_features(
+    space: Space, params: Params, retained: jax.Array, policy: jax.Array, summary: jax.Array
+) -> jax.Array:
     static = jnp.asarray(_static_features(space))
-    weights, chosen = _weight_features(space, params), _policy_features(space, params, policy)
+    weights, chosen = _weight_features(space, params), _policy_features(space, retained, policy)
     totals = jnp.broadcast_to(summary[None, :], (len(static), 3))
     return jnp.concatenate([static, weights, chosen, totals], axis=1)
 
@@ -141,9 +153,9 @@ def _weight_features(space: Space, params: Params) -> jax.Array:
     return jnp.stack(rows)
 
 
-def _policy_features(space: Space, params: Params, policy: jax.Array) -> jax.Array:
+def _policy_features(space: Space, shares: jax.Array, policy: jax.Array) -> jax.Array:
     """Of the node's site: retained share under every option, the current choice one-hot, what it keeps and costs."""
-    table = site_features(space, params)
+    table = _site_features(space, shares)
     count = len(topology(space.trace).nodes)
     sites = np.arange(space.num_sites, dtype=np.int32)
     options = max(OPTIONS, space.max_options)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from sculpt.tracing import Group, Trace
 
@@ -44,10 +45,11 @@ def slot_labels(trace: Trace, group: Group, leaf: int, axis: int) -> np.ndarray:
     return trace.axes.labels(trace.leaf_term(leaf)[axis], group.atom)
 
 
-def sum_by_unit(entries: jax.Array, axis: int, labels: np.ndarray, size: int) -> jax.Array:
+def sum_by_unit(entries: jax.Array, axis: int, labels: ArrayLike, size: int) -> jax.Array:
     """`[size]`: the sum of the entries of each unit along `axis`, in the dtype of `entries`."""
     per_index = entries.sum(axis=tuple(d for d in range(entries.ndim) if d != axis))
     # Indices that belong to other groups fall into an extra bin.
+    labels = jnp.asarray(labels)
     return jax.ops.segment_sum(per_index, jnp.where(labels < 0, size, labels), size + 1)[:-1]
 
 

@@ -8,6 +8,7 @@ there is nothing else. A kernel whose input and output are both of the group cou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,14 @@ def unit_energy(trace: Trace, group: Group, leaves: Sequence[Any]) -> jax.Array:
     """float32 `[group size]`: `sum_k |w_k[u]|^2 / |w_k|^2`, the share of the energy of each kernel that a unit carries."""
     total = jnp.zeros(group.size, jnp.float32)
     for leaf, axis in kernel_slots(trace, group):
-        total = total + share(_unit_sums(trace, group, leaf, axis, jnp.square(_float32(leaves[leaf]))))
+        total = total + _energy_share(leaves[leaf], slot_labels(trace, group, leaf, axis), axis, group.size)
     return total
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "size"))
+def _energy_share(kernel: jax.Array, labels: jax.Array, axis: int, size: int) -> jax.Array:
+    """Compiled once for all kernels of a shape."""
+    return share(sum_by_unit(jnp.square(_float32(kernel)), axis, labels, size))
 
 
 def unit_l1(trace: Trace, group: Group, leaves: Sequence[Any]) -> jax.Array:
@@ -87,7 +94,8 @@ WEIGHT_SCORES: dict[str, Callable[[Trace, Group, Sequence[Any]], jax.Array]] = {
 """Kind -> `(trace, group, parameter leaves) -> float32 [group size]`; jit-able."""
 
 
-def window_energy(kernel: Any, axes: Sequence[int]) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="axes")
+def window_energy(kernel: Any, axes: tuple[int, ...]) -> jax.Array:
     """float32 over the kernel's window axes: energy at each of its positions, summed over channels."""
     weights = jnp.square(jnp.asarray(kernel, jnp.float32))
     return weights.sum(axis=tuple(d for d in range(weights.ndim) if d not in axes))

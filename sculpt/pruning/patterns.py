@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.pruning import sparse
-from sculpt.pruning.family import Choice, Family, Option, Site, entry_energy
+from sculpt.pruning.family import Choice, Family, Option, Site, entry_energy, rank_of
 from sculpt.pruning.filter_windows import choose_filter_windows, filter_window_sites
 from sculpt.pruning.importance import Importance
 from sculpt.pruning.importance_weights import unit_energy, window_energy
@@ -54,8 +54,7 @@ def _channel_scores(
 
 def _choose_channels(options: tuple[Option, ...], scores: jax.Array) -> Choice:
     """The units of highest score; of equal ones the first."""
-    order = jnp.argsort(-scores, stable=True)
-    rank = jnp.zeros(scores.shape, jnp.int32).at[order].set(jnp.arange(scores.shape[0], dtype=jnp.int32))
+    rank = rank_of(scores)
     counts = jnp.asarray([option.counts[0] for option in options], jnp.int32)
     keep = rank[None, :] < counts[:, None]
     worth = jnp.maximum(scores, 0.0)

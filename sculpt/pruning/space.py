@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, did_you_mean, is_real, is_whole
-from sculpt.pruning.family import Choice, Site
+from sculpt.pruning.family import Choice, Option, Site
 from sculpt.pruning.importance import Importance, check_importance
 from sculpt.pruning.importance_units import fitting_leaves
 from sculpt.pruning.patterns import FAMILIES, ROUND_TO
@@ -282,11 +281,11 @@ def _polynomial(trace: Trace, owners: Sequence[Monomials], column: dict[Atom, in
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def make_choices(space: Space, params: object) -> tuple[Choice, ...]:
-    """Works out, for every site, which units each option keeps on these parameters (compiled once per space).
+    """Works out, for every site, which units each option keeps on these parameters.
 
-    Computed once per network, then policies are applied by indexing. Channels are ranked by `space.importance`, whatever the
+    Computed once per network, then policies are applied by indexing. Compiled part by part, once for all that are alike: a network of many
+    equal blocks takes no longer than one of few. jit-able, but then compiled whole. Channels are ranked by `space.importance`, whatever the
     parameters, or without it by the energy of these parameters; windows and entries always by energy.
 
     Raises:
@@ -298,13 +297,32 @@ def make_choices(space: Space, params: object) -> tuple[Choice, ...]:
     for site in space.sites:
         alike.setdefault((site.family, scores[site.index].shape, site.options), []).append(site)
     choices: dict[int, Choice] = {}
-    # Sites of the same options are worked out together: sorting is slow to compile.
     for (name, _, options), sites in alike.items():
-        choose = functools.partial(FAMILIES[name].choose, options)
-        together = jax.vmap(choose)(jnp.stack([scores[site.index] for site in sites]))
-        for i, site in enumerate(sites):
-            choice = jax.tree.map(operator.itemgetter(i), together)
+        together = _choose(name, options, [scores[site.index] for site in sites])
+        for row, site in enumerate(sites):
+            choice = _row(together, np.int32(row))
             if site.kernel is not None:
                 choice = dataclasses.replace(choice, entries=site.kernel.restore(choice.entries))
             choices[site.index] = choice
     return tuple(choices[site.index] for site in space.sites)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _choose(family: str, options: tuple[Option, ...], scores: list[jax.Array]) -> Choice:
+    """The choices of sites of the same options, stacked."""
+    return jax.vmap(functools.partial(FAMILIES[family].choose, options))(jnp.stack(scores))
+
+
+@jax.jit
+def _row(together: Choice, row: jax.Array) -> Choice:
+    return jax.tree.map(lambda leaf: leaf[row], together)
+
+
+def retained_shares(space: Space, choices: Sequence[Choice]) -> jax.Array:
+    """float32 `[sites, max_options]`: what each option retains (`Choice.retained`); 0 where there is no option."""
+    return _padded([choice.retained for choice in choices], space.max_options)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _padded(rows: list[jax.Array], length: int) -> jax.Array:
+    return jnp.stack([jnp.pad(row, (0, length - len(row))) for row in rows])

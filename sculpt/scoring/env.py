@@ -168,7 +168,7 @@ class PruningEnv:
         """Graphs of the current assignments, batched as `state_axes` says."""
 
         def one(policy: jax.Array, budget: jax.Array) -> Observation:
-            return to_graph(self.space, params.problem.params, policy, budget)
+            return to_graph(self.space, params.problem.params, policy, budget, choices=params.problem.choices)
 
         return jax.vmap(one, out_axes=state_axes())(state.policy, self.budgets(params))
 
