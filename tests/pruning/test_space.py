@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import sculpt
+from sculpt.pruning import importance_weights, make_choices
+from sculpt.pruning import space as space_module
 from sculpt.pruning.patterns import window_shapes
 from tests.networks import network, traced
 
@@ -187,6 +189,20 @@ def test_graph_follows_the_policy_and_the_budget_and_nothing_random() -> None:
         sculpt.random_policies(space, jax.random.key(0), 2)
     )
     assert batched.shape == (2, *dense.nodes.shape)
+    at_hand = sculpt.to_graph(space, model.params, choices=make_choices(space, model.params))
+    assert np.array_equal(dense.nodes, at_hand.nodes)
+
+
+def test_sites_alike_are_compiled_once() -> None:
+    """Whatever the space, and whatever the parameters."""
+    model, space = network("residual"), sculpt.make_space(traced("residual"))
+    choices = make_choices(space, model.params)
+    parts = (space_module._choose, space_module._row, importance_weights._energy_share)
+    compiled = [getattr(part, "_cache_size")() for part in parts]  # noqa: B009
+    other = make_choices(sculpt.make_space(traced("residual")), jax.tree.map(jnp.negative, model.params))
+    assert [getattr(part, "_cache_size")() for part in parts] == compiled and min(compiled) > 0  # noqa: B009
+    for one, two in zip(jax.tree.leaves(choices), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_what_was_traced_is_shown_by_what_matters_of_it() -> None:
