@@ -284,9 +284,9 @@ def _polynomial(trace: Trace, owners: Sequence[Monomials], column: dict[Atom, in
 def make_choices(space: Space, params: object) -> tuple[Choice, ...]:
     """Works out, for every site, which units each option keeps on these parameters.
 
-    Computed once per network, then policies are applied by indexing. Compiled part by part, once for all that are alike: a network of many
-    equal blocks takes no longer than one of few. jit-able, but then compiled whole. Channels are ranked by `space.importance`, whatever the
-    parameters, or without it by the energy of these parameters; windows and entries always by energy.
+    Computed once per network, then policies are applied by indexing. Compiled part by part, once for kernels of one shape and sites of the
+    same options; inside `jit`, where it may stand too, all of it is compiled with the rest. Channels are ranked by `space.importance`,
+    whatever the parameters, or without it by the energy of these parameters; windows and entries always by energy.
 
     Raises:
       ValueError: if the parameters are not of the traced network.
