@@ -22,6 +22,8 @@ import numpy as np
 from jax.dtypes import float0
 from jax.extend import core as jax_core
 
+from sculpt.tracing.high_level import as_low_level
+
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
 """Primitives that multiply and sum: what costs something, and what can be a layer."""
 
@@ -291,7 +293,8 @@ class _Builder:
         def read(atom: Any) -> Operand:
             return Literal(atom.val) if isinstance(atom, jax_core.Literal) else values[atom]
 
-        for eqn in jaxpr.eqns:
+        for traced in jaxpr.eqns:
+            eqn = as_low_level(traced)
             operands = [read(v) for v in eqn.invars]
             source = _source(eqn, caller)
             body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
@@ -312,7 +315,7 @@ class _Builder:
                         dict(eqn.params),
                         source,
                         bodies,
-                        _as_function(eqn) if bodies else None,
+                        _as_function(traced) if bodies else None,
                     )
                 )
             values.update(zip(eqn.outvars, results, strict=True))

@@ -6,6 +6,7 @@ from tests.architectures import (
     convolutional,
     dense_prediction,
     functions,
+    high_level,
     language,
     mobile,
     normalised,
@@ -24,6 +25,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **language.ARCHITECTURES,
     **recurrent.ARCHITECTURES,
     **functions.ARCHITECTURES,
+    **high_level.ARCHITECTURES,
     **odd.ARCHITECTURES,
 }
 """Name -> network, in order of what they are built of."""

@@ -1,0 +1,45 @@
+"""High-level operations of JAX (`jax.experimental.hijax`), read as what they are made of.
+
+JAX's new rematerialisation (`jax_remat3`) is such an operation, and users write their own. In a jaxpr each is one equation
+`call_hi_primitive` around an object that knows its expansion; here it becomes the call that has meant the same all along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend import core as jax_core
+
+
+def as_low_level(eqn: Any) -> Any:
+    """The equation as a low-level one, for reading alone (its primitive is made anew for its name): rematerialised regions as `checkpoint`,
+    what has a reverse derivative of its own as `custom_vjp_call`, all else as a plain call. Operations on other values than arrays, and
+    equations that are low-level already, stay what they are."""
+    if eqn.primitive.name != "call_hi_primitive":
+        return eqn
+    operation = eqn.params["_prim"]
+    if not all(isinstance(v.aval, ShapedArray) for v in (*eqn.invars, *eqn.outvars)):
+        return eqn
+    kind = type(operation)
+    known = kind.__name__ if kind.__module__.startswith("jax.") else ""
+    if known == "RematTraced":
+        params = {"jaxpr": operation.jaxpr, "prevent_cse": True, "policy": operation.policy}
+        return eqn.replace(primitive=jax_core.Primitive("checkpoint"), params=params)
+    name = "custom_vjp_call" if known != "CheckpointName" and _has_derivative(kind) else "closed_call"
+    params = {"call_jaxpr": _expansion(operation, [v.aval for v in eqn.invars])}
+    return eqn.replace(primitive=jax_core.Primitive(name), params=params)
+
+
+def _has_derivative(kind: type) -> bool:
+    from jax.experimental.hijax import VJPHiPrimitive
+
+    return getattr(kind, "vjp_fwd", None) is not VJPHiPrimitive.vjp_fwd
+
+
+def _expansion(operation: Any, avals: list[Any]) -> Any:
+    def function(*operands: Any) -> list[Any]:
+        return jax.tree.leaves(operation.expand(*jax.tree.unflatten(operation.in_tree, operands)))
+
+    return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
