@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from sculpt.model import Model
-from sculpt.tracing.program import Program, flatten, with_derivatives
+from sculpt.tracing.program import ImpureProgram, Program, flatten, with_derivatives
 from sculpt.tracing.trace import shapes_of
 
 BATCH = "batch"
@@ -72,6 +72,8 @@ def flatten_open(
         try:
             program = flatten(function, *map(shapes_of, before), images, *after)
             return with_derivatives(program) if derivatives else program
+        except ImpureProgram:
+            raise
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
     raise ValueError(f"the model does not take the example input {x.dtype}{list(x.shape)}: {problems[-1]}")

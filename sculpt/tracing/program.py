@@ -108,10 +108,17 @@ class Program:
         return tuple(self.avals[operand].shape)
 
 
+class ImpureProgram(ValueError):
+    """What is to be traced changes arrays in place."""
+
+
 def flatten(function: Callable[..., Any], *arguments: Any) -> Program:
     """Traces `function` on arguments given as arrays or `ShapeDtypeStruct`s and inlines all calls.
 
     Nothing is run or allocated. Equations whose results nobody reads are dropped.
+
+    Raises:
+      ImpureProgram: if there are mutable arrays in it.
     """
     return _program(jax.make_jaxpr(function)(*arguments), "an unknown line")
 
@@ -297,6 +304,7 @@ class _Builder:
             eqn = as_low_level(traced)
             operands = [read(v) for v in eqn.invars]
             source = _source(eqn, caller)
+            _check_pure(eqn, source)
             body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
             if body is not None:
                 inner, inner_constants = body, []
@@ -320,6 +328,15 @@ class _Builder:
                 )
             values.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
+
+
+def _check_pure(eqn: Any, source: str) -> None:
+    """Refuses what changes arrays in place: a list of equations over values does not say in what order that happens."""
+    if any(hasattr(v.aval, "inner_aval") for v in (*eqn.invars, *eqn.outvars)):
+        raise ImpureProgram(
+            f"expected a network that computes new arrays of old ones, got one with a mutable array (jax.new_ref) at {source}; write "
+            "x = x.at[place].set(value) instead of ref[place] = value"
+        )
 
 
 def live_equations(equations: Sequence[Equation], outputs: Sequence[Operand]) -> list[Equation]:

@@ -20,7 +20,7 @@ from sculpt.model import Model
 from sculpt.tracing.axes import Atom, Axes, Axis
 from sculpt.tracing.flow import Flow, because
 from sculpt.tracing.layers import Layer, Leaf, Monomials, Product, find_layers, product
-from sculpt.tracing.program import Program, flatten
+from sculpt.tracing.program import ImpureProgram, Program, flatten
 from sculpt.tracing.zeros import unsound_atoms
 
 
@@ -159,12 +159,14 @@ def trace(model: Model, example_input: Any) -> Trace:
         only shapes past the batch and dtypes matter.
 
     Raises:
-      ValueError: if no operation of the network reads a parameter, or the input holds a scalar.
+      ValueError: if no operation of the network reads a parameter, the input holds a scalar, or there are mutable arrays (`jax.Ref`).
     """
     inputs = jax.tree.map(_two_of, example_input)
     params, state = shapes_of(model.params), shapes_of(model.state)
     try:
         program = flatten(model.apply, params, state, inputs)
+    except ImpureProgram:
+        raise
     except Exception as error:  # each framework has its own
         shapes = ", ".join(
             f"{x.dtype}{['batch', *x.shape[1:]]}".replace("'", "") for x in jax.tree.leaves(inputs)

@@ -270,6 +270,32 @@ def test_closed_over_parameters_are_refused() -> None:
         sculpt.trace(model, jnp.zeros((1, 3)))
 
 
+def test_mutable_arrays_are_refused_wherever_they_are(tmp_path: Path) -> None:
+    def straight(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        hidden = jax.new_ref(x @ params["first"])
+        hidden[...] = jnp.tanh(hidden[...])
+        return hidden[...] @ params["head"]
+
+    def in_loop(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        total = jax.new_ref(jnp.zeros((x.shape[0], 8)))
+
+        def add(_: jax.Array, carry: jax.Array) -> jax.Array:
+            total[...] += x @ params["first"]
+            return carry
+
+        jax.lax.fori_loop(0, 3, add, jnp.zeros(()))
+        return jax.freeze(total) @ params["head"]
+
+    params, x = {"first": jnp.ones((3, 8)), "head": jnp.ones((8, 5))}, jnp.ones((2, 3))
+    for function in (straight, in_loop):
+        model = sculpt.from_function(function, params)
+        line = rf"^expected a network .* mutable array \(jax.new_ref\) at test_trace.py:\d+ .*{function.__name__}"
+        with pytest.raises(ValueError, match=line):
+            sculpt.trace(model, x)
+        with pytest.raises(ValueError, match=line):
+            sculpt.save_model(model, tmp_path / "model", x)
+
+
 def test_any_output_will_do_and_all_of_it_is_frozen() -> None:
     def apply(params: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
         hidden = x @ params["w"]
