@@ -195,7 +195,7 @@ def _draw_images(
     drawn = np.asarray(jax.random.permutation(key, have))[:need]
     score, calibrate = np.sort(drawn[: config.score_images]), np.sort(drawn[config.score_images :])
     images = jnp.asarray(splits.normalise(train.images[score]))
-    labels = jnp.asarray(np.asarray(train.labels)[score], jnp.int32)
+    labels = jnp.asarray(np.asarray(train.labels)[score])
     if not config.calibration_images:
         return images, labels, None
     return images, labels, jnp.asarray(splits.normalise(train.images[calibrate]))

@@ -23,7 +23,7 @@ from sculpt.pruning import Space
 from sculpt.scoring.env import EnvParams, Scorer
 from sculpt.scoring.evaluate import score_policies
 from sculpt.scoring.plan import EvaluationPlan
-from sculpt.tracing.outline import add_model
+from sculpt.tracing.outline import add_model, add_task
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.data import Splits, add_examples
 
@@ -44,9 +44,10 @@ def search(
 ) -> SearchResult:
     """Looks for the policy that keeps the most quality within a budget of MACs, or of another resource of the space.
 
-    Policies are scored on images of the train split, after BatchNorm recalibration; the last choice among the best is made
-    on the validation split, after brief fine-tuning. The test split is never read. All randomness comes from `key` and the
-    number of the update, so an interrupted search that is resumed gives exactly the result of an uninterrupted one.
+    Quality is the accuracy, or what the model's task says. Policies are scored on images of the train split, after BatchNorm
+    recalibration; the last choice among the best is made on the validation split, after brief fine-tuning. The test split is never
+    read. All randomness comes from `key` and the number of the update, so an interrupted search that is resumed gives exactly the
+    result of an uninterrupted one.
 
     Args:
       model: the trained, dense network.
@@ -139,7 +140,8 @@ def _fingerprint(
     digest.update(space.resource.name.encode() + space.option_cost.tobytes())
     for site in space.sites:
         digest.update(f"{site.name} {site.family} {[o.label for o in site.options]}".encode())
-    add_model(digest, model, splits.train.images.shape[1:])
+    add_model(digest, model, splits.input(2))
+    add_task(digest, model, splits.input(2), splits.wanted(2))
     add_arrays(digest, (key, task.problem.choices, task.budget, agent))
     # Beyond the images to score on: the re-rank trains on the whole train split and judges on validation.
     add_examples(digest, splits)

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         reconstruct,
         tune_plan,
     )
+    from sculpt.task import CLASSIFICATION, Task
     from sculpt.tracing import Trace, trace
     from sculpt.training import (
         FinetuneConfig,
@@ -73,7 +74,9 @@ if TYPE_CHECKING:
         finetune,
         finetune_policies,
         from_arrays,
+        from_examples,
         from_sources,
+        hold_zeros,
         load_data,
         load_folder,
         load_parquet,
@@ -137,6 +140,7 @@ _HOMES = {
         "reconstruct",
         "tune_plan",
     ),
+    "sculpt.task": ("CLASSIFICATION", "Task"),
     "sculpt.tracing": ("Trace", "trace"),
     "sculpt.training": (
         "FinetuneConfig",
@@ -147,7 +151,9 @@ _HOMES = {
         "finetune",
         "finetune_policies",
         "from_arrays",
+        "from_examples",
         "from_sources",
+        "hold_zeros",
         "load_data",
         "load_folder",
         "load_parquet",
@@ -159,6 +165,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _SUBPACKAGES = ("agents", "deploy", "nets", "pruning", "scoring", "training")
 
 __all__ = [
+    "CLASSIFICATION",
     "AgentConfig",
     "Cost",
     "EvaluationPlan",
@@ -176,6 +183,7 @@ __all__ = [
     "Split",
     "Splits",
     "StreamReport",
+    "Task",
     "Trace",
     "TunedPolicies",
     "Tuning",
@@ -197,10 +205,12 @@ __all__ = [
     "finetune_policies",
     "fold",
     "from_arrays",
+    "from_examples",
     "from_function",
     "from_linen",
     "from_nnx",
     "from_sources",
+    "hold_zeros",
     "importance",
     "lamp_policy",
     "layer_macs",

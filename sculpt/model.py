@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from sculpt.task import CLASSIFICATION, Task
+
 Params = Any
 """A pytree of floating-point arrays, the leaves that training changes and masks cover."""
 State = Any
@@ -25,17 +27,19 @@ TrainFn = Callable[[Params, State, jax.Array, jax.Array], tuple[jax.Array, State
 class Model:
     """A network: `apply` to evaluate it, `apply_train` to train it, and the arrays that both take.
 
-    A pytree whose leaves are `params` and `state`; the two functions are static and should be hashable.
+    A pytree whose leaves are `params` and `state`; the rest is static: two functions, which should be hashable, and the task.
     """
 
     apply: ApplyFn = dataclasses.field(metadata={"static": True})
-    """`(params, state, x) -> logits`: evaluation mode; x is `[batch, ...]`, logits `[batch, classes]`."""
+    """`(params, state, x) -> outputs`: evaluation mode; x is `[batch, ...]`, outputs are logits `[batch, classes]` or what `task` takes."""
     apply_train: TrainFn = dataclasses.field(metadata={"static": True})
-    """`(params, state, x, key) -> (logits, new_state)`: training mode (batch statistics, dropout drawn from `key`)."""
+    """`(params, state, x, key) -> (outputs, new_state)`: training mode (batch statistics, dropout drawn from `key`)."""
     params: Params
     """Pytree of floating-point arrays."""
     state: State
     """Pytree of the remaining arrays; `{}` where there are none."""
+    task: Task = dataclasses.field(default=CLASSIFICATION, metadata={"static": True})
+    """What its outputs are good for: what training lowers and searches raise."""
 
     def __repr__(self) -> str:
         def size(tree: Any) -> str:
@@ -50,7 +54,7 @@ class Model:
         return dataclasses.replace(self, **changes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Evaluation-mode logits `[batch, classes]` of `x` with this model's own arrays."""
+        """Evaluation-mode outputs of `x`, such as logits `[batch, classes]`, with this model's own arrays."""
         return self.apply(self.params, self.state, x)
 
     def describe(self) -> tuple[str, ...]:
@@ -59,7 +63,9 @@ class Model:
         return () if describe is None else describe()
 
 
-jax.tree_util.register_dataclass(Model, data_fields=["params", "state"], meta_fields=["apply", "apply_train"])
+jax.tree_util.register_dataclass(
+    Model, data_fields=["params", "state"], meta_fields=["apply", "apply_train", "task"]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +127,7 @@ def from_linen(
     variables: Mapping[str, Any],
     train_argument: str | None = "train",
     rngs: Sequence[str] = ("dropout",),
+    task: Task = CLASSIFICATION,
 ) -> Model:
     """Adapts a Flax Linen module.
 
@@ -130,6 +137,7 @@ def from_linen(
       train_argument: name of the boolean keyword that switches training mode on; None if the module has none.
         "deterministic" and "use_running_average" are known to mean the opposite.
       rngs: names of the random streams that the module draws from in training.
+      task: what the outputs are good for, where they are no logits.
 
     Raises:
       ValueError: if `variables` has no "params" collection, or the module does not take `train_argument`.
@@ -151,6 +159,7 @@ def from_linen(
         apply_train=_LinenTrain(module, train_argument, tuple(state), tuple(rngs)),
         params=variables["params"],
         state=state,
+        task=task,
     )
 
 
@@ -201,7 +210,7 @@ class _NnxTrain:
         return logits, {"rest": nnx.state(module, nnx.Not(nnx.Param))}
 
 
-def from_nnx(module: Any, train_argument: str | None = None) -> Model:
+def from_nnx(module: Any, train_argument: str | None = None, task: Task = CLASSIFICATION) -> Model:
     """Adapts a Flax NNX module whose `__call__(x)` returns logits.
 
     Its `nnx.Param` leaves become `params`; every other variable becomes `state`. The module itself is not changed.
@@ -210,6 +219,7 @@ def from_nnx(module: Any, train_argument: str | None = None) -> Model:
       module: a `flax.nnx.Module`.
       train_argument: name of a boolean keyword of `__call__` that switches training mode on, as for `from_linen`; None: the mode is that
         of the layers themselves, as `module.train()` and `module.eval()` set it.
+      task: what the outputs are good for, where they are no logits.
 
     Raises:
       ValueError: if the module holds no `nnx.Param`, does not take `train_argument`, or takes such a keyword that was not named.
@@ -224,7 +234,7 @@ def from_nnx(module: Any, train_argument: str | None = None) -> Model:
     if not jax.tree.leaves(params):
         raise ValueError(f"from_nnx found no nnx.Param in {type(module).__name__}: nothing there to prune")
     apply, apply_train = _NnxApply(graphdef, train_argument), _NnxTrain(train_graphdef, train_argument)
-    return Model(apply, apply_train, params, {"rest": rest})
+    return Model(apply, apply_train, params, {"rest": rest}, task)
 
 
 def _check_keyword(module: Any, train_argument: str | None) -> None:
@@ -274,6 +284,7 @@ def from_function(
     params: Params,
     state: State | None = None,
     apply_train: Callable[..., Any] | None = None,
+    task: Task = CLASSIFICATION,
 ) -> Model:
     """Adapts a plain JAX function.
 
@@ -283,6 +294,7 @@ def from_function(
       state: pytree of non-trained arrays, if any.
       apply_train: training mode; `(params, x, key) -> logits`, or with a state `(params, state, x, key) ->
         (logits, new_state)`. Without it training runs `apply`.
+      task: what the outputs are good for, where they are no logits.
 
     Raises:
       ValueError: if `params` holds no array.
@@ -297,4 +309,6 @@ def from_function(
             f"from_function expected a function `apply(params, x)` first, got {type(apply).__name__}"
         )
     evaluate = _FunctionApply(apply, state is not None)
-    return Model(evaluate, _FunctionTrain(evaluate, apply_train), params, {} if state is None else state)
+    return Model(
+        evaluate, _FunctionTrain(evaluate, apply_train), params, {} if state is None else state, task
+    )

@@ -16,7 +16,7 @@ from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.update import Task, init_state, make_program, snapshot, update
 from sculpt.scoring import make_problem
 from sculpt.scoring.env import EnvParams, PruningEnv
-from sculpt.scoring.evaluate import _count_right, _scored
+from sculpt.scoring.evaluate import _scored, _totals
 from sculpt.scoring.recalibrate import _recalibrated
 from sculpt.scoring.stream import _costs
 from sculpt.training import program as training_program
@@ -51,7 +51,8 @@ def test_scoring_lowers(plan: sculpt.EvaluationPlan) -> None:
 
 
 def test_evaluation_of_one_model_and_costs_lower() -> None:
-    lowers(_count_right, MODEL.apply, MODEL.params, MODEL.state, IMAGES, jnp.asarray(LABELS, jnp.int32))
+    labels = jnp.asarray(LABELS, jnp.int32)
+    lowers(_totals, MODEL.apply, MODEL.task, MODEL.params, MODEL.state, IMAGES, labels)
     lowers(_recalibrated, MODEL.apply_train, MODEL.params, MODEL.state, jnp.asarray(IMAGES)[None])
     lowers(_costs, SPACE, jnp.zeros((8, SPACE.num_sites), jnp.int32))
 
@@ -76,7 +77,7 @@ def test_fine_tuning_lowers() -> None:
     config = sculpt.FinetuneConfig(batch_size=16, augment="crop_flip", ema=0.9, distillation=0.5)
     masks = sculpt.make_masks(SPACE, MODEL.params, jnp.zeros(SPACE.num_sites, jnp.int32))
     for settings in (config, dataclasses.replace(config, optimizer="adamw")):
-        program = training_program.make_program(MODEL.apply_train, SPLITS, settings, MODEL.apply)
+        program = training_program.make_program(MODEL, SPLITS, settings, MODEL.apply)
         state = training.start(program, MODEL.params, MODEL.state, masks)
         images, labels = jnp.asarray(SPLITS.train.images), jnp.asarray(SPLITS.train.labels, jnp.int32)
         order = training.epoch_order(KEY, len(labels), jnp.int32(0))

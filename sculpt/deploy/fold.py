@@ -83,7 +83,7 @@ def fold(model: Model, example_input: Any) -> Model:
     arrays = dict(zip(folded.names, folded.arrays))
     trained = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
     rest = {name: a for name, a in arrays.items() if name not in trained}
-    return Model(FoldedFunction(folded.program, folded.names), _no_training, trained, rest)
+    return Model(FoldedFunction(folded.program, folded.names), _no_training, trained, rest, model.task)
 
 
 def fold_program(model: Model, example_input: Any) -> FoldedProgram:

@@ -152,7 +152,7 @@ def compact(
 def _planned(model: Model, plan: Plan) -> Model:
     params, state = plan.slice((model.params, model.state))
     apply = CompactFunction(model.apply, plan, False)
-    return Model(apply, CompactFunction(model.apply_train, plan, True), params, state)
+    return Model(apply, CompactFunction(model.apply_train, plan, True), params, state, model.task)
 
 
 def _trains_alike(small: Model, traced: Trace) -> bool:

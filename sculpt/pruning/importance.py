@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, did_you_mean
+from sculpt.inputs import check_labels
 from sculpt.model import Model
 from sculpt.pruning.importance_activation import activation_scores
 from sculpt.pruning.importance_taylor import taylor_scores
@@ -95,7 +96,7 @@ def importance(
       trace: what `sculpt.trace` found in it.
       kind: one of the above.
       images: `[n, ...]`, normalised as the model expects; a few hundred of the training split do.
-      labels: integers `[n]`.
+      labels: integers `[n]`, or what the model's task takes.
       key: a key such as `jax.random.key(0)`.
       images_per_batch: images that are run at a time. It bounds memory; `taylor` is a mean over such batches.
 
@@ -125,7 +126,7 @@ def importance(
         scores = [jax.random.uniform(k, (g.size,), jnp.float32) for k, g in zip(keys, trace.groups)]
     elif kind == "taylor":
         images = _fitting_images(trace, images)
-        labels = _fitting_labels(trace, labels, len(images))
+        labels = check_labels(model, images, labels)
         scores = taylor_scores(model, trace, images, labels, images_per_batch)
     elif kind == "activation":
         images = _fitting_images(trace, images)
@@ -169,24 +170,3 @@ def _fitting_images(trace: Trace, images: Any) -> Any:
             "normalise them first (splits.normalise, sculpt.nets.preprocess)"
         )
     return jnp.asarray(images, expected.dtype)
-
-
-def _fitting_labels(trace: Trace, labels: Any, n: int) -> np.ndarray:
-    """Labels as int32 `[n]`, classes of the traced network."""
-    outputs = [trace.program.shape(output) for output in trace.program.outputs]
-    if len(outputs) != 1 or len(outputs[0]) != 2:
-        raise ValueError(
-            f"importance 'taylor' expected a network with one output [batch, classes], got {outputs} for a batch of 2; "
-            "use another kind, or adapt the model so that it returns logits"
-        )
-    classes, array = outputs[0][1], np.asarray(labels)
-    if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"importance expected integer labels [{n}], one per image, got {array.dtype}{list(array.shape)}"
-        )
-    if array.min() < 0 or array.max() >= classes:
-        raise ValueError(
-            f"importance expected labels from 0 to {classes - 1}, got {array.min()} to {array.max()}; "
-            "the labels must be classes of the traced network"
-        )
-    return array.astype(np.int32)

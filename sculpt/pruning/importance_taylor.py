@@ -12,6 +12,7 @@ import numpy as np
 
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.importance_units import slot_labels, sum_by_unit
+from sculpt.task import Task
 from sculpt.tracing import Trace
 
 
@@ -20,14 +21,14 @@ def taylor_scores(
 ) -> list[jax.Array]:
     """Per group float32 `[group size]`: `mean_b sum_{s in u} |w_s dL_b/dw_s|` over micro-batches b.
 
-    Molchanov et al. 2019, Importance Estimation for Neural Network Pruning, arXiv 1906.10771: L_b is the mean cross-entropy of
-    micro-batch b in evaluation mode (running BatchNorm statistics), and s runs over all entries of the unit in the whole
+    Molchanov et al. 2019, Importance Estimation for Neural Network Pruning, arXiv 1906.10771: L_b is the mean loss (the cross-entropy, unless
+    the model's task says otherwise) of micro-batch b in evaluation mode (running BatchNorm statistics), and s runs over all entries of the unit in the whole
     coupled group: kernels, biases, normalisation. The terms are changes of one loss, so they are added as they are; arrays are
     not scaled to count alike. A kernel whose input and output are both of the group counts once for either.
 
     Args:
       images: `[n, ...]` in the dtype that the model takes.
-      labels: integers `[n]`.
+      labels: integers `[n]`, or what the model's task takes.
       images_per_batch: size of a micro-batch, which bounds memory and says what b is; the last may be smaller and weighs
         as many images as it has.
     """
@@ -39,16 +40,24 @@ def taylor_scores(
         index = np.arange(start, start + size, dtype=np.int32)
         real = index < n
         scores = _batch_scores(
-            model.apply, trace, model.params, model.state, images[index % n], labels[index % n], real
+            model.apply,
+            model.task,
+            trace,
+            model.params,
+            model.state,
+            images[index % n],
+            labels[index % n],
+            real,
         )
         weight = jnp.float32(real.sum() / n)
         totals = [total + weight * score for total, score in zip(totals, scores)]
     return totals
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _batch_scores(
     apply: ApplyFn,
+    task: Task,
     trace: Trace,
     params: Any,
     state: Any,
@@ -57,9 +66,7 @@ def _batch_scores(
     real: jax.Array,
 ) -> list[jax.Array]:
     def loss(params: Any) -> jax.Array:
-        logits = apply(params, state, images).astype(jnp.float32)
-        wanted = labels.astype(jnp.int32)[:, None]
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), wanted, axis=1)[:, 0]
+        losses = task.measure(apply(params, state, images), labels)[1]
         return jnp.where(real, losses, 0.0).sum() / real.sum().astype(jnp.float32)
 
     gradients = jax.tree.leaves(jax.grad(loss)(params))

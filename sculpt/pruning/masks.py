@@ -105,17 +105,22 @@ def check_masks(model: Model, masks: Any) -> Any:
     Raises:
       ValueError: if they are not a pytree of booleans like `model.params`.
     """
-    if jax.tree.structure(masks) != jax.tree.structure(model.params):
+    check_mask_tree(model.params, masks)
+    return masks
+
+
+def check_mask_tree(params: Params, masks: Any) -> None:
+    """Raises ValueError unless the masks are a pytree of booleans like `params`."""
+    if jax.tree.structure(masks) != jax.tree.structure(params):
         raise ValueError(
-            f"masks must be a pytree like params ({len(jax.tree.leaves(model.params))} leaves), got one of "
+            f"masks must be a pytree like params ({len(jax.tree.leaves(params))} leaves), got one of "
             f"{len(jax.tree.leaves(masks))} leaves"
         )
-    for weight, mask in zip(jax.tree.leaves(model.params), jax.tree.leaves(masks)):
+    for weight, mask in zip(jax.tree.leaves(params), jax.tree.leaves(masks)):
         if jnp.shape(weight) != jnp.shape(mask) or jax.dtypes.result_type(mask) != jnp.bool_:
             raise ValueError(
                 f"expected a boolean mask {jnp.shape(weight)}, got {jax.dtypes.result_type(mask)}{jnp.shape(mask)}"
             )
-    return masks
 
 
 @checked

@@ -14,21 +14,16 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
 from sculpt.arguments import checked, is_whole
+from sculpt.inputs import check_images, check_labels
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import check_policies, mask_params, masks_from_choices
 from sculpt.pruning.space import Space
 from sculpt.scoring.lowering import lowered
 from sculpt.scoring.plan import IMAGE_AXIS, POLICY_AXIS, EvaluationPlan
-from sculpt.scoring.problem import (
-    Problem,
-    Repair,
-    check_images,
-    check_labels,
-    check_logits,
-    make_problem,
-)
+from sculpt.scoring.problem import Problem, Repair, make_problem
 from sculpt.scoring.recalibrate import batch_statistics
 from sculpt.scoring.reconstruct import BRIEF, RIDGE, fit_params, linear_network
+from sculpt.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +31,9 @@ class Scores:
     """How good policies are; one entry per policy."""
 
     accuracy: jax.Array
-    """float32 `[n]`: share of the images classified correctly, in [0, 1]."""
+    """float32 `[n]`: share of the images classified correctly, or mean score of the model's task, in [0, 1]."""
     loss: jax.Array
-    """float32 `[n]`: mean cross-entropy in nats."""
+    """float32 `[n]`: mean cross-entropy in nats, or mean loss of the model's task."""
 
 
 jax.tree_util.register_dataclass(Scores, ["accuracy", "loss"], [])
@@ -78,27 +73,21 @@ def score_params(problem: Problem, params: Any) -> Scores:
         state = batch_statistics(train, params, state, problem.calibration, spread)
 
     def one_batch(
-        totals: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]
+        totals: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        images, labels = batch
-        logits = apply(params, state, images).astype(jnp.float32)
-        real = labels >= 0
-        wanted = jnp.where(real, labels, 0)
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[:, None], axis=1)[:, 0]
-        right = _right(logits, labels).astype(jnp.float32)
-        return (totals[0] + right.sum(), totals[1] + jnp.where(real, losses, 0.0).sum()), None
+        images, labels, real = batch
+        scores, losses = problem.task.measure(apply(params, state, images), labels)
+        return (
+            totals[0] + jnp.where(real, scores, 0.0).sum(),
+            totals[1] + jnp.where(real, losses, 0.0).sum(),
+        ), None
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    (right, loss), _ = jax.lax.scan(one_batch, start, (problem.images, problem.labels))
-    count = (problem.labels >= 0).sum().astype(jnp.float32)
+    (score, loss), _ = jax.lax.scan(one_batch, start, (problem.images, problem.labels, problem.real))
+    count = problem.real.sum().astype(jnp.float32)
     if shared is not None:
-        right, loss, count = jax.lax.psum((right, loss, count), shared)
-    return Scores(right / count, loss / count)
-
-
-def _right(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Boolean `[n]`; of logits with NaN none is the largest."""
-    return (jnp.argmax(logits, axis=1).astype(jnp.int32) == labels) & ~jnp.isnan(logits).any(axis=1)
+        score, loss, count = jax.lax.psum((score, loss, count), shared)
+    return Scores(score / count, loss / count)
 
 
 def score_policies(problem: Problem, policies: jax.Array, count: jax.Array | int | None = None) -> Scores:
@@ -215,8 +204,8 @@ def evaluate_policies(
       model: the dense network.
       space: sites and patterns.
       policies: integers `[n, sites]`.
-      images: floating-point `[m, ...]`, normalised as the model expects.
-      labels: integers `[m]`.
+      images: floating-point `[m, ...]`, normalised as the model expects; or whole numbers, such as tokens, where it takes those.
+      labels: integers `[m]`, or what the model's task takes.
       calibration: images `[k, ...]` to take BatchNorm statistics from, for each policy anew, in whole batches of 64
         where there are more (the rest is left out); None keeps the model's
         running statistics, with which a pruned network is often near chance.
@@ -246,40 +235,40 @@ def evaluate(
     *,
     normalise: Callable[[Any], Any] | None = None,
 ) -> Scores:
-    """Accuracy and mean cross-entropy (scalars) of a model as it stands.
+    """Accuracy and mean cross-entropy (scalars) of a model as it stands, or mean score and loss of its task.
 
     Args:
-      model: a network that gives logits.
+      model: the network.
       images: `[m, ...]`, normalised, or what `normalise` takes.
-      labels: integers `[m]`.
+      labels: integers `[m]`, or what the model's task takes.
       images_per_batch: how many are on the device at a time.
       normalise: what is done to the images of a batch first, such as `splits.normalise`; None: nothing.
 
     Raises:
-      ValueError: if images or labels do not fit together, the model's output is not logits, or `images_per_batch` is not a whole
-        number of at least 1.
+      ValueError: if images, labels, the model's outputs and its task do not fit together, or `images_per_batch` is not a whole number of
+        at least 1.
     """
     if not is_whole(images_per_batch, 1):
         raise ValueError(f"images_per_batch must be a whole number of at least 1, got {images_per_batch!r}")
     prepared = normalise or (lambda block: block)
     number = np.shape(images)[0]
-    labels = check_labels(labels, number)
-    first, _ = check_images(np.shape(images)[1:], prepared(images[:1]))
-    check_logits(model, first, labels)
-    right = loss = 0.0
+    if not number:
+        raise ValueError(f"expected images [n, ...] with n >= 1, got {list(np.shape(images))}")
+    first = check_images(model, prepared(images[:1]))
+    example = jax.ShapeDtypeStruct((number, *first.shape[1:]), first.dtype)
+    labels = check_labels(model, example, labels)
+    score = loss = 0.0
     for start in range(0, number, images_per_batch):
         block = slice(start, start + images_per_batch)
-        x = jnp.asarray(prepared(images[block]), jnp.float32)
-        counts = _count_right(model.apply, model.params, model.state, x, labels[block])
-        right, loss = right + counts[0], loss + counts[1]
-    return Scores(jnp.asarray(right / number), jnp.asarray(loss / number))
+        x = jnp.asarray(prepared(images[block]), first.dtype)
+        totals = _totals(model.apply, model.task, model.params, model.state, x, labels[block])
+        score, loss = score + totals[0], loss + totals[1]
+    return Scores(jnp.asarray(score / number), jnp.asarray(loss / number))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _count_right(
-    apply: ApplyFn, params: Any, state: Any, images: jax.Array, labels: jax.Array
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _totals(
+    apply: ApplyFn, task: Task, params: Any, state: Any, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    logits = lowered(apply)(params, state, images).astype(jnp.float32)
-    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
-    right = _right(logits, labels)
-    return right.astype(jnp.float32).sum(), losses.sum()
+    scores, losses = task.measure(lowered(apply)(params, state, images), labels)
+    return scores.sum(), losses.sum()

@@ -34,7 +34,8 @@ from sculpt.scoring.policy_file import (
 )
 from sculpt.scoring.problem import Problem, Repair, make_problem
 from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
-from sculpt.tracing.outline import outline
+from sculpt.task import CLASSIFICATION
+from sculpt.tracing.outline import add_task, outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,13 +282,15 @@ def _locked(file: Path) -> Any:
 def _about(problem: Problem) -> dict[str, Any]:
     """What scores depend on: two tasks with the same description have the same scores."""
 
-    labels = np.asarray(problem.labels).reshape(-1)
-    real = labels >= 0
+    real = np.asarray(problem.real).reshape(-1)
+    labels = np.asarray(problem.labels).reshape(-1, *problem.labels.shape[2:])
     images = np.asarray(problem.images).reshape(-1, *problem.images.shape[2:])
     sites = [
         [site.name, site.family, *(option.label for option in site.options)] for site in problem.space.sites
     ]
+    own = {} if problem.task == CLASSIFICATION else {"task sha256": _task_digest(problem)}
     return {
+        **own,
         "images": int(real.sum()),
         "calibration images": 0
         if problem.calibration is None
@@ -300,6 +303,14 @@ def _about(problem: Problem) -> dict[str, Any]:
         "program sha256": hashlib.sha256(outline(problem.space.trace.program).encode()).hexdigest(),
         "sites sha256": hashlib.sha256(json.dumps(sites).encode()).hexdigest(),
     }
+
+
+def _task_digest(problem: Problem) -> str:
+    model = Model(problem.apply, problem.apply_train, problem.params, problem.state, problem.task)
+    digest = hashlib.sha256()
+    images, labels = (jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (problem.images, problem.labels))
+    add_task(digest, model, images, labels)
+    return digest.hexdigest()
 
 
 def _on_first_host(begin: Callable[[], Journal], out: Path) -> Journal | _Nothing:

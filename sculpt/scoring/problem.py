@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
+from sculpt.inputs import check_images, check_labels
 from sculpt.model import ApplyFn, Model, TrainFn
 from sculpt.pruning.patterns import Choice
 from sculpt.pruning.space import Space, make_choices
 from sculpt.scoring.plan import IMAGE_AXIS, EvaluationPlan
 from sculpt.scoring.recalibrate import into_batches
 from sculpt.scoring.reconstruct import BRIEF, dense_rows, linear_network
+from sculpt.task import Task
 
 Repair = Literal["recalibrate", "reconstruct"]
 """What calibration images are for. `recalibrate`: the statistics of BatchNorm. `reconstruct`: what is left of every layer is fitted to what
@@ -31,6 +30,7 @@ class Problem:
 
     apply: ApplyFn
     apply_train: TrainFn
+    task: Task
     space: Space
     plan: EvaluationPlan
     spread_calibration: bool
@@ -39,9 +39,11 @@ class Problem:
     state: Any
     choices: tuple[Choice, ...]
     images: jax.Array
-    """float32 `[batches, batch, ...]`, padded to whole batches."""
+    """float32 `[batches, batch, ...]`, or of the dtype of the network's inputs, padded to whole batches."""
     labels: jax.Array
-    """int32 `[batches, batch]`; -1 on padding."""
+    """`[batches, batch, ...]`, of classifiers int32."""
+    real: jax.Array
+    """Boolean `[batches, batch]`: False on padding."""
     calibration: jax.Array | None
     """float32 `[batches, batch, ...]`, or None for the running statistics. The batch is that of `into_batches` whatever
     the plan says, because statistics depend on it; all are one batch where layers are fitted."""
@@ -56,13 +58,13 @@ class Problem:
             fields["wanted"] = whole
         if self.calibration is not None:
             fields["calibration"] = spread if self.spread_calibration else whole
-        return dataclasses.replace(self, **fields, images=spread, labels=spread)
+        return dataclasses.replace(self, **fields, images=spread, labels=spread, real=spread)
 
 
 jax.tree_util.register_dataclass(
     Problem,
-    data_fields=["params", "state", "choices", "images", "labels", "calibration", "wanted"],
-    meta_fields=["apply", "apply_train", "space", "plan", "spread_calibration"],
+    data_fields=["params", "state", "choices", "images", "labels", "real", "calibration", "wanted"],
+    meta_fields=["apply", "apply_train", "task", "space", "plan", "spread_calibration"],
 )
 
 
@@ -81,14 +83,13 @@ def make_problem(
         raise ValueError(f"repair must be one of {', '.join(get_args(Repair))}, got {repair!r}")
     if repair == "reconstruct" and calibration is None:
         raise ValueError("repair='reconstruct' needs calibration images to fit layers on, got none")
-    images, labels = check_images(space.trace.input_shape, images, labels)
-    check_logits(model, images, labels)
+    images = check_images(model, images, space.trace.image)
+    labels = check_labels(model, images, labels)
     batch = min(plan.images_per_batch, -(-images.shape[0] // plan.image_shards))
     missing = -images.shape[0] % (batch * plan.image_shards)
-    padded = jnp.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
-    padded_labels = jnp.pad(labels, (0, missing), constant_values=-1)
+    in_batches = functools.partial(_in_batches, batch=batch, missing=missing)
     if calibration is not None:
-        calibration, _ = check_images(space.trace.input_shape, calibration)
+        calibration = check_images(model, calibration, space.trace.image)
         if repair == "reconstruct":
             wanted = plan.place(_wanted(model.apply, model.params, model.state, calibration))
             calibration = calibration[None]
@@ -97,6 +98,7 @@ def make_problem(
     return Problem(
         apply=model.apply,
         apply_train=model.apply_train,
+        task=model.task,
         space=space,
         plan=plan,
         spread_calibration=calibration is not None
@@ -105,59 +107,21 @@ def make_problem(
         params=plan.place(model.params),
         state=plan.place(model.state),
         choices=plan.place(make_choices(space, model.params)),
-        images=plan.place(padded.reshape(-1, batch, *images.shape[1:])),
-        labels=plan.place(padded_labels.reshape(-1, batch)),
+        images=plan.place(in_batches(images)),
+        labels=plan.place(in_batches(labels)),
+        real=plan.place(in_batches(jnp.ones(len(images), bool))),
         calibration=plan.place(calibration),
         wanted=wanted,
     )
+
+
+def _in_batches(array: jax.Array, batch: int, missing: int) -> jax.Array:
+    """`[n, ...]` as `[batches, batch, ...]`, with so many zeros at the end."""
+    padded = jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)))
+    return padded.reshape(-1, batch, *array.shape[1:])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _wanted(apply: ApplyFn, params: Any, state: Any, images: jax.Array) -> tuple[jax.Array, ...]:
     network = linear_network(apply, params, state, images, BRIEF.rows)
     return tuple(dense_rows(network, params, state, images))
-
-
-def check_images(shape: Sequence[int], images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Images as float32 `[n, *shape]` and labels as int32 `[n]` (zeros where none are given).
-
-    Raises:
-      ValueError: for another shape, integer images, no image at all, or labels of another length.
-    """
-    if tuple(np.shape(images))[1:] != tuple(shape) or np.shape(images)[0] < 1:
-        raise ValueError(f"expected images [n, {', '.join(map(str, shape))}], got {list(np.shape(images))}")
-    if not jnp.issubdtype(jax.dtypes.result_type(images), jnp.floating):
-        raise ValueError(
-            f"expected normalised floating-point images, got {jax.dtypes.result_type(images)}: "
-            "normalise them first (splits.normalise, sculpt.nets.preprocess)"
-        )
-    labels = np.zeros(np.shape(images)[0], np.int32) if labels is None else labels
-    return jnp.asarray(images, jnp.float32), check_labels(labels, np.shape(images)[0])
-
-
-def check_labels(labels: Any, number: int) -> jax.Array:
-    """Labels as int32 `[number]`; raises ValueError for another shape or dtype."""
-    if np.shape(labels) != (number,) or not jnp.issubdtype(jax.dtypes.result_type(labels), jnp.integer):
-        raise ValueError(
-            f"expected integer labels [{number}], got {jax.dtypes.result_type(labels)}{list(np.shape(labels))}"
-        )
-    return jnp.asarray(labels, jnp.int32)
-
-
-def check_logits(model: Model, images: jax.Array, labels: jax.Array) -> None:
-    """Raises ValueError unless the model takes `images`, gives logits `[n, classes]`, and has a class for every label."""
-    try:
-        outputs = jax.tree.leaves(jax.eval_shape(model.apply, model.params, model.state, images))
-    except Exception as error:  # each framework has its own
-        raise ValueError(f"the model does not take images {list(images.shape)}: {error}") from error
-    if len(outputs) != 1 or outputs[0].ndim != 2:
-        shapes = ", ".join(str(list(output.shape)) for output in outputs)
-        raise ValueError(
-            f"scoring needs a model with one output, logits [{len(images)}, classes]; this one gives {shapes}"
-        )
-    classes = outputs[0].shape[1]
-    if not isinstance(labels, Tracer) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"expected labels from 0 to {classes - 1} for a model of {classes} classes, "
-            f"got {int(labels.min())} to {int(labels.max())}"
-        )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.arguments import checked, is_whole
+from sculpt.inputs import check_images
 from sculpt.model import Model, State, TrainFn
 from sculpt.scoring.lowering import lowered
 from sculpt.tracing.program import flatten
@@ -81,19 +82,15 @@ def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_B
     """A copy of `model` with BatchNorm statistics of these images instead of its running ones.
 
     Args:
-      images: float32 `[n, ...]`, normalised as the model expects; what does not fill a batch is left out.
+      images: `[n, ...]`, normalised as the model expects; what does not fill a batch is left out.
 
     Raises:
-      ValueError: if there is no image, the images are not floating-point numbers, or `images_per_batch` is not a whole number of at
+      ValueError: if there is no image, the images are pixels that nobody normalised, or `images_per_batch` is not a whole number of at
         least 1.
     """
     if not is_whole(images_per_batch, 1):
         raise ValueError(f"images_per_batch must be a whole number of at least 1, got {images_per_batch!r}")
-    if not jnp.issubdtype(jax.dtypes.result_type(images), jnp.floating):
-        raise ValueError(
-            f"expected normalised floating-point images, got {jax.dtypes.result_type(images)}: "
-            "normalise them first (splits.normalise, sculpt.nets.preprocess)"
-        )
+    check_images(model, images)
     batches = into_batches(jnp.asarray(images), images_per_batch)
     return model.replace(state=_recalibrated(model.apply_train, model.params, model.state, batches))
 

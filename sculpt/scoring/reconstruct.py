@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_real
+from sculpt.inputs import check_images
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import apply_masks, check_masks, mask_params
 from sculpt.scoring.linear_layers import LinearLayer, LinearNetwork, find_linear_layers
@@ -61,7 +62,7 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) 
     Args:
       model: the dense network.
       masks: what `make_masks` returned: booleans like `model.params`.
-      images: float32 `[n, ...]`, normalised as the model expects; a few hundred of the train split. Labels are not needed.
+      images: `[n, ...]`, normalised as the model expects; a few hundred of the train split. Labels are not needed.
       ridge: how strongly weights are held where they were, in parts of the mean square of a layer's inputs; above 0.
 
     Returns:
@@ -78,12 +79,8 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) 
         raise ValueError(
             f"expected images [n, ...] as one array, got {type(images).__name__}: networks of several inputs cannot be reconstructed"
         )
+    check_images(model, images)
     x = jnp.asarray(images)
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0 or not len(x):
-        raise ValueError(
-            f"expected normalised floating-point images [n, ...], got {x.dtype}{list(x.shape)}: normalise them first "
-            "(splits.normalise, sculpt.nets.preprocess)"
-        )
     try:
         jax.eval_shape(model.apply, model.params, model.state, x)
     except Exception as error:  # each framework has its own

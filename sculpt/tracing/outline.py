@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sculpt.digest import add_arrays
 from sculpt.model import Model
+from sculpt.task import CLASSIFICATION
 from sculpt.tracing.program import Literal, Operand, Program, flatten
 
 
-def add_model(digest: Any, model: Model, image: Sequence[int]) -> None:
-    """Adds a network to a digest of `hashlib`: its arrays, and what it computes of images `[2, *image]` in evaluation and in training."""
+def add_model(digest: Any, model: Model, images: jax.ShapeDtypeStruct) -> None:
+    """Adds a network to a digest of `hashlib`: its arrays, and what it computes of `images` in evaluation and in training."""
     add_arrays(digest, (model.params, model.state))
-    arguments = model.params, model.state, jax.ShapeDtypeStruct((2, *image), jnp.float32)
+    arguments = model.params, model.state, images
     for program in (
         flatten(model.apply, *arguments),
         flatten(model.apply_train, *arguments, jax.random.key(0)),
     ):
+        digest.update(outline(program).encode())
+        add_arrays(digest, program.constants)
+
+
+def add_task(digest: Any, model: Model, images: jax.ShapeDtypeStruct, labels: jax.ShapeDtypeStruct) -> None:
+    """Adds to a digest what the task of a network computes of its outputs for images and labels; nothing for classifiers."""
+    if model.task != CLASSIFICATION:
+        outputs = jax.eval_shape(model.apply, model.params, model.state, images)
+        program = flatten(model.task.measure, outputs, labels)
         digest.update(outline(program).encode())
         add_arrays(digest, program.constants)
 

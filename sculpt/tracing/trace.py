@@ -82,15 +82,16 @@ class Trace:
         Raises:
           ValueError: if the network takes other than one array.
         """
-        return self._image.shape[1:]
+        return self.image.shape[1:]
 
     @property
     def input_dtype(self) -> np.dtype:
         """Dtype of an image; raises `ValueError` like `input_shape`."""
-        return np.dtype(self._image.dtype)
+        return np.dtype(self.image.dtype)
 
     @property
-    def _image(self) -> jax.ShapeDtypeStruct:
+    def image(self) -> jax.ShapeDtypeStruct:
+        """What the network takes, `[batch, ...]`; raises `ValueError` like `input_shape`."""
         arrays = jax.tree.leaves(self.inputs)
         if len(arrays) != 1:
             raise ValueError(f"expected a network of one input array, this one takes {len(arrays)}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sculpt.task import CLASSIFICATION, Task, cross_entropy, in_float32, mean_of_real
 from sculpt.training.augment import AUGMENTATIONS, mix, rand_augment
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import normalise
@@ -19,15 +21,15 @@ class Batch:
     """What one step learns from."""
 
     images: jax.Array
-    """Augmented and normalised, float32 `[n, ...]`."""
+    """Augmented and normalised, float32 `[n, ...]`, or inputs of another dtype as they are."""
     labels: jax.Array
-    """int32 `[n]`."""
+    """`[n, ...]`, of classifiers int32."""
     others: jax.Array | None
     """int32 `[n]`: labels of the images that were mixed in; None where none are."""
     share: jax.Array | None
     """float32 scalar: the share of `labels` in the target."""
     taught: jax.Array | None
-    """The teacher's logits, float32 `[n, classes]`; None without a teacher."""
+    """The teacher's logits, float32 `[n, ..., classes]`; None without a teacher."""
 
     def parts(self, count: int) -> list[Batch]:
         """The batch in equal parts, or itself where one is asked for."""
@@ -45,11 +47,14 @@ class Batch:
             taught=None if self.taught is None else self.taught[rows],
         )
 
-    def loss(self, logits: jax.Array, config: FinetuneConfig) -> jax.Array:
-        """float32 scalar, of logits float32 `[n, classes]`."""
-        loss = cross_entropy(logits, self.labels, config.label_smoothing)
+    def loss(self, outputs: Any, config: FinetuneConfig, task: Task) -> jax.Array:
+        """float32 scalar, of what the network gives for the images."""
+        if task != CLASSIFICATION:
+            return task.measure(outputs, self.labels)[1].mean()
+        logits = in_float32(outputs)
+        loss = smoothed_cross_entropy(logits, self.labels, config.label_smoothing)
         if self.others is not None and self.share is not None:
-            other = cross_entropy(logits, self.others, config.label_smoothing)
+            other = smoothed_cross_entropy(logits, self.others, config.label_smoothing)
             loss = self.share * loss + (1 - self.share) * other
         if self.taught is not None:
             apart = divergence(logits, self.taught, config.temperature)
@@ -65,7 +70,7 @@ def draw_batch(
     normalisation: tuple[tuple[float, ...], tuple[float, ...]],
     teach: Callable[[jax.Array], jax.Array] | None,
 ) -> Batch:
-    """Varies and normalises raw images `[n, ...]` with labels int32 `[n]`; `teach` gives the teacher's logits, if there is one."""
+    """Varies and normalises raw images `[n, ...]` with labels `[n, ...]`; `teach` gives the teacher's logits, if there is one."""
     raw = AUGMENTATIONS[config.augment](key, images)
     if config.rand_augment:
         raw = rand_augment(jax.random.fold_in(key, 1), raw, config.rand_augment)
@@ -78,18 +83,20 @@ def draw_batch(
     return Batch(x, labels, others, share, taught)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Mean cross-entropy (nats) of float32 `[n, classes]` with int32 `[n]`, targets smoothed (arXiv 1512.00567, section 7)."""
-    log_p = jax.nn.log_softmax(logits)
-    loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
-    return loss if not smoothing else (1 - smoothing) * loss - smoothing * log_p.mean()
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Mean of `cross_entropy`, targets smoothed (arXiv 1512.00567, section 7)."""
+    loss = cross_entropy(logits, labels).mean()
+    if not smoothing:
+        return loss
+    spread = mean_of_real(jax.nn.log_softmax(logits).mean(axis=-1), labels).mean()
+    return (1 - smoothing) * loss - smoothing * spread
 
 
 def divergence(logits: jax.Array, taught: jax.Array, temperature: float) -> jax.Array:
-    """`T^2 KL(teacher || student)` of softened predictions, nats, the mean over float32 `[n, classes]` each.
+    """`T^2 KL(teacher || student)` of softened predictions, nats, the mean over float32 `[n, ..., classes]` each.
 
     Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531: T^2 keeps the gradient's
     size whatever the temperature T.
     """
     wanted, found = jax.nn.log_softmax(taught / temperature), jax.nn.log_softmax(logits / temperature)
-    return temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(axis=1).mean()
+    return temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(axis=-1).mean()

@@ -25,9 +25,10 @@ class Split:
     """One set of examples."""
 
     images: np.ndarray | StreamedImages
-    """`[n, height, width, channels]`, uint8 or float32, not normalised. Of a stream, rows are read when they are asked for."""
+    """`[n, height, width, channels]`, uint8 or float32, not normalised; or inputs `[n, ...]` of another kind as the network takes them. Of
+    a stream, rows are read when they are asked for."""
     labels: np.ndarray
-    """int32 `[n]`."""
+    """int32 `[n]`, or what the task of a network wants, `[n, ...]`."""
 
     def __repr__(self) -> str:
         """Shapes instead of arrays."""
@@ -48,13 +49,15 @@ class Splits:
     validation: Split
     test: Split
     num_classes: int
+    """0 where labels are no classes of whole images."""
     mean: tuple[float, ...]
-    """Per channel, of pixels divided by 255."""
+    """Per channel, of pixels divided by 255; empty where inputs are as the network takes them."""
     std: tuple[float, ...]
     """Per channel, of pixels divided by 255."""
 
     def normalise(self, images: Any) -> Any:
-        """`(images / 255 - mean) / std`: uint8 or floating `[..., channels]` to float32 of the same shape.
+        """`(images / 255 - mean) / std`: uint8 or floating `[..., channels]` to float32 of the same shape. What `from_examples` took stays
+        as it is.
 
         NumPy arrays give NumPy arrays, JAX arrays JAX arrays; works inside `jax.jit`.
 
@@ -63,9 +66,23 @@ class Splits:
         """
         return normalise(images, self.mean, self.std)
 
+    def input(self, number: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of so many inputs of the network, normalised."""
+        images = self.train.images
+        return jax.ShapeDtypeStruct(
+            (number, *images.shape[1:]), jax.numpy.float32 if self.mean else images.dtype
+        )
+
+    def wanted(self, number: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of so many labels."""
+        labels = self.train.labels
+        return jax.ShapeDtypeStruct((number, *labels.shape[1:]), labels.dtype)
+
 
 def normalise(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
     """`(images / 255 - mean) / std` per channel, as `Splits.normalise` does it."""
+    if not mean:
+        return images
     channels = len(mean)
     floating = jax.numpy.issubdtype(images.dtype, np.floating)
     if not (floating or images.dtype == np.uint8) or images.ndim < 1 or images.shape[-1] != channels:
@@ -111,6 +128,43 @@ def from_arrays(
     train = _checked("train", train_images, train_labels)
     test = _checked("test", test_images, test_labels)
     return _splits(name, train, test, validation, seed, num_classes, mean, std)
+
+
+def from_examples(
+    train_inputs: Any,
+    train_labels: Any,
+    test_inputs: Any,
+    test_labels: Any,
+    *,
+    name: str = "examples",
+    validation: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Splits for networks that classify no images: their inputs as they are, and whatever labels their task wants.
+
+    Nothing is normalised or varied. A tenth of train, drawn by the seed, is set aside for validation, or so many as are asked for.
+
+    Args:
+      train_inputs: `[n, ...]`, floating or whole numbers (tokens): what the network takes.
+      train_labels: `[n, ...]`: a class for each pixel or token (below 0: none), numbers to be met, and so on.
+      test_inputs: `[m, ...]`, of the same kind.
+      test_labels: `[m, ...]`, of the same kind.
+      name: what to call the data set.
+      validation: number of training examples set aside; a tenth by default, 10,000 at the most.
+      seed: which of them.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit each other.
+    """
+    train = _as_they_are("train", train_inputs, train_labels)
+    test = _as_they_are("test", test_inputs, test_labels)
+    for what, one, other in (
+        ("inputs", train.images, test.images),
+        ("labels", train.labels, test.labels),
+    ):
+        _require_alike(what, one, other)
+    train, held = _carve(train, validation, seed)
+    return Splits(name, train, held, test, 0, (), ())
 
 
 def from_sources(
@@ -170,11 +224,7 @@ def _splits(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
 ) -> Splits:
-    if train.images.shape[1:] != test.images.shape[1:] or train.images.dtype != test.images.dtype:
-        raise ValueError(
-            f"train images are {train.images.dtype}{list(train.images.shape)}, test images "
-            f"{test.images.dtype}{list(test.images.shape)}: only the first axis may differ"
-        )
+    _require_alike("images", train.images, test.images)
     highest = max(int(train.labels.max()), int(test.labels.max()))
     num_classes = highest + 1 if num_classes is None else num_classes
     if num_classes < 2 or highest >= num_classes:
@@ -191,6 +241,32 @@ def _splits(
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ValueError(f"expected a mean and a positive std for {channels} channels, got {mean} and {std}")
     return Splits(name, train, validation_split, test, num_classes, mean, std)
+
+
+def _require_alike(what: str, train: Any, test: Any) -> None:
+    if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
+        raise ValueError(
+            f"train {what} are {train.dtype}{list(train.shape)}, test {what} {test.dtype}{list(test.shape)}: only the first axis "
+            "may differ"
+        )
+
+
+def _as_they_are(which: str, inputs: Any, labels: Any) -> Split:
+    arrays = {"inputs": np.asarray(inputs), "labels": np.asarray(labels)}
+    for what, array in arrays.items():
+        kind = next((k for k in (np.floating, np.integer) if np.issubdtype(array.dtype, k)), None)
+        if kind is None or array.dtype == np.uint8 or array.ndim < 1 or 0 in array.shape:
+            raise ValueError(
+                f"{which} {what} must be floating-point numbers, or whole ones that are no pixels, [n, ...], got {array.dtype}{list(array.shape)}"
+            )
+        arrays[what] = array.astype(np.float32 if kind is np.floating else np.int32)
+        if kind is np.floating and not np.isfinite(array).all():
+            raise ValueError(f"{which} {what} hold NaN or infinite values")
+    if len(arrays["inputs"]) != len(arrays["labels"]):
+        raise ValueError(
+            f"{which} has {len(arrays['inputs'])} inputs and {len(arrays['labels'])} labels: one for each"
+        )
+    return Split(arrays["inputs"], arrays["labels"])
 
 
 def _checked(which: str, images: Any, labels: Any) -> Split:
@@ -230,7 +306,8 @@ def _carve(split: Split, validation: int | None, seed: int) -> tuple[Split, Spli
     if not is_whole(seed, 0) or seed >= 2**32:
         raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
     order = np.asarray(jax.random.permutation(jax.random.key(seed), n))
-    by_class = np.argsort(split.labels[order], kind="stable")
+    classes = split.labels.ndim == 1 and np.issubdtype(split.labels.dtype, np.integer)
+    by_class = np.argsort(split.labels[order], kind="stable") if classes else np.arange(n)
     chosen = np.zeros(n, bool)
     chosen[by_class[np.arange(count) * n // count]] = True
     kept, held = order[~chosen], order[chosen]

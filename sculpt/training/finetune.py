@@ -16,9 +16,11 @@ import numpy as np
 
 from sculpt.arguments import checked
 from sculpt.digest import add_arrays
+from sculpt.inputs import check_labels
 from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks, check_masks
-from sculpt.tracing.outline import add_model
+from sculpt.task import CLASSIFICATION
+from sculpt.tracing.outline import add_model, add_task
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Splits, add_examples
@@ -55,7 +57,7 @@ def finetune(
     Args:
       model: the network to start from.
       masks: pytree of booleans like `model.params`, False where a weight is pruned; None: nothing is.
-      splits: data. Train images in memory must fit on the device as stored (uint8); those of a stream are brought batch by batch,
+      splits: data, whose labels are what `model.task` wants. Train images in memory must fit on the device as stored (uint8); those of a stream are brought batch by batch,
         in the same order (on CPUs the weights are the same bit for bit).
       config: settings.
       key: `jax.random.key`.
@@ -67,7 +69,8 @@ def finetune(
       directory: where to keep checkpoints (after each epoch), and to resume from if there are any; None keeps none.
         Another number of devices may resume them; the same number gives the bits of an uninterrupted run.
       on_metrics: called after every epoch with "epoch" (from 1), "step", "train_loss", "train_accuracy",
-        "validation_accuracy", "learning_rate", "images_per_second" (of training, compilation left out where it can be).
+        "validation_accuracy" (mean scores, where the model has a task of its own), "learning_rate", "images_per_second" (of
+        training, compilation left out where it can be).
       on_progress: called with (steps done, steps in all) about every 50 steps.
 
     Returns:
@@ -180,19 +183,39 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
                 f"FinetuneConfig.rand_augment is {config.rand_augment}, which takes pixels from 0 to 255; those of {splits.name} go from "
                 f"{low:.3g} to {high:.3g}: scale them, or leave it at 0"
             )
-    x = jax.ShapeDtypeStruct((config.batch_size, *images.shape[1:]), jnp.float32)
+    _check_task(model, splits, config)
+    x = splits.input(config.batch_size)
+    if not splits.num_classes:
+        check_labels(model, splits.input(len(labels)), labels)
+        return
     try:
         logits = jax.eval_shape(model.apply, model.params, model.state, x)
     except Exception as error:  # each framework has its own
         raise ValueError(
-            f"the model does not take the images of {splits.name}, float32{list(x.shape)}: {error}"
+            f"the model does not take the images of {splits.name}, {x.dtype}{list(x.shape)}: {error}"
         ) from error
     shapes = [list(output.shape) for output in jax.tree.leaves(logits)]
-    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] < splits.num_classes:
+    if model.task != CLASSIFICATION:
+        check_labels(model, x, labels[: config.batch_size])
+    elif len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] < splits.num_classes:
         raise ValueError(
             f"expected logits [{config.batch_size}, {splits.num_classes} or more] for {splits.name}, "
             f"the model gives {', '.join(map(str, shapes))}"
         )
+
+
+def _check_task(model: Model, splits: Splits, config: FinetuneConfig) -> None:
+    """Raises ValueError for settings that other than classifiers, or other than images, have no use for."""
+    for name in ("label_smoothing", "mixup", "cutmix", "distillation"):
+        if model.task != CLASSIFICATION and (value := getattr(config, name)):
+            raise ValueError(
+                f"FinetuneConfig.{name} is {value}, but the model has a task of its own instead of classes: leave it at 0"
+            )
+    for name in ("augment", "rand_augment", "mixup", "cutmix"):
+        if not splits.mean and (value := getattr(config, name)) not in (0, "none"):
+            raise ValueError(
+                f"FinetuneConfig.{name} is {value!r}, but what {splits.name} holds is no images of one class each: leave it out"
+            )
 
 
 def _check_teacher(teacher: Model | None, model: Model, splits: Splits, config: FinetuneConfig) -> None:
@@ -203,7 +226,7 @@ def _check_teacher(teacher: Model | None, model: Model, splits: Splits, config: 
         )
     if teacher is None:
         return
-    x = jax.ShapeDtypeStruct((config.batch_size, *splits.train.images.shape[1:]), jnp.float32)
+    x = splits.input(config.batch_size)
     shapes = []
     for network in (teacher, model):
         outputs = jax.tree.leaves(jax.eval_shape(network.apply, network.params, network.state, x))
@@ -238,6 +261,7 @@ def _fingerprint(
     add_arrays(digest, (key, masks))
     for network in (model, teacher):
         if network is not None:
-            add_model(digest, network, splits.train.images.shape[1:])
+            add_model(digest, network, splits.input(2))
+    add_task(digest, model, splits.input(2), splits.wanted(2))
     add_examples(digest, splits)
     return digest.hexdigest()

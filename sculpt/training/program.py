@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sculpt.model import ApplyFn, Params, State, TrainFn
+from sculpt.model import ApplyFn, Model, Params, State, TrainFn
 from sculpt.pruning.masks import mask_params
 from sculpt.scoring.lowering import lowered
+from sculpt.task import Task
 from sculpt.tracing.program import CONTRACTIONS
 from sculpt.tracing.trace import leaf_paths
 from sculpt.training.config import FinetuneConfig
@@ -28,6 +29,7 @@ class Program:
     """The static half of a training run. Compares by value: equal runs share compiled code, whatever their masks."""
 
     apply_train: TrainFn
+    task: Task
     config: FinetuneConfig
     steps_per_epoch: int
     total_steps: int
@@ -123,7 +125,7 @@ def _keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def make_program(
-    apply_train: TrainFn,
+    model: Model,
     splits: Splits,
     config: FinetuneConfig,
     teacher: ApplyFn | None = None,
@@ -138,7 +140,8 @@ def make_program(
         config, epochs=1, max_steps=None, select_best=True, checkpoint_every=None, steps_per_call=None
     )
     return Program(
-        apply_train=apply_train,
+        apply_train=model.apply_train,
+        task=model.task,
         config=shaping,
         steps_per_epoch=steps_per_epoch,
         total_steps=min(total, config.max_steps or total),

@@ -70,9 +70,9 @@ class Run:
     images: jax.Array | None
     """Raw train images `[n, ...]`; None of a stream."""
     labels: jax.Array
-    """int32 `[n]`."""
-    validation: tuple[jax.Array, jax.Array]
-    """Raw images `[batches, batch, ...]` and labels int32 `[batches, batch]`."""
+    """`[n, ...]`, of classifiers int32."""
+    validation: tuple[jax.Array, jax.Array, jax.Array]
+    """Raw images `[batches, batch, ...]`, labels `[batches, batch, ...]`, and booleans `[batches, batch]`: False on padding."""
     keys: tuple[jax.Array, jax.Array]
     """Of the order of the images, and of the steps."""
     train: TrainState
@@ -105,7 +105,7 @@ class Run:
         devices: int = 1,
         stacked: bool = False,
     ) -> Run:
-        program = make_program(model.apply_train, splits, config, teacher and teacher.apply, devices, stacked)
+        program = make_program(model, splits, config, teacher and teacher.apply, devices, stacked)
         images = splits.train.images
         stream = images if isinstance(images, StreamedImages) else None
         order_key, step_key = jax.random.split(key)
@@ -119,7 +119,7 @@ class Run:
             teacher=place(teacher and (teacher.params, teacher.state), devices),
             images=None if stream is not None else place(jnp.asarray(images), devices),
             stream=stream,
-            labels=place(jnp.asarray(splits.train.labels, jnp.int32), devices),
+            labels=place(jnp.asarray(splits.train.labels), devices),
             validation=place_shared(_in_batches(splits.validation, devices), devices),
             keys=place((order_key, step_key), devices),
             train=state,
@@ -258,11 +258,13 @@ class Run:
         )
 
     def validated(self, weights: tuple[Any, Any]) -> np.ndarray:
-        """Accuracy of (params, state) on the validation split: float32 scalar, or `[networks]` where they are stacked."""
+        """Accuracy, or mean score, of (params, state) on the validation split: float32 scalar, or `[networks]` where they are stacked."""
         program = self.program
         normalisation = program.mean, program.std
         return np.asarray(
-            validate(self.model.apply, normalisation, program.stacked, *weights, *self.validation)
+            validate(
+                self.model.apply, program.task, normalisation, program.stacked, *weights, *self.validation
+            )
         )
 
     def result(self) -> Model:
@@ -281,11 +283,12 @@ def _choose(better: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
 
 
-def _in_batches(split: Split, devices: int) -> tuple[jax.Array, jax.Array]:
-    """Raw images `[batches, batch, ...]` and labels, padded with images of label -1; the devices divide a batch."""
+def _in_batches(split: Split, devices: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Raw images `[batches, batch, ...]`, labels, and which of them are no padding; the devices divide a batch."""
     n = len(split.labels)
     size = min(64 if jax.default_backend() == "cpu" else 512, n)
     size += -size % devices
-    images = split.images[np.arange(n + -n % size) % n]
-    labels = np.concatenate([split.labels, np.full(-n % size, -1)]).astype(np.int32)
-    return jnp.asarray(images.reshape(-1, size, *images.shape[1:])), jnp.asarray(labels.reshape(-1, size))
+    rows = np.arange(n + -n % size)
+    images, labels, real = split.images[rows % n], split.labels[rows % n], rows < n
+    in_batches = (jnp.asarray(a.reshape(-1, size, *a.shape[1:])) for a in (images, labels, real))
+    return tuple(in_batches)  # type: ignore[return-value]

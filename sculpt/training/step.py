@@ -12,6 +12,7 @@ import optax
 
 from sculpt.model import ApplyFn, Params, State
 from sculpt.scoring.lowering import lowered
+from sculpt.task import Task
 from sculpt.training.batch import Batch, draw_batch
 from sculpt.training.data import normalise
 from sculpt.training.devices import on_each, shared
@@ -37,7 +38,7 @@ class TrainState:
     loss: jax.Array
     """float32 scalar: sum of the losses of this epoch's steps."""
     right: jax.Array
-    """float32 scalar: training images of this epoch classified correctly."""
+    """float32 scalar: training images of this epoch classified correctly, or sum of their scores."""
     diverged: jax.Array
     """int32 scalar: the first step whose loss, weights or statistics were not finite; -1 if none so far."""
 
@@ -96,7 +97,7 @@ def one_step(
 ) -> TrainState:
     """`learn` on the step's rows, in the order of the epoch.
 
-    Of labels int32 `[n]` all are here; of images too, raw `[n, ...]`, or where they are streamed the step's own, `[batch, ...]`.
+    Of labels `[n, ...]` all are here; of images too, raw `[n, ...]`, or where they are streamed the step's own, `[batch, ...]`.
     """
     size = program.config.batch_size
     place = train.step % program.steps_per_epoch
@@ -116,7 +117,7 @@ def learn(
 ) -> TrainState:
     """One step: mask in the forward pass, update, project (CORRECTNESS 1). Randomness from `key` and the step alone.
 
-    Images are raw `[batch, ...]`, labels int32 `[batch]`; `teacher` is the teacher's `(params, state)`, or None.
+    Images are raw `[batch, ...]`, labels `[batch, ...]`; `teacher` is the teacher's `(params, state)`, or None.
     """
     config = program.config
     augment_key, model_key = jax.random.split(jax.random.fold_in(key, train.step))
@@ -128,10 +129,9 @@ def learn(
 
     def objective(params: Params, state: State, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         used = params if masks is None else program.pruned(params, masks, train.step)
-        (logits, new_state), features = program.forward()(used, state, batch.images, key)
-        logits = logits.astype(jnp.float32)
-        right = (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch.labels).astype(jnp.float32).sum()
-        loss = batch.loss(logits, config)
+        (outputs, new_state), features = program.forward()(used, state, batch.images, key)
+        right = program.task.measure(outputs, batch.labels)[0].sum()
+        loss = batch.loss(outputs, config, program.task)
         if config.feature_match and program.teacher is not None:
             wanted = lowered(with_features(program.teacher))(*teacher, batch.images)[1]
             loss = loss + config.feature_match * distance(features, wanted)
@@ -218,27 +218,28 @@ def run_steps(
     return train, train.diverged
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def validate(
     apply: ApplyFn,
+    task: Task,
     normalisation: tuple[tuple[float, ...], tuple[float, ...]],
     stacked: bool,
     params: Params,
     state: State,
     images: jax.Array,
     labels: jax.Array,
+    real: jax.Array,
 ) -> jax.Array:
-    """Accuracy (float32 scalar; `[networks]` where they are stacked) on raw images `[batches, batch, ...]`; labels int32
-    `[batches, batch]`, -1 for padding."""
+    """Accuracy, or mean score of the task (float32 scalar; `[networks]` where they are stacked), on raw images
+    `[batches, batch, ...]` with their labels; `real` is False `[batches, batch]` on padding."""
 
     def accuracy(params: Params, state: State) -> jax.Array:
-        def one_batch(total: jax.Array, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            logits = lowered(apply)(params, state, normalise(batch[0], *normalisation))
-            return total + (jnp.argmax(logits, axis=1).astype(jnp.int32) == batch[1]).sum(
-                dtype=jnp.int32
-            ), None
+        def one_batch(total: jax.Array, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            images, labels, real = batch
+            outputs = lowered(apply)(params, state, normalise(images, *normalisation))
+            return total + jnp.where(real, task.measure(outputs, labels)[0], 0.0).sum(), None
 
-        right, _ = jax.lax.scan(one_batch, jnp.int32(0), (images, labels))
-        return right.astype(jnp.float32) / (labels >= 0).sum().astype(jnp.float32)
+        score, _ = jax.lax.scan(one_batch, jnp.float32(0), (images, labels, real))
+        return score / real.sum().astype(jnp.float32)
 
     return (jax.vmap(accuracy) if stacked else accuracy)(params, state)

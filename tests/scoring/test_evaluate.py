@@ -189,7 +189,7 @@ def test_plans_are_checked(field: str) -> None:
 
 def test_a_model_without_logits_is_refused() -> None:
     model = sculpt.from_function(lambda params, x: x * params["w"], {"w": jnp.ones(())})
-    with pytest.raises(ValueError, match=r"logits \[1, classes\]; this one gives \[1, 4, 4, 1\]"):
+    with pytest.raises(ValueError, match=r"labels \[3, 4, 4\] for logits \[3, 4, 4, 1\], got int32\[3\]"):
         sculpt.evaluate(model, jnp.zeros((3, 4, 4, 1)), np.zeros(3, np.int32))
 
 

@@ -18,7 +18,7 @@ import sculpt
 from sculpt.model import Model
 from sculpt.pruning.masks import mask_params
 from sculpt.tracing.trace import leaf_paths
-from sculpt.training.batch import cross_entropy
+from sculpt.training.batch import smoothed_cross_entropy
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.data import Split, Splits
@@ -76,7 +76,7 @@ def test_correctness_01_masked_weights_stay_zero(name: str) -> None:
 def test_correctness_01_moments_stay_zero_where_masked(name: str) -> None:
     model, splits = tiny_model(), tiny_splits()
     masks = tiny_masks(model)
-    program = make_program(model.apply_train, splits, OPTIMIZERS[name])
+    program = make_program(model, splits, OPTIMIZERS[name])
     state = start(program, model.params, model.state, masks)
     images, labels = jnp.asarray(splits.train.images), jnp.asarray(splits.train.labels)
     order = epoch_order(KEY, len(labels), jnp.int32(0))
@@ -201,7 +201,7 @@ def test_computing_activations_again_changes_nothing(base_result: Model) -> None
     for a, b in zip(*map(jax.tree.leaves, (again, base_result)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     model = tiny_model()
-    program = make_program(model.apply_train, tiny_splits(), dataclasses.replace(BASE, remat=True))
+    program = make_program(model, tiny_splits(), dataclasses.replace(BASE, remat=True))
     images = jnp.zeros((2, 8, 8, 1))
     assert "remat" in str(jax.make_jaxpr(program.forward())(model.params, model.state, images, KEY))
 
@@ -344,7 +344,13 @@ def test_weight_decay_spares_the_same_of_other_adapters() -> None:
 
 def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
     program = Program(
-        tiny_model().apply_train, dataclasses.replace(BASE, warmup=0.1), 10, 100, (0.0,), (1.0,)
+        tiny_model().apply_train,
+        sculpt.CLASSIFICATION,
+        dataclasses.replace(BASE, warmup=0.1),
+        10,
+        100,
+        (0.0,),
+        (1.0,),
     )
     rates = np.asarray(program.learning_rate(jnp.arange(100)))
     assert np.argmax(rates) == 10
@@ -361,7 +367,9 @@ def test_cross_entropy_agrees_with_optax(smoothing: float) -> None:
     labels = jnp.arange(7, dtype=jnp.int32) % 5
     targets = optax.smooth_labels(jax.nn.one_hot(labels, 5), smoothing)
     expected = optax.softmax_cross_entropy(logits, targets).mean()
-    assert float(cross_entropy(logits, labels, smoothing)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(smoothed_cross_entropy(logits, labels, smoothing)) == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 # ---- 5: the test split
@@ -492,7 +500,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, ste
         assert (error.epoch, error.step, error.checkpoint) == (2, 9, tmp_path / "steps" / "6")
     assert isinstance(error, ValueError)
     keeper = Checkpoints(tmp_path, json.loads((tmp_path / "run.json").read_text())["fingerprint"])
-    program = make_program(model.apply_train, splits, config)
+    program = make_program(model, splits, config)
     state = start(program, model.params, model.state, None)
     found = keeper.restore_latest(
         {"train": state, "best": state.weights, "best_accuracy": np.zeros((), np.float32)}

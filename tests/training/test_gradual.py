@@ -62,7 +62,7 @@ def test_pruned_weights_follow_the_cubic_by_hand() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 18])
 def test_the_fading_ends_before_the_last_step(steps: int, gradual: float) -> None:
     config = dataclasses.replace(BASE, max_steps=steps, gradual=gradual)
-    program = make_program(tiny_model().apply_train, SPLITS, config)
+    program = make_program(tiny_model(), SPLITS, config)
     assert program.fade_steps == min(math.ceil(gradual * steps), steps - 1)
 
 
@@ -154,7 +154,7 @@ def test_where_masks_set_in_at_once_the_program_is_the_one_of_before() -> None:
     """Nothing of the schedule is in it."""
     model = tiny_model()
     masks = tiny_masks(model)
-    program = make_program(model.apply_train, SPLITS, BASE)
+    program = make_program(model, SPLITS, BASE)
     text = str(jax.make_jaxpr(lambda p: program.faded(p, masks, jnp.int32(3)))(model.params))
     plain = str(jax.make_jaxpr(lambda p: sculpt.pruning.mask_params(p, masks))(model.params))
     assert text == plain
