@@ -22,6 +22,7 @@ _MADE_BY = {
     "Space": "sculpt.make_space",
     "Splits": "sculpt.load_data or sculpt.from_arrays",
     "Importance": "sculpt.importance",
+    "Task": "sculpt.Task(loss, score)",
 }
 """Name of a class -> what makes one, where that is not the class itself."""
 

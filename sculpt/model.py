@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from sculpt.arguments import checked
 from sculpt.task import CLASSIFICATION, Task
 
 Params = Any
@@ -122,6 +123,7 @@ def _mode(argument: str | None, training: bool) -> dict[str, bool]:
     return {} if argument is None else {argument: training != (argument in _OFF_IN_TRAINING)}
 
 
+@checked
 def from_linen(
     module: Any,
     variables: Mapping[str, Any],
@@ -210,6 +212,7 @@ class _NnxTrain:
         return logits, {"rest": nnx.state(module, nnx.Not(nnx.Param))}
 
 
+@checked
 def from_nnx(module: Any, train_argument: str | None = None, task: Task = CLASSIFICATION) -> Model:
     """Adapts a Flax NNX module whose `__call__(x)` returns logits.
 
@@ -279,6 +282,7 @@ class _FunctionTrain:
         return self.train(params, x, key), state
 
 
+@checked
 def from_function(
     apply: Callable[..., Any],
     params: Params,
