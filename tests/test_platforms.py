@@ -88,8 +88,8 @@ def test_fine_tuning_lowers() -> None:
     raw = jnp.asarray(SPLITS.validation.images[:32])[None]
     normalisation = (tuple(map(float, SPLITS.mean)), tuple(map(float, SPLITS.std)))
     lowers(
-        training.validate, MODEL.apply, normalisation, False, MODEL.params, MODEL.state, raw,
-        jnp.asarray(SPLITS.validation.labels[:32], jnp.int32)[None],
+        training.validate, MODEL.apply, MODEL.task, normalisation, False, MODEL.params, MODEL.state, raw,
+        jnp.asarray(SPLITS.validation.labels[:32], jnp.int32)[None], jnp.ones((1, 32), bool),
     )  # fmt: skip
 
 

@@ -289,7 +289,7 @@ def test_what_is_compacted_is_the_same_network() -> None:
     ("images", "ridge", "says"),
     [
         (IMAGES, 0.0, "ridge must be a number above 0"),
-        (IMAGES[:0], 1e-3, "normalised floating-point images"),
+        (IMAGES[:0], 1e-3, r"expected images \[n, 8, 8, 3\], got \[0, 8, 8, 3\]"),
         (np.zeros((4, 8, 8, 3), np.uint8), 1e-3, "normalise them first"),
         (IMAGES[..., :2], 1e-3, "the model does not take images"),
         ({"image": IMAGES}, 1e-3, r"expected images \[n, ...\] as one array, got dict"),
