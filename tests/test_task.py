@@ -186,6 +186,26 @@ def test_search_finetune_compact(case: Case) -> None:
     assert sculpt.count_cost(small, case.splits.input(1))[0] <= 0.6 * case.space.trace.macs
 
 
+def test_races_and_many_fine_tunings_go_by_the_task(case: Case) -> None:
+    train, space = case.splits.train, case.space
+    policies = sculpt.random_policies(space, KEY, 4, budget=0.6)
+    images, labels = train.images[:24], train.labels[:24]
+    race = sculpt.race_policies(case.model, space, policies, images, labels, KEY, first_images=8, factor=2)
+    winner = race.order[0]
+    full = sculpt.evaluate_policies(case.model, space, policies, images, labels)
+    assert race.loss[winner] == pytest.approx(float(full.loss[winner]), rel=1e-5)
+
+    tuned = sculpt.finetune_policies(
+        case.model, space, policies[:2], case.splits, BRIEF, KEY, policies_per_chunk=2
+    )
+    validation = case.splits.validation
+    for i, policy in enumerate(policies[:2]):
+        masks = sculpt.make_masks(space, case.model.params, policy)
+        alone = sculpt.finetune(case.model, masks, case.splits, BRIEF, KEY)
+        expected = sculpt.evaluate(alone, validation.images, validation.labels)
+        assert float(tuned.validation_accuracy[i]) == pytest.approx(float(expected.accuracy), abs=0.02)
+
+
 def test_importance_reads_the_loss_of_the_task() -> None:
     case = numbers()
     train = case.splits.train
