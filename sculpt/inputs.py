@@ -99,8 +99,9 @@ def _check_classes(outputs: Any, labels: Any, number: int) -> jax.Array:
         return jnp.asarray(labels, jnp.int32)
     low, high = int(np.min(labels)), int(np.max(labels))
     if high >= classes or (low < 0 and len(wanted) == 1):
+        none = ", or -1 where there is none" if len(wanted) > 1 else ""
         raise ValueError(
-            f"expected labels from 0 to {classes - 1} for a model of {classes} classes, got {low} to {high}"
+            f"expected labels from 0 to {classes - 1} for a model of {classes} classes{none}, got {low} to {high}"
         )
     if not (np.asarray(labels).reshape(len(labels), -1) >= 0).any(axis=1).all():
         raise ValueError("expected at least one label of 0 or more in every example, some have none")

@@ -352,11 +352,14 @@ def test_examples_of_any_kind_are_split() -> None:
     assert (splits.train.images.dtype, splits.train.labels.dtype) == (np.int32, np.int32)
     assert (len(splits.train.labels), len(splits.validation.labels), len(splits.test.labels)) == (72, 8, 20)
     assert splits.normalise(splits.test.images) is splits.test.images
+    maps = (np.zeros((4, 2, 2)), np.full((4, 2, 2), 200, np.uint8)) * 2
+    assert sculpt.from_examples(*maps).test.labels.dtype == np.int32
     for arrays, message in (
         ((np.zeros((4, 2)), np.zeros(3), np.zeros((4, 2)), np.zeros(4)), "train has 4 inputs and 3 labels"),
         ((np.zeros((4, 2)), np.zeros(4), np.zeros((4, 3)), np.zeros(4)), r"train inputs are float32\[4, 2\], test"),
         ((np.zeros((4, 2)), np.zeros(4), np.zeros((4, 2)), np.zeros(4, int)), "only the first axis may differ"),
-        ((np.zeros((4, 2), np.uint8), np.zeros(4)) * 2, "that are no pixels"),
+        ((np.zeros((4, 2), np.uint8), np.zeros(4)) * 2, "pixels normalised, got uint8"),
+        ((np.zeros((4, 2)), np.array(["a"] * 4)) * 2, r"train labels must be floating-point or whole numbers \[n, \.\.\.\], got"),
         ((np.full((4, 2), np.nan), np.zeros(4)) * 2, "train inputs hold NaN or infinite values"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

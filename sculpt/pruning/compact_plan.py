@@ -105,7 +105,7 @@ def _rows(
         leaf = traced.leaves[layer.leaf]
         small = [len(units) for units in places[layer.leaf]]
         notes = [
-            f"axis {f.axis} stays: {f.reason}"
+            f"axis {f.axis} stays{' in part' if f.in_part else ''}: {f.reason}"
             for f in traced.frozen
             if f.leaf == layer.leaf and f.size > 1 and f.axis not in layer.window_axes
         ]

@@ -258,8 +258,19 @@ def _view_of_result(flow: Flow, eqn: Equation, views: dict[int, _View]) -> _View
         if before == shape:
             plain = view.plain and eqn.name in RENAMING
             return dataclasses.replace(view, plain=plain)
-        return _View(view.leaf, None, view.plain and eqn.name in RENAMING)
+        moved = None if view.axes is None or eqn.name != "reshape" else _moved_ones(before, shape)
+        axes = None if moved is None else tuple(view.axes[d] for d in moved)  # type: ignore[index]
+        return _View(view.leaf, axes, view.plain and eqn.name in RENAMING)
     return None
+
+
+def _moved_ones(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...] | None:
+    """Which axis each axis of a reshaped array was, where only axes of size one have moved (as of Keras' depthwise kernels
+    `[height, width, channels, 1]`); None otherwise."""
+    wide, ones = ([d for d, n in enumerate(before) if (n == 1) == single] for single in (False, True))
+    if len(after) != len(before) or [n for n in after if n > 1] != [before[d] for d in wide]:
+        return None
+    return tuple((ones if n == 1 else wide).pop(0) for n in after)
 
 
 def product(factors: Sequence[Sequence[tuple[int, tuple[Atom, ...]]]]) -> list[tuple[int, tuple[Atom, ...]]]:

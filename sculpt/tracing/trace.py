@@ -47,6 +47,8 @@ class Frozen:
     name: str
     """Leaf path and axis."""
     size: int
+    in_part: bool
+    """Whether some of it can be pruned, such as whole groups of the channels that a GroupNorm takes together."""
     reason: str
 
 
@@ -321,6 +323,7 @@ def _frozen(flow: Flow, leaves: Sequence[Leaf]) -> list[Frozen]:
                         dim,
                         f"{leaf.path}:{dim}",
                         leaf.shape[dim],
+                        bool(free),
                         "; ".join(dict.fromkeys(reasons)),
                     )
                 )

@@ -255,9 +255,11 @@ def _as_they_are(which: str, inputs: Any, labels: Any) -> Split:
     arrays = {"inputs": np.asarray(inputs), "labels": np.asarray(labels)}
     for what, array in arrays.items():
         kind = next((k for k in (np.floating, np.integer) if np.issubdtype(array.dtype, k)), None)
-        if kind is None or array.dtype == np.uint8 or array.ndim < 1 or 0 in array.shape:
+        pixels = what == "inputs" and array.dtype == np.uint8
+        if kind is None or pixels or array.ndim < 1 or 0 in array.shape:
             raise ValueError(
-                f"{which} {what} must be floating-point numbers, or whole ones that are no pixels, [n, ...], got {array.dtype}{list(array.shape)}"
+                f"{which} {what} must be floating-point or whole numbers [n, ...]{', pixels normalised' if pixels else ''}, got "
+                f"{array.dtype}{list(array.shape)}"
             )
         arrays[what] = array.astype(np.float32 if kind is np.floating else np.int32)
         if kind is np.floating and not np.isfinite(array).all():

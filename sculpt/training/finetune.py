@@ -186,7 +186,8 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
     _check_task(model, splits, config)
     x = splits.input(config.batch_size)
     if not splits.num_classes:
-        check_labels(model, splits.input(len(labels)), labels)
+        for wanted in (labels, splits.validation.labels):
+            check_labels(model, splits.input(len(wanted)), wanted)
         return
     try:
         logits = jax.eval_shape(model.apply, model.params, model.state, x)

@@ -32,6 +32,20 @@ def _channels_first(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return jnp.einsum("nf,kf->nk", y.reshape(y.shape[0], -1), params["head"])
 
 
+def _turned_depthwise(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """A depthwise convolution whose kernel is kept as `[height, width, channels, 1]`, which Keras does."""
+    x, kernel = jax.nn.relu(_convolved(x, params["stem"])), params["depthwise"]
+    x = jax.lax.conv_general_dilated(
+        x,
+        kernel.reshape(3, 3, 1, kernel.shape[2]),
+        (1, 1),
+        "SAME",
+        feature_group_count=kernel.shape[2],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return jnp.tanh(x + params["bias"][None, None, None]).mean((1, 2)) @ params["head"]
+
+
 @jax.custom_jvp
 def leaky(x: jax.Array) -> jax.Array:
     """Relu with a slope below zero in its derivative only."""
@@ -177,6 +191,13 @@ ARCHITECTURES = {
             {"first": (8, 3, 3, 3), "bias": (8,), "second": (6, 8, 3, 3), "head": (CLASSES, 24)},
         ),
         groups=(6, 8),
+    ),
+    "turned_depthwise": Architecture(
+        from_function(
+            _turned_depthwise,
+            {"stem": (3, 3, 3, 6), "depthwise": (3, 3, 6, 1), "bias": (6,), "head": (6, CLASSES)},
+        ),
+        groups=(6,),
     ),
     "custom_jvp": Architecture(from_function(_custom_jvp, _shapes()), groups=(6, 8)),
     "custom_vjp": Architecture(from_function(_custom_vjp, _shapes()), groups=(6, 8)),

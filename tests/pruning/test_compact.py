@@ -13,6 +13,7 @@ from flax import linen as nn
 import sculpt
 from sculpt.model import Model
 from sculpt.pruning import compact_plan
+from tests.architectures import ARCHITECTURES
 
 
 def dense(middle: Any = jax.nn.relu, scale: float = 1.0, **options: Any) -> Model:
@@ -144,3 +145,17 @@ def test_a_compact_network_that_starts_from_zeros_can_be_pruned_again() -> None:
         sculpt.apply_masks(small, sculpt.make_masks(again, small.params, last)), again, last
     )
     assert smaller.params["a"].shape == (3, 1)
+
+
+def test_windows_of_a_kernel_whose_axis_of_size_one_moves_become_smaller() -> None:
+    case = ARCHITECTURES["turned_depthwise"]
+    model = case.build(jax.random.key(0))
+    space = sculpt.make_space(sculpt.trace(model, case.example_input), ("rect",))
+    assert [site.name for site in space.sites] == ["stem", "depthwise"]
+    policy = space.num_options - 1
+    masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
+    small = sculpt.compact(masked, space, policy)
+    kernel, before = small.params["depthwise"], model.params["depthwise"]
+    assert kernel.size < before.size and kernel.shape[2:] == before.shape[2:] == (6, 1)
+    x = case.inputs(3)
+    assert jnp.allclose(small(x), masked(x), atol=1e-6) and not jnp.allclose(small(x), model(x), atol=1e-2)

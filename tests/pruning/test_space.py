@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import sculpt
 from sculpt.pruning import importance_weights, make_choices
@@ -167,6 +168,16 @@ def test_compact_describes_old_and_new_shapes() -> None:
     masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
     small = sculpt.compact(masked, space, policy)
     assert "Conv_1/kernel [3, 3, 8, 12] -> [3, 3, 1, 2]" in small.apply.describe()
+
+
+def test_an_axis_of_which_only_whole_groups_can_go_stays_in_part() -> None:
+    norm = nn.GroupNorm(2, use_fast_variance=False)
+    module, example = nn.Sequential([nn.Conv(8, (3, 3)), norm, nn.Conv(4, (1, 1))]), jnp.zeros((1, 4, 4, 3))
+    model = sculpt.from_linen(module, module.init(jax.random.key(0), example), train_argument=None)
+    space = sculpt.make_space(sculpt.trace(model, example), families=("channels",))
+    first, last = sculpt.compact(model, space, np.zeros(space.num_sites, np.int32)).describe()
+    assert "axis 2 stays: network input" in first and "axis 3 stays in part: " in first
+    assert "axis 2 stays in part: " in last and "axis 3 stays: network output" in last
 
 
 def test_apply_masks_refuses_what_is_no_mask() -> None:
