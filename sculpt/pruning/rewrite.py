@@ -170,9 +170,16 @@ def take(array: Any, sizes: Sizes, term: Term) -> Any:
     return array
 
 
-@rewrite_rule("broadcast_in_dim", "random_bits", "rng_uniform")
+@rewrite_rule("broadcast_in_dim", "rng_uniform")
 def _shape(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
     return {"shape": sizes.shape(eqn.outputs[0])}
+
+
+@rewrite_rule("random_bits")
+def _random_bits(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    """Of each key so many."""
+    keys = sizes.program.shape(eqn.inputs[0])
+    return {"shape": sizes.shape(eqn.outputs[0])[len(keys) :]}
 
 
 @rewrite_rule("reshape")

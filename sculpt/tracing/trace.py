@@ -190,8 +190,9 @@ def trace(model: Model, example_input: Any) -> Trace:
     for output in program.outputs:
         flow.freeze(flow.term(output), "network output")
     weights = program.inputs[: len(leaves)]
-    if not read.issuperset(weights):
-        _follow_training(flow, model, (params, state, inputs), weights, read)
+    others = program.inputs[len(leaves) : -len(images)]
+    if not read.issuperset(v for v in (*weights, *others) if program.shape(v)):
+        _follow_training(flow, model, (params, state, inputs), weights, others, read)
     for atom, reason in unsound_atoms(flow, weights).items():
         flow.axes.freeze(((atom,),), reason)
     layers, products = find_layers(flow, leaves, images)
@@ -233,19 +234,29 @@ def _freeze_random(flow: Flow) -> None:
 
 
 def _follow_training(
-    flow: Flow, model: Model, arguments: tuple[Any, ...], weights: Sequence[int], read: set[int]
+    flow: Flow,
+    model: Model,
+    arguments: tuple[Any, ...],
+    weights: Sequence[int],
+    others: Sequence[int],
+    read: set[int],
 ) -> None:
-    """Couples weights that only training reads (such as those of an auxiliary head) to those that evaluation reads too."""
+    """Couples what only training reads to what evaluation reads too: weights (such as those of an auxiliary head), and arrays of the state
+    (such as the sums that a running mean is made of)."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        program = flatten(lambda *a: model.apply_train(*a)[0], *arguments, key)
+        outputs, _ = jax.eval_shape(model.apply_train, *arguments, key)
+        program = flatten(model.apply_train, *arguments, key)
     except Exception:  # each framework has its own; what cannot be trained reads nothing in training
         for value in set(weights) - read:
             flow.freeze(flow.term(value), "not read in evaluation")
         return
     training = Flow(program, flow.axes, [*map(flow.term, flow.program.inputs), ()])
-    for term in training.results:
+    count = len(jax.tree.leaves(outputs))
+    for term in training.results[:count]:
         flow.freeze(term, "network output")
+    for value, term in zip(others, training.results[count:]):
+        flow.unify(flow.term(value), term, "new state and old state differ in structure")
     for atom, reason in unsound_atoms(training, program.inputs[: len(weights)]).items():
         flow.axes.freeze(((atom,),), reason)
     atoms = {value: {a for axis in flow.term(value) for a in flow.axes.atoms(axis)} for value in weights}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+import sculpt
+from sculpt.model import Model
 from tests.architectures.architecture import (
     CLASSES,
     SEQUENCE,
     Architecture,
+    draw,
     from_function,
     from_linen,
     from_nnx,
@@ -111,6 +117,64 @@ def _whitened(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return jnp.einsum("btc,ck->bk", y, params["head"])
 
 
+def _normalised(y: jax.Array, mean: jax.Array, var: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
+    scale = params["scale"] * jax.lax.rsqrt(var + 1e-3)
+    return jax.nn.relu((y - mean[None, None]) * scale[None, None] + params["bias"][None, None])
+
+
+def _convolved(image: jax.Array, kernel: jax.Array) -> jax.Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(image[None], kernel, (1, 1), "SAME", dimension_numbers=layout)[0]
+
+
+def _mapped(dropout: bool) -> Callable[[jax.Array], Model]:
+    """Written for one image: BatchNorm takes its means over the mapped axis, as Equinox' does, and keeps sums that evaluation never reads,
+    as Haiku's does."""
+
+    def apply(params: Any, state: Any, x: jax.Array) -> jax.Array:
+        def one(image: jax.Array) -> jax.Array:
+            y = _normalised(_convolved(image, params["first"]), state["mean"], state["var"], params)
+            return jnp.tanh(_convolved(y, params["second"])).mean((0, 1)) @ params["head"]
+
+        return jax.vmap(one)(x)
+
+    def apply_train(params: Any, state: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        def one(image: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            y = _convolved(image, params["first"])
+            mean, square = jax.lax.pmean((y.mean((0, 1)), jnp.square(y).mean((0, 1))), "batch")
+            var = square - jnp.square(mean)
+            y = _normalised(y, mean, var, params)
+            if dropout:
+                y = jnp.where(jax.random.bernoulli(key, 0.8, y.shape), y, 0.0)
+            return jnp.tanh(_convolved(y, params["second"])).mean((0, 1)) @ params["head"], {
+                "mean": mean,
+                "var": var,
+            }
+
+        keys = jax.random.split(key, len(x))
+        outputs, new = jax.vmap(one, axis_name="batch", out_axes=(0, None))(x, keys)
+        steps = state["steps"] + 1
+        sums = {name: 0.9 * state["sums"][name] + 0.1 * new[name] for name in new}
+        share = 1.0 - 0.9 ** steps.astype(x.dtype)
+        return outputs, {"steps": steps, "sums": sums} | {name: sums[name] / share for name in sums}
+
+    shapes = {
+        "first": (3, 3, 3, 8),
+        "scale": (8,),
+        "bias": (8,),
+        "second": (3, 3, 8, 6),
+        "head": (6, CLASSES),
+    }
+    statistics = dict.fromkeys(("mean", "var"), jax.ShapeDtypeStruct((8,), jnp.float32))
+    state = {"steps": jax.ShapeDtypeStruct((), jnp.int32), "sums": statistics, **statistics}
+
+    def build(key: jax.Array) -> Model:
+        arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        return sculpt.from_function(apply, draw(arrays, key), draw(state, key), apply_train)
+
+    return build
+
+
 STREAM = "summed over while not zero"
 ARCHITECTURES = {
     "group_norm": Architecture(from_linen(GroupNorms()), groups=(2, 4, 6)),
@@ -142,6 +206,8 @@ ARCHITECTURES = {
         },
     ),
     "weight_norm": Architecture(from_linen(WeightNormed()), groups=(6, 8)),
+    "mapped_batch_norm": Architecture(_mapped(dropout=False), groups=(6, 8)),
+    "mapped_dropout": Architecture(_mapped(dropout=True), groups=(6, 8), dropout=True),
     "whitened": Architecture(
         from_function(
             _whitened,

@@ -161,7 +161,14 @@ def test_many_random_policies(name: str, seed: int) -> None:
 
 
 @slow_but(
-    "basic_blocks", "vit", "lstm_function", "scanned_layers", "custom_jvp", "custom_vjp", among=WITH_GRADIENTS
+    "basic_blocks",
+    "vit",
+    "lstm_function",
+    "scanned_layers",
+    "custom_jvp",
+    "custom_vjp",
+    "mapped_batch_norm",
+    among=WITH_GRADIENTS,
 )
 def test_gradients_agree_on_what_survives(name: str) -> None:
     # Without a state training runs the same program; with dropout its draws differ.

@@ -25,7 +25,7 @@ def names(function: object, *arguments: object) -> list[str]:
     return [eqn.name for eqn in flatten(function, *arguments).equations]  # type: ignore[arg-type]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     kind=st.sampled_from([("im2col", 1, 4), ("lax", 3, 3), ("lax", 3, 6)]),
     size=st.tuples(st.integers(5, 9), st.integers(5, 9)),

@@ -36,3 +36,13 @@ def test_operations_keep_their_derivative_and_are_inlined_where_they_have_none()
     mapped = flatten(jax.vmap(lambda row: Rounded(row)(row)), X)
     assert names(mapped) == ["custom_vjp_call"]
     assert names(mapped.equations[0].bodies[0])[:2] == ["mul", "round"]
+
+
+def test_sums_over_a_mapped_axis_are_sums_over_an_axis() -> None:
+    def row(x: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.lax.pmean((x, 2.0 * x), "rows"), jax.lax.pmax(x, "rows"), jax.lax.pmin(x, "rows")
+
+    found = names(flatten(jax.vmap(row, axis_name="rows"), X))
+    assert sorted(n for n in found if n.startswith(("reduce", "p"))) == [
+        *("reduce_max", "reduce_min", "reduce_sum", "reduce_sum"),
+    ]
