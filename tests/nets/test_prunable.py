@@ -150,4 +150,5 @@ def same_in_double(name: str, policy: np.ndarray) -> None:
 def test_cost_and_gradients_agree_on_what_survives(name: str) -> None:
     both = prune(narrow(name), space_of(name), drawn_policy(space_of(name), 2))
     both.assert_claimed_cost(images(name))
+    both.assert_counted_by_xla(images(name))
     both.assert_same_gradients(images(name), training=True)
