@@ -49,6 +49,24 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`fast("a", "b")` names the cases of a parametrised test that are in the fast tier; all others are slow."""
+    known: dict[str, set[str]] = {}
+    asked: dict[str, set[str]] = {}
+    for item in items:
+        if mark := item.get_closest_marker("fast"):
+            test, _, case = item.nodeid.partition("[")
+            known.setdefault(test, set()).add(case.removesuffix("]"))
+            asked[test] = set(mark.args)
+            if case.removesuffix("]") not in mark.args:
+                item.add_marker(pytest.mark.slow)
+    for test, cases in asked.items():
+        # Of a test that is collected by the name of a case the others are not here.
+        if len(known[test]) > 1 and not cases <= known[test]:
+            raise pytest.UsageError(f"{test} has no cases {sorted(cases - known[test])}")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _optimised(request: pytest.FixtureRequest) -> Iterator[None]:
     """The mark `optimised` of a module asks for the compiler's work."""

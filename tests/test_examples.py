@@ -28,6 +28,7 @@ BLOCKS = [(name, place) for name in PAGES for place in range(len(blocks(name)))]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.fast("nnx_network.py")
 def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(REPOSITORY / "examples" / name))
     before, after = re.findall(r"([\d,]+) -> ([\d,]+) MACs", capsys.readouterr().out)[-1]

@@ -146,6 +146,7 @@ def test_a_second_call_changes_nothing_and_takes_no_time(
     assert "complete  train, search" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_search_begins_with_what_another_learned_and_finds_a_front(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,6 +350,7 @@ def test_lost_and_damaged_files_are_named(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_resumes_and_ends_where_it_would_have(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,6 +378,7 @@ def test_an_interrupted_search_resumes_and_ends_where_it_would_have(
     assert not (run / "checkpoints" / "search").exists()
 
 
+@pytest.mark.slow
 def test_devices_share_the_batches_of_training(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -446,6 +449,7 @@ def test_correctness_05_the_test_split_is_read_once_at_the_end_and_a_chain_of_st
     assert chained["pruned"]["test_accuracy"] < 0.5 < pruned["pruned"]["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_many_policies_of_a_finished_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 TARGETS = re.findall(r"^make ([a-z-]+)", "\n".join(blocks("bash")), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(tmp_path: Path) -> None:
     code, *_ = blocks("python")
     cache = {"JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"), "PYTHONPATH": str(REPOSITORY)}
@@ -52,6 +53,7 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     assert (tmp_path / "digits.stablehlo").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_reconstruction_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = [block for block in blocks("python") if "sculpt.reconstruct" in block]
     model, splits = untrained_digits(), sculpt.load_data("digits")
@@ -61,6 +63,7 @@ def test_the_reconstruction_example_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     exec(compile(code, "README.md", "exec"), names | {"key": jax.random.key(0)})
 
 
+@pytest.mark.slow
 def test_the_importance_example_runs() -> None:
     (code,) = [block for block in blocks("python") if "sculpt.importance" in block]
     names: dict[str, Any] = {}
@@ -68,6 +71,7 @@ def test_the_importance_example_runs() -> None:
     assert names["space"].importance is names["scores"]
 
 
+@pytest.mark.slow
 def test_the_latency_example_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

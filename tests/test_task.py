@@ -151,6 +151,7 @@ def test_a_model_is_scored_as_by_hand(case: Case) -> None:
     ],
     ids=["one device", "four devices"],
 )
+@pytest.mark.fast("pixels-four devices", "tokens-four devices", "numbers-four devices")
 def test_policies_are_scored_as_their_masked_networks(case: Case, plan: sculpt.EvaluationPlan) -> None:
     test, space = case.splits.test, case.space
     policies = sculpt.random_policies(space, KEY, 3, budget=0.6)
@@ -165,6 +166,7 @@ def test_policies_are_scored_as_their_masked_networks(case: Case, plan: sculpt.E
 
 
 @brief
+@pytest.mark.fast("numbers")
 def test_search_finetune_compact(case: Case) -> None:
     """The whole way, and the compact network is as good as the masked one."""
     dense = sculpt.train(case.model, case.splits, BRIEF, KEY)
@@ -196,6 +198,7 @@ def test_search_finetune_compact(case: Case) -> None:
 
 
 @brief
+@pytest.mark.fast("numbers")
 def test_races_and_many_fine_tunings_go_by_the_task(case: Case) -> None:
     train, space = case.splits.train, case.space
     policies = sculpt.random_policies(space, KEY, 4, budget=0.6)
@@ -216,6 +219,7 @@ def test_races_and_many_fine_tunings_go_by_the_task(case: Case) -> None:
         assert float(tuned.validation_accuracy[i]) == pytest.approx(float(expected.accuracy), abs=0.02)
 
 
+@pytest.mark.slow
 def test_importance_reads_the_loss_of_the_task() -> None:
     case = numbers()
     train = case.splits.train
@@ -242,6 +246,7 @@ def test_importance_reads_the_loss_of_the_task() -> None:
 @pytest.mark.parametrize("places", [(), (3,), (2, 3)], ids=str)
 @given(seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 30.0]))
 @settings(max_examples=20, deadline=None)
+@pytest.mark.fast("(2, 3)")
 def test_classes_of_every_position_are_measured_as_optax_does(
     places: tuple[int, ...], seed: int, scale: float
 ) -> None:

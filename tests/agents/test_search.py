@@ -95,9 +95,10 @@ def _ratios(policies: jax.Array) -> jax.Array:
     return resource_used(toy_space(), policies)
 
 
-def test_the_agent_finds_more_than_chance_and_nearly_the_optimum() -> None:
-    agent = np.median([plain("agent", seed).score for seed in range(3)])
-    chance = np.median([plain("random", seed).score for seed in range(3)])
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_agent_finds_more_than_chance_and_nearly_the_optimum(seeds: int) -> None:
+    agent = np.median([plain("agent", seed).score for seed in range(seeds)])
+    chance = np.median([plain("random", seed).score for seed in range(seeds)])
     assert chance < agent <= optimum() + 1e-6
     assert agent > 0.95 * optimum()
     history = plain("agent").history
@@ -105,12 +106,14 @@ def test_the_agent_finds_more_than_chance_and_nearly_the_optimum() -> None:
     assert history[-1]["entropy"] < history[0]["entropy"]
 
 
+@pytest.mark.slow
 def test_the_table_too_finds_nearly_the_optimum() -> None:
     """The toy's worth is a sum over sites: no graph is needed to learn it."""
     table = np.median([plain("table", seed).score for seed in range(3)])
     assert 0.9 * optimum() < table <= optimum() + 1e-6
 
 
+@pytest.mark.slow
 def test_greedy_needs_more_evaluations_than_sites() -> None:
     config = dataclasses.replace(CONTROL, method="greedy", evaluations=8, batch_size=5)
     with pytest.raises(ValueError, match=r"every site by itself .* must be at least (\d+), got 8") as told:
@@ -125,6 +128,7 @@ def test_greedy_needs_more_evaluations_than_sites() -> None:
 
 
 @pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.fast("agent", "table", "random", "uniform", "magnitude", "lamp")
 def test_correctness_18_every_method_has_the_same_evaluations_and_interface(method: Method) -> None:
     if method == "cma_es":
         pytest.importorskip("evosax")
@@ -177,6 +181,7 @@ t.run(t.BASE, directory=sys.argv[1], on_metrics=stop)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
     cache = str(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
     environment = os.environ | {
@@ -278,6 +283,7 @@ def test_the_last_choice_is_made_on_validation(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(judged[0], best)
 
 
+@pytest.mark.slow
 def test_the_last_choice_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without projection the archive holds policies beyond the budget, which a judge may well like better."""
 
@@ -290,12 +296,14 @@ def test_the_last_choice_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.macs_ratio <= BASE.budget + 1e-5
 
 
+@pytest.mark.slow
 def test_diverged_networks_are_scored_not_fatal() -> None:
     result = run(CONTROL, scorer=TableScorer(diverge_at=0))
     assert all(np.isfinite(list(row.values())).all() for row in result.history)
     assert result.policy[0] != 0
 
 
+@pytest.mark.slow
 def test_rounds_and_a_reward_that_has_to_hold_the_budget() -> None:
     config = dataclasses.replace(
         BASE,
@@ -337,6 +345,7 @@ def _changed(result: SearchResult) -> object:
     ],
     ids=lambda change: next(iter(change)),
 )
+@pytest.mark.fast("budget", "method", "score_images", "calibration_images", "warm_start")
 def test_correctness_04_settings_of_every_method_change_the_search(
     change: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +419,7 @@ def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("rerank", [0, 1])
+@pytest.mark.fast("0")
 def test_candidates_are_reconstructed_where_that_is_asked_for(
     rerank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +446,7 @@ def test_candidates_are_reconstructed_where_that_is_asked_for(
     assert len(fitted) == 1
 
 
+@pytest.mark.slow
 def test_a_candidate_that_cannot_be_reconstructed_counts_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from sculpt.agents import rerank as module
     from sculpt.scoring.reconstruct import NotFinite
@@ -449,6 +460,7 @@ def test_a_candidate_that_cannot_be_reconstructed_counts_as_nothing(monkeypatch:
     assert run(dataclasses.replace(CONTROL, rerank=1, rerank_finetune=fading)).validation_accuracy > 0.0
 
 
+@pytest.mark.slow
 def test_a_search_scores_what_it_is_told_to_repair() -> None:
     scores = [
         run(dataclasses.replace(CONTROL, repair=repair), scorer=score_policies).history[-1]["mean_accuracy"]

@@ -78,6 +78,7 @@ def test_singles_come_first_and_once(total: int) -> None:
     np.testing.assert_array_equal(got[len(left) :], drawn[len(left) :])
 
 
+@pytest.mark.slow
 def test_scored_options_are_favoured_by_what_they_do() -> None:
     alone = singles(toy_space(), EVERY)
     rng = np.random.default_rng(0)
@@ -123,6 +124,7 @@ def test_nothing_is_favoured_where_no_site_matters() -> None:
     np.testing.assert_array_equal(logits, jnp.zeros_like(logits))
 
 
+@pytest.mark.slow
 def test_the_share_of_the_evaluations_decides_how_many_options_are_scored() -> None:
     least = 1 + toy_space().num_sites
     for share, evaluations in itertools.product((0.1, 0.25, 0.9), (16, 20, 32, 64, 256, 4096)):
@@ -168,6 +170,7 @@ def test_energy_is_what_a_search_begins_from_where_no_single_sites_are_scored() 
     assert not starts_from_energy(SearchConfig(method="random"), toy_space())
 
 
+@pytest.mark.slow
 def test_a_taught_agent_begins_from_energy_too(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
     original = search_module.set_up

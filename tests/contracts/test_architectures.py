@@ -103,7 +103,9 @@ def test_masked_equals_compacted_at_random_and_costs_what_is_claimed(name: str) 
     pruned(name, 1).assert_claimed_cost(inputs(name))
 
 
-@slow_but("plain", "option_a", "shufflenet", "unet", "group_norm", "grouped_queries", "scanned_layers", "cond")
+@slow_but(
+    "plain", "option_a", "shufflenet", "unet", "group_norm", "grouped_queries", "scanned_layers", "cond"
+)
 def test_masked_equals_compacted_with_one_unit_left(name: str) -> None:
     space, x = space_of(name), inputs(name)
     lean = prune(built(name), space, leanest_policy(space))
@@ -116,6 +118,7 @@ def test_xla_counts_the_claimed_operations(name: str) -> None:
 
 
 @slow_but("channels_first", "regularised", "wavenet", among=ARCHITECTURES)
+@pytest.mark.fast("wavenet", "channels_first")
 def test_channels_and_windows_together(name: str) -> None:
     try:
         space = space_of(name, families=BOTH)
@@ -177,6 +180,7 @@ def test_many_random_policies(name: str, seed: int) -> None:
     "mapped_batch_norm",
     among=WITH_GRADIENTS,
 )
+@pytest.mark.fast("custom_jvp", "custom_vjp")
 def test_gradients_agree_on_what_survives(name: str) -> None:
     # Without a state training runs the same program; with dropout its draws differ.
     training = bool(built(name).state) and not ARCHITECTURES[name].dropout
@@ -198,6 +202,7 @@ def test_gradients_in_evaluation_mode(name: str) -> None:
 
 
 @slow_but("shufflenet", "lstm_function", "group_norm", among=IN_DOUBLE)
+@pytest.mark.fast("lstm_function")
 def test_masked_equals_compacted_in_double_precision(name: str) -> None:
     # Flax promotes to at least float32 by rules that strict promotion forbids.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -209,6 +214,7 @@ def test_masked_equals_compacted_in_double_precision(name: str) -> None:
 
 
 @slow_but("option_a", "grouped_queries")
+@pytest.mark.fast("option_a")
 def test_compacting_twice_equals_compacting_once(name: str) -> None:
     space, x = space_of(name, None), inputs(name)
     first = prune(built(name), space, (space.num_options // 2).astype(np.int32), check=True)
@@ -222,6 +228,7 @@ def test_compacting_twice_equals_compacting_once(name: str) -> None:
 
 
 @slow_but("plain_nnx", "swin", "lstm_function")
+@pytest.mark.fast("plain_nnx")
 def test_other_batch_sizes_and_transformations(name: str) -> None:
     masked, small = pruned(name, 1).masked, pruned(name, 1).small
     x = inputs(name, 5)
@@ -288,6 +295,7 @@ def test_relabelling_changes_nothing_but_names(name: str) -> None:
 
 
 @slow_but("film", "squeeze_excitation", "scan_function")
+@pytest.mark.fast("squeeze_excitation", "scan_function")
 def test_relabelled_networks_compact_alike(name: str) -> None:
     space, model, x = space_of(name, None), built(name), inputs(name)
     same = np.arange(len(space.trace.leaves))

@@ -34,6 +34,15 @@ def drawn(space: sculpt.Space, seed: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["residual", "separable"])
 @pytest.mark.parametrize("family", ENTRIES)
+@pytest.mark.fast(
+    "rect_grouped-separable",
+    "2:4-residual",
+    "2:4-separable",
+    "nm-separable",
+    "block-separable",
+    "entries4-separable",
+    "unstructured-residual",
+)
 def test_every_option_keeps_as_many_entries_as_it_says(family: str, name: str) -> None:
     space = space_of(name, (family,))
     choices = jax.device_get(make_choices(space, network(name).params))
@@ -54,6 +63,17 @@ def test_every_option_keeps_as_many_entries_as_it_says(family: str, name: str) -
 
 @pytest.mark.parametrize("name", ["residual", "separable"])
 @pytest.mark.parametrize("family", ENTRIES)
+@pytest.mark.fast(
+    "rect_grouped-residual",
+    "rect_grouped-separable",
+    "2:4-residual",
+    "nm-residual",
+    "nm-separable",
+    "block-residual",
+    "block-separable",
+    "entries4-residual",
+    "unstructured-separable",
+)
 def test_costs_are_those_of_the_entries_that_stay(family: str, name: str) -> None:
     space, trace = space_of(name, (family,)), traced(name)
     policy = drawn(space)
@@ -69,6 +89,7 @@ def test_costs_are_those_of_the_entries_that_stay(family: str, name: str) -> Non
 
 
 @slow_but("residual", "separable", "nnx")
+@pytest.mark.fast("nnx")
 def test_masked_equals_compacted_together_with_channels(name: str) -> None:
     """Channels go, the other zeros stay in place."""
     space, trace = space_of(name), traced(name)
@@ -93,6 +114,7 @@ def test_masked_equals_compacted_together_with_channels(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_scores_equal_a_plain_loop_and_budgets_are_met() -> None:
     space = space_of("residual")
     policies = sculpt.random_policies(space, jax.random.key(2), 4, budget=0.3)
@@ -105,6 +127,7 @@ def test_scores_equal_a_plain_loop_and_budgets_are_met() -> None:
         assert float(scores.loss[i]) == pytest.approx(loss, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_search_and_fine_tuning_hold_the_zeros() -> None:
     model, splits = tiny_model(), tiny_splits()
     space = sculpt.make_space(sculpt.trace(model, jnp.zeros((1, 8, 8, 1))), "2:4")
@@ -143,6 +166,7 @@ def test_gradients_are_zero_where_entries_are_gone() -> None:
     assert any(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_units_that_one_array_lost_by_chance_stay() -> None:
     """All entries of hidden unit 0 are the smallest of `a`, not those of `b`."""
     keys = jax.random.split(jax.random.key(0))

@@ -45,6 +45,7 @@ def mixed_policy(space: sculpt.Space) -> jax.Array:
     return random_policies(space, jax.random.key(3), 1)[0]
 
 
+@pytest.mark.fast("function")
 def test_correctness_03_masked_equals_compacted(name: str) -> None:
     space = space_of(name)
     for policy in (mixed_policy(space), smallest_policy(space)):
@@ -52,6 +53,7 @@ def test_correctness_03_masked_equals_compacted(name: str) -> None:
         assert max_difference(masked, small, IMAGES) <= 1e-5
 
 
+@pytest.mark.fast("plain", "biased", "concatenated", "separable", "dilated", "nnx", "function")
 def test_whole_numbers_of_macs_are_those_of_the_cost(name: str) -> None:
     space = space_of(name)
     for policy in (np.zeros(space.num_sites, np.int32), mixed_policy(space), smallest_policy(space)):
@@ -62,6 +64,7 @@ def test_whole_numbers_of_macs_are_those_of_the_cost(name: str) -> None:
         assert policy.any() or theoretical_macs(space, policy, masks) == traced(name).macs
 
 
+@pytest.mark.fast("plain", "biased", "concatenated", "separable", "dilated", "nnx", "function")
 def test_correctness_08_claimed_macs_equal_counted_zeros_and_the_compact_program(name: str) -> None:
     space = space_of(name)
     policy = mixed_policy(space)
@@ -109,6 +112,7 @@ def test_correctness_16_coupled_layers_lose_the_same_units(name: str) -> None:
         assert all(f == found[0] for f in found), group.name
 
 
+@pytest.mark.fast("plain", "biased", "dilated", "nnx", "function")
 def test_each_site_alone_is_masked_and_compacted_exactly(name: str) -> None:
     space = space_of(name)
     apply = jax.jit(network(name).apply)
@@ -132,6 +136,7 @@ def test_dense_policy_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n not in ("dilated", "nnx")])
+@pytest.mark.fast("function")
 def test_training_mode_and_gradients_agree_on_what_survives(name: str) -> None:
     """Networks with dropout are left out: its draws differ between shapes, as they must."""
     space = space_of(name)
@@ -157,6 +162,7 @@ def test_training_mode_and_gradients_agree_on_what_survives(name: str) -> None:
 
 
 @slow_but("residual", "concatenated", "nnx", "function")
+@pytest.mark.fast("function")
 def test_compact_model_can_be_traced_and_pruned_again(name: str) -> None:
     _, small = pruned(name, mixed_policy(space_of(name)))
     trace = sculpt.trace(small, IMAGES)

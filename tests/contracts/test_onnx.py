@@ -56,6 +56,7 @@ def assert_same_logits(model: Model, x: jax.Array, file: Path) -> None:
 
 
 @slow_but("resnet18", "mobilenet_v3_small", "efficientnet_lite0", "vit_tiny_patch4", among=NARROW)
+@pytest.mark.fast("resnet18")
 def test_named_networks_dense_and_compact(name: str, tmp_path: Path) -> None:
     x = jnp.concatenate([images(name)] * 3)[:8] * jnp.arange(1.0, 9.0).reshape(-1, 1, 1, 1) / 4.0
     space = narrow_space(name)
@@ -81,6 +82,18 @@ def test_cifar_resnets_dense_and_compact(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES if n not in REFUSED],
+)
+@pytest.mark.fast(
+    "option_a",
+    "shufflenet",
+    "group_norm",
+    "rms_norm",
+    "layer_norm_slow",
+    "whitened",
+    "experts",
+    "channels_first",
+    "custom_vjp",
+    "grouped_gates",
 )
 def test_the_zoo(name: str, tmp_path: Path) -> None:
     assert_same_logits(built(name), inputs(name, 8), tmp_path / "model.onnx")

@@ -83,6 +83,7 @@ assert cores() == len(before)
 """
 
 
+@pytest.mark.slow
 def test_confined_to_some_cores_and_back() -> None:
     """In a process of its own, which has all cores: workers of the tests have one."""
     if not Path("/proc/self/task").is_dir():

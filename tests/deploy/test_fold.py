@@ -141,6 +141,7 @@ def test_half_precision_is_not_rounded_again() -> None:
     np.testing.assert_array_equal(outputs(model, IMAGES), outputs(small, IMAGES))
 
 
+@pytest.mark.slow
 def test_a_folded_network_is_exported_traced_and_pruned_like_any_other() -> None:
     model = folded("residual")
     space = sculpt.make_space(sculpt.trace(model, IMAGES))
@@ -230,6 +231,7 @@ def in_groups(option: int) -> tuple[Model, Model]:
     return masked, sculpt.compact(masked, space, policy)
 
 
+@pytest.mark.slow
 def test_batch_norm_behind_groups_of_filters() -> None:
     """It goes into each group. Channels stand in the order of the groups, where only the second block's sum has one already."""
     masked, small = in_groups(4)

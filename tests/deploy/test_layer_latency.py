@@ -87,6 +87,7 @@ def install_clock(monkeypatch: pytest.MonkeyPatch, seconds_of: Callable[[jax.Arr
     ],
 )
 @pytest.mark.usefixtures("clock")
+@pytest.mark.fast("concatenated-families1-0-0.0001")
 def test_layers_add_up_to_networks(
     name: str, families: tuple[str, ...], min_keep: int, within: float
 ) -> None:
@@ -165,6 +166,7 @@ def test_windows_are_where_the_model_has_them(entry: tuple[int, int], stride: in
 
 
 @pytest.mark.usefixtures("clock")
+@pytest.mark.slow
 def test_what_was_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     space = sculpt.make_space(traced("plain"))
     expected = measure_layers(network("plain"), space, X, jax.random.key(0), networks=3)
@@ -314,6 +316,7 @@ def dense_block(layers: int) -> tuple[sculpt.Model, sculpt.Space]:
     return model, sculpt.make_space(sculpt.trace(model, X[:1]), ("channels",))
 
 
+@pytest.mark.slow
 def test_numbers_of_channels_that_no_site_leaves_by_itself_are_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -330,6 +333,7 @@ def test_numbers_of_channels_that_no_site_leaves_by_itself_are_measured(
         )
 
 
+@pytest.mark.slow
 def test_so_many_sizes_at_the_most() -> None:
     _, space = dense_block(12)
     parts = find_parts(space, 1)

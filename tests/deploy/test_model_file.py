@@ -63,6 +63,7 @@ def assert_equal(expected: Any, found: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.fast("function-dense")
 def test_the_same_in_evaluation_and_training_and_backwards(case: str, tmp_path: Path) -> None:
     model = saved(case)
     loaded = again(model, tmp_path)
@@ -89,6 +90,7 @@ def doubled(x: jax.Array) -> jax.Array:
 doubled.defvjp(lambda x: (doubled(x), x), lambda x, g: (jnp.cos(x) * g,))
 
 
+@pytest.mark.slow
 def test_derivatives_of_their_own_and_at_exact_zeros(tmp_path: Path) -> None:
     keys = jax.random.split(jax.random.key(2), 3)
     shapes = {"a": (4, 8), "b": (8, 6), "c": (6, 3)}
@@ -102,6 +104,7 @@ def test_derivatives_of_their_own_and_at_exact_zeros(tmp_path: Path) -> None:
         jax.tree.map(np.testing.assert_array_equal, expected, found)
 
 
+@pytest.mark.slow
 def test_loaded_models_are_traced_compacted_folded_and_saved_again(tmp_path: Path) -> None:
     loaded = again(saved("residual-dense"), tmp_path)
     trace = sculpt.trace(loaded, IMAGES)
@@ -195,6 +198,7 @@ assert not {"flax", "sculpt.nets", "tests"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_knows_no_network(tmp_path: Path) -> None:
     model = saved("plain-dense")
     sculpt.save_model(model, tmp_path / "new" / "model.safetensors", IMAGES)

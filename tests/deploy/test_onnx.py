@@ -88,6 +88,20 @@ ELEMENTWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.fast(
+    "exp2",
+    "erf_erfc",
+    "rounding",
+    "powers",
+    "roots",
+    "trigonometry",
+    "bounds",
+    "sign_and_finite",
+    "softplus",
+    "swishes",
+    "elus",
+    "own_derivatives",
+)
 def test_elementwise(name: str, tmp_path: Path) -> None:
     same(lambda params, x: ELEMENTWISE[name](dense(x)).sum(1), VECTORS, tmp_path)
 
@@ -116,6 +130,21 @@ SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.fast(
+    "slices",
+    "strides",
+    "reversed",
+    "picked",
+    "one",
+    "padded",
+    "cropped",
+    "split",
+    "unstacked",
+    "reshaped",
+    "broadcast",
+    "rolled",
+    "dynamic",
+)
 def test_shapes(name: str, tmp_path: Path) -> None:
     same(lambda params, x: SHAPES[name](dense(x)), VECTORS, tmp_path)
 
@@ -135,6 +164,18 @@ REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.fast(
+    "17-all",
+    "17-running",
+    "17-spread",
+    "20-all",
+    "20-apart",
+    "20-places",
+    "20-running",
+    "20-softmax_of_another_axis",
+    "20-softmax_of_two_axes",
+    "20-spread",
+)
 def test_reductions(name: str, opset: int, tmp_path: Path) -> None:
     same(lambda params, x: REDUCTIONS[name](jnp.tanh(0.1 * dense(x))), VECTORS, tmp_path, opset=opset)
 
@@ -147,6 +188,7 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.fast("nab,bc->nac", "nab,ncb->nac", "nab,nac->nbc", "nab,nab->na", "nab,nab->n")
 def test_products(name: str, tmp_path: Path) -> None:
     shape = PRODUCTS[name]
     weights = None if shape is None else jax.random.normal(jax.random.key(5), shape)
@@ -200,10 +242,23 @@ WINDOWS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.fast(
+    "uneven_padding",
+    "transposed",
+    "groups",
+    "channels_first_between",
+    "max",
+    "max_dilated",
+    "min",
+    "sum",
+    "one_way",
+    "joined",
+)
 def test_windows(name: str, tmp_path: Path) -> None:
     same(lambda params, x: WINDOWS[name](x), PICTURES, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_network_is_convolutions_and_little_else(tmp_path: Path) -> None:
     x = IMAGES[..., :1]
     model = RESNET
@@ -222,6 +277,7 @@ def test_a_network_is_convolutions_and_little_else(tmp_path: Path) -> None:
     )  # the zero that shortcuts are padded with
 
 
+@pytest.mark.slow
 def test_images_with_channels_first(tmp_path: Path) -> None:
     x = jax.random.normal(jax.random.key(1), (2, 8, 6, 1))
     model = RESNET
@@ -231,6 +287,7 @@ def test_images_with_channels_first(tmp_path: Path) -> None:
     assert distance(outputs(model, x), run(file, np.asarray(x).transpose(0, 3, 1, 2))) <= 1e-5
 
 
+@pytest.mark.slow
 def test_transformers_use_the_operators_that_engines_know(tmp_path: Path) -> None:
     model = narrow("vit_tiny_patch4")
     found = operators(export(model, tmp_path, IMAGES))
@@ -258,6 +315,7 @@ def test_an_array_read_twice_is_stored_once(tmp_path: Path) -> None:
     assert sorted(a.shape for a in arrays(file).values()) == [(4, 5), (5, 4)]
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     first, second = (export(network("separable"), tmp_path / n, IMAGES).read_bytes() for n in "ab")
     assert first == second
@@ -271,6 +329,7 @@ def test_a_model_of_one_batch_size_is_exported_with_that(tmp_path: Path) -> None
     assert sizes(file, "images")[0] == 3
 
 
+@pytest.mark.slow
 def test_the_file_needs_neither_jax_nor_this_library(tmp_path: Path) -> None:
     file = export(network("plain"), tmp_path, IMAGES)
     np.save(tmp_path / "images.npy", IMAGES)

@@ -109,6 +109,23 @@ def test_every_network_has_its_count() -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.fast(
+    "resnet18",
+    "resnet34",
+    "resnet8_mlperf",
+    "vgg16_bn",
+    "vgg19_bn",
+    "vgg16_bn_cifar",
+    "vgg19_bn_cifar",
+    "vit_small_patch16",
+    "vit_base_patch16",
+    "vit_tiny_patch4",
+    "vit_small_patch4",
+    "vit_small_patch2",
+    "deit_tiny_patch16",
+    "deit_small_patch16",
+    "deit_small_distilled_patch16",
+)
 def test_parameter_counts(name: str) -> None:
     module = nets.create(name, 1000 if name in IMAGENET else 10)
     assert size(shapes(module, image(name))["params"]) == {**IMAGENET, **SMALL}[name]
@@ -122,6 +139,17 @@ def test_mobilenet_v1_has_the_published_size_at_every_width(multiplier: float, c
 
 @pytest.mark.parametrize("name", slow_where_only_the_size_differs(OTHERS))
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.fast(
+    "None-resnet18",
+    "None-resnet34",
+    "None-resnet8_mlperf",
+    "None-vgg16_bn",
+    "None-vgg16_bn_cifar",
+    "bfloat16-resnet18",
+    "bfloat16-resnet8_mlperf",
+    "bfloat16-vgg16_bn",
+    "bfloat16-vgg16_bn_cifar",
+)
 def test_logits_are_single_precision_in_either_mode(name: str, dtype: Any) -> None:
     module, x = nets.create(name, 7, dtype=dtype), image(name, 2)
     variables = shapes(module, x)
@@ -143,6 +171,7 @@ def test_logits_are_single_precision_in_either_mode(name: str, dtype: Any) -> No
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v3_small", "vit_tiny_patch2"])
+@pytest.mark.fast("resnet20")
 def test_half_precision_computes_in_half_precision(name: str) -> None:
     module = nets.create(name, 7, dtype=jnp.bfloat16)
     jaxpr = jax.make_jaxpr(module.apply)(shapes(module, image(name)), image(name))
@@ -150,6 +179,7 @@ def test_half_precision_computes_in_half_precision(name: str) -> None:
     assert calls and {v.aval.dtype for e in calls for v in e.invars} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 def test_distillation_trains_two_heads_that_are_averaged() -> None:
     module: Any = nets.create("deit_tiny_distilled_patch16", 5, patch=4, width=12, depth=1)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))

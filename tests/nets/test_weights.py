@@ -80,6 +80,7 @@ def test_what_is_no_path_or_key_is_refused(path: Any, options: dict, words: str)
         nets.load("resnet20", path, 10, **options)
 
 
+@pytest.mark.slow
 def test_a_pruned_dense_shaped_model_returns_to_its_owner(tmp_path: Path) -> None:
     side = NARROW["resnet18"][1]
     module, variables = narrow("resnet18")
@@ -200,6 +201,7 @@ def test_position_embeddings_are_interpolated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "deit_tiny_distilled_patch16"])
+@pytest.mark.fast("resnet18")
 def test_a_new_head_is_drawn_for_other_classes(name: str, tmp_path: Path) -> None:
     module, variables = narrow(name)
     nets.save(module, variables, tmp_path / "w.safetensors")

@@ -97,6 +97,7 @@ def test_no_group_loses_all_unless_it_is_asked_for() -> None:
         ("nnx", ("channels", "rect_grouped")),
     ],
 )
+@pytest.mark.fast("nnx-families5")
 def test_masked_equals_compact_equals_folded(name: str, families: tuple[str, ...]) -> None:
     masked, small, gone = without_branches(network(name), families)
     folded = sculpt.fold(small, IMAGES)
@@ -105,6 +106,7 @@ def test_masked_equals_compact_equals_folded(name: str, families: tuple[str, ...
     assert all(array.size for array in folded.params.values())
 
 
+@pytest.mark.slow
 def test_attention_depthwise_convolutions_and_gates() -> None:
     """Also trains: what is left of a branch is a constant, whose derivatives are those of the masked network."""
     model = from_linen(Bottlenecks())(jax.random.key(0))
@@ -143,6 +145,7 @@ def test_kernels_of_zeros_are_dead_layers_too() -> None:
     assert sorted(eqn.name for eqn in program.equations) == ["add", "add", "dot_general"]
 
 
+@pytest.mark.slow
 def test_files_and_engines_take_what_is_left(tmp_path: Path) -> None:
     _, small, _ = without_branches(from_linen(Bottlenecks())(jax.random.key(0)))
     expected = small.apply(small.params, small.state, IMAGES)
@@ -199,6 +202,7 @@ class SideBySide(nn.Module):
 @pytest.mark.parametrize(
     "module", [Grouped(), Flattened(), FusedAttention(True), FusedAttention(False), SideBySide()]
 )
+@pytest.mark.fast("module1")
 def test_each_group_that_may_go_goes(module: nn.Module) -> None:
     """One by one and all together; axes that are products of what goes and what stays."""
     model = from_linen(module)(jax.random.key(0))

@@ -66,6 +66,7 @@ def is_one_of(mask: np.ndarray, windows: list[np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("filters", [64, 48, 6])
+@pytest.mark.fast("6")
 def test_windows_come_in_multiples_of_sixteen(filters: int) -> None:
     kernel = np.random.default_rng(filters).normal(size=(3, 3, 4, filters)).astype(np.float32)
     two_rows, two_columns, middle = lines(2)[0::2], lines(2)[1::2], lines(1)[2:4]
@@ -191,6 +192,7 @@ def with_windows(dtype: Any = jnp.float32) -> Model:
 
 
 @pytest.mark.parametrize("families", [("rect_grouped",), ("channels", "rect_grouped")], ids="+".join)
+@pytest.mark.fast("channels+rect_grouped")
 def test_convolutions_in_groups_are_the_same_function(families: tuple[str, ...]) -> None:
     model = with_windows()
     space = sculpt.make_space(sculpt.trace(model, IMAGES), families, round_to=16)
@@ -226,6 +228,7 @@ def test_convolutions_in_groups_are_the_same_function(families: tuple[str, ...])
         np.testing.assert_allclose(found, expected[places[name]], atol=atol)
 
 
+@pytest.mark.slow
 def test_a_network_in_groups_can_be_traced_and_pruned_again() -> None:
     """The last convolution in half precision, whose kernel is read through a cast."""
     model = with_windows(jnp.bfloat16)
@@ -243,6 +246,7 @@ def test_a_network_in_groups_can_be_traced_and_pruned_again() -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "nnx"])
+@pytest.mark.fast("nnx")
 def test_small_networks_together_with_channels(name: str) -> None:
     space = sculpt.make_space(traced(name), ("channels", "rect_grouped"))
     policy = space.num_options - 1
@@ -279,6 +283,7 @@ MIDDLES = {
 
 
 @pytest.mark.parametrize("name", MIDDLES)
+@pytest.mark.fast("constant", "scan", "checkpoint", "own derivative")
 def test_what_knows_the_channels_by_number_follows_their_new_order(name: str) -> None:
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         y = jax.lax.conv_general_dilated(

@@ -96,6 +96,17 @@ def pairs(kinds: Sequence[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(KINDS))
+@pytest.mark.fast(
+    "energy-biased",
+    "energy-residual",
+    "energy-concatenated",
+    "energy-separable",
+    "energy-function",
+    "l1-residual",
+    "l2-residual",
+    "batch_norm-residual",
+    "random-residual",
+)
 def test_scores_are_one_finite_number_per_unit_of_every_group(kind: str, name: str) -> None:
     result = scored(name, kind)
     assert result.kind == kind
@@ -130,6 +141,13 @@ def test_a_unit_of_zeros_scores_lowest(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(KINDS))
+@pytest.mark.fast(
+    "l1-residual",
+    "batch_norm-residual",
+    "geometric_median-residual",
+    "activation-residual",
+    "random-residual",
+)
 def test_masks_drop_the_lowest_before_and_after_fine_tuning_and_compaction_agrees(
     kind: str, name: str
 ) -> None:

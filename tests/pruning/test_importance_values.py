@@ -104,6 +104,7 @@ def test_taylor_is_the_mean_over_batches_of_weight_times_gradient() -> None:
     close(found, expected)
 
 
+@pytest.mark.slow
 def test_taylor_runs_in_evaluation_mode_over_all_arrays_of_the_group() -> None:
     from tests.networks import network, traced
 

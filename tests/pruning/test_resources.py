@@ -80,6 +80,7 @@ def test_a_table_of_parts_adds_up() -> None:
     ["params", "macs_realised", ("macs", "params"), {"macs": 1.0, "params": 1.5}],
     ids=["params", "realised", "both", "allowances"],
 )
+@pytest.mark.fast("realised")
 def test_projections_meet_every_budget_and_spend_one(resource: Any) -> None:
     limited = sculpt.with_resource(space(), resource)
     found = sculpt.cost(limited, sculpt.random_policies(limited, jax.random.key(1), 100, BUDGET))

@@ -144,6 +144,7 @@ def test_masks_keep_the_strongest_units_and_windows() -> None:
     assert np.argwhere(mask.any((2, 3))).tolist() == [list(np.unravel_index(energy.argmax(), energy.shape))]
 
 
+@pytest.mark.slow
 def test_masks_are_found_again_on_masked_parameters_and_under_vmap() -> None:
     model = network("residual")
     space = sculpt.make_space(traced("residual"))
@@ -188,6 +189,7 @@ def test_apply_masks_refuses_what_is_no_mask() -> None:
         sculpt.apply_masks(model, {})
 
 
+@pytest.mark.slow
 def test_graph_follows_the_policy_and_the_budget_and_nothing_random() -> None:
     model, space = network("residual"), sculpt.make_space(traced("residual"))
     dense = sculpt.to_graph(space, model.params)

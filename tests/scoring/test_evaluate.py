@@ -41,6 +41,7 @@ def one_by_one(
 @pytest.mark.parametrize("name", ["residual", "nnx"])
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.fast("1-False-nnx", "1-True-nnx", "4-False-nnx", "4-True-nnx")
 def test_scores_equal_a_plain_loop(name: str, calibrated: bool, chunk: int) -> None:
     space = sculpt.make_space(traced(name))
     policies = sculpt.random_policies(space, jax.random.key(2), 5)
@@ -61,6 +62,7 @@ def test_scores_equal_a_plain_loop(name: str, calibrated: bool, chunk: int) -> N
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("residual", 1), ("biased", 4))),
     ],
 )
+@pytest.mark.fast("biased-1")
 def test_scores_of_reconstructed_networks_equal_a_plain_loop(name: str, chunk: int) -> None:
     model, space = network(name), sculpt.make_space(traced(name))
     policies = sculpt.random_policies(space, jax.random.key(2), 5)
@@ -233,6 +235,7 @@ def test_recalibration_leaves_frozen_statistics_and_constants_alone() -> None:
     np.testing.assert_allclose(found["mean"], ((x - 1.0) / 2.0).mean(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_undefined_network_is_right_about_nothing() -> None:
     model = network("plain")
     broken = model.replace(params=jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), model.params))

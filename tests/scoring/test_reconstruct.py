@@ -49,6 +49,7 @@ QUICK = ("residual", "separable", "biased")
     ]
     + [("residual", ("rect_grouped",)), ("residual", ("2:4",)), ("function", ("unstructured",))],
 )
+@pytest.mark.fast("function-families10")
 def test_logits_come_closer_and_zeros_stay(name: str, families: tuple[str, ...]) -> None:
     masks, masked = pruned(name, families)
     fitted = sculpt.reconstruct(network(name), masks, IMAGES)
@@ -117,6 +118,7 @@ def test_one_layer_is_ridge_regression(shape: str, bias: bool) -> None:
         np.testing.assert_allclose(np.ravel(fitted.params["bias"]), shift, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_copies_of_what_stays_are_made_up_for() -> None:
     """Every channel is there twice, and one of each two goes: nothing is lost."""
 
@@ -212,6 +214,7 @@ def test_the_first_layer_that_is_not_finite_is_named() -> None:
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "custom_vjp"])
+@pytest.mark.fast("custom_vjp")
 def test_layers_with_a_backward_pass_of_their_own_are_fitted(kind: str) -> None:
     def layer(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.nn.relu(x @ w)
@@ -257,6 +260,7 @@ def test_nothing_pruned_changes_nothing() -> None:
     assert distance(model, fitted) <= 1e-10
 
 
+@pytest.mark.slow
 def test_attention_and_loops() -> None:
     """What is inside a loop is masked and left; the layers around it are fitted."""
 
@@ -276,6 +280,7 @@ def test_attention_and_loops() -> None:
     assert distance(model, fitted) < 0.7 * distance(model, masked)
 
 
+@pytest.mark.slow
 def test_what_is_compacted_is_the_same_network() -> None:
     model, space = network("residual"), sculpt.make_space(traced("residual"), ("channels",))
     policy = sculpt.uniform_policy(space, 0.5)

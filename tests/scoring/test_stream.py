@@ -56,6 +56,7 @@ def run(policies: object, out: Path, **options: object) -> sculpt.StreamReport:
     return evaluate_file(MODEL, SPACE, policies, out, IMAGES, LABELS, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_stream_gives_the_scores_and_costs_of_one_call() -> None:
     policies = some_policies(75)
     expected = sculpt.evaluate_policies(MODEL, SPACE, policies, IMAGES, LABELS)
@@ -119,6 +120,13 @@ def test_an_endless_stream_is_read_no_further_than_a_block_ahead_and_compiles_on
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".npz", ".npy"])
 @pytest.mark.parametrize("out", ["scores.jsonl", "scores.parquet"])
+@pytest.mark.fast(
+    "scores.jsonl-.npz",
+    "scores.jsonl-.npy",
+    "scores.parquet-.jsonl",
+    "scores.parquet-.npz",
+    "scores.parquet-.npy",
+)
 def test_files_in_and_out(tmp_path: Path, suffix: str, out: str) -> None:
     import pyarrow.parquet as pq
 
@@ -189,6 +197,7 @@ run(slowly(some_policies(1000)), __import__("pathlib").Path(sys.argv[1]), chunk=
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_policies_survive_a_kill_in_the_middle(tmp_path: Path) -> None:
     out = tmp_path / "killed.jsonl"
     cache = str(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
@@ -346,6 +355,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_what_the_first_host_refuses_is_refused_on_all(tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     run(some_policies(12)[4:], out)

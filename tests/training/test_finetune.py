@@ -60,6 +60,7 @@ def accuracy(model: Model, split: Split) -> float:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.fast("momentum", "adamw", "ema")
 def test_correctness_01_masked_weights_stay_zero(name: str) -> None:
     model, splits = tiny_model(), tiny_splits()
     masks = tiny_masks(model)
@@ -93,6 +94,7 @@ def test_correctness_01_moments_stay_zero_where_masked(name: str) -> None:
     assert max(worst) == 0.0
 
 
+@pytest.mark.slow
 def test_masks_are_applied_to_the_model_that_comes_in_and_it_is_left_as_it_was() -> None:
     model = tiny_model()
     before = jax.tree.map(np.array, (model.params, model.state))
@@ -153,6 +155,9 @@ def base_result() -> Model:
 
 
 @pytest.mark.parametrize("field", sorted({f.name for f in dataclasses.fields(FinetuneConfig)} - ELSEWHERE))
+@pytest.mark.fast(
+    "ema", "learning_rate", "momentum", "nesterov", "optimizer", "precision", "rand_augment", "weight_decay"
+)
 def test_correctness_04_every_field_changes_the_result(field: str, base_result: Model) -> None:
     changed = tuned(dataclasses.replace(BASE, **{field: CHANGES[field]}))
     assert not same_bits(changed, base_result)
@@ -163,12 +168,14 @@ def test_correctness_04_every_field_changes_the_result(field: str, base_result: 
     [{"momentum": 0.5}, {"weight_decay": 0.1}, {"nesterov": True}],
     ids=lambda change: next(iter(change)),
 )
+@pytest.mark.fast("momentum")
 def test_correctness_04_fields_act_with_adamw_too(change: dict[str, Any]) -> None:
     config = OPTIMIZERS["adamw"]
     assert not same_bits(tuned(config), tuned(dataclasses.replace(config, **change)))
 
 
 @pytest.mark.parametrize("shift", ["none", "shift"])
+@pytest.mark.fast("none")
 def test_correctness_04_the_other_augmentations(shift: Any, base_result: Model) -> None:
     result = tuned(dataclasses.replace(BASE, augment=shift))
     assert same_bits(result, base_result) == (shift == "none")
@@ -239,6 +246,7 @@ def test_correctness_04_checkpoint_every_adds_checkpoints(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("steps_per_call", [4, 50])
+@pytest.mark.fast("50")
 def test_correctness_04_steps_per_call_compiles_a_loop_and_changes_no_number(steps_per_call: int) -> None:
     model, splits = tiny_model(), tiny_splits()
     masks = tiny_masks(model)
@@ -294,6 +302,7 @@ def test_correctness_04_nesterov_without_momentum_is_refused() -> None:
         FinetuneConfig(nesterov=True, momentum=0.0)
 
 
+@pytest.mark.slow
 def test_weight_decay_spares_norms_and_biases() -> None:
     def constant(params: Any, x: jax.Array) -> jax.Array:
         return jnp.zeros((x.shape[0], 10)) + 0.0 * (params["kernel"].sum() + params["bias"].sum())
@@ -430,6 +439,7 @@ def test_correctness_06_every_epoch_visits_each_image_at_most_once_in_another_or
 # ---- compiled code, metrics, divergence, bad input
 
 
+@pytest.mark.slow
 def test_other_masks_keys_and_data_of_the_same_shape_compile_nothing() -> None:
     traces = []
 
@@ -488,6 +498,7 @@ def poisoned(limit: int) -> Model:
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 5])
+@pytest.mark.fast("1")
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, steps_per_call: int) -> None:
     model, splits = poisoned(9), tiny_splits()
     config = dataclasses.replace(BASE, epochs=4, steps_per_call=steps_per_call)

@@ -67,6 +67,7 @@ def test_the_fading_ends_before_the_last_step(steps: int, gradual: float) -> Non
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.fast("momentum", "nesterov")
 def test_correctness_01_pruned_weights_end_at_exact_zeros_wherever_the_run_is_cut(name: str) -> None:
     model = tiny_model()
     masks = tiny_masks(model)
@@ -75,6 +76,7 @@ def test_correctness_01_pruned_weights_end_at_exact_zeros_wherever_the_run_is_cu
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.fast("sgd", "nesterov")
 def test_correctness_01_nothing_is_remembered_of_faded_weights(name: str) -> None:
     model = tiny_model()
     masks = tiny_masks(model)
@@ -119,6 +121,7 @@ def test_the_best_epoch_is_one_with_the_masks_in_force() -> None:
     assert tuned.params.tolist() == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_while_weights_fade(tmp_path: Path) -> None:
     model = tiny_model()
     masks = tiny_masks(model)
@@ -137,6 +140,7 @@ def test_a_run_resumes_while_weights_fade(tmp_path: Path) -> None:
     assert same_bits(finetune(model, masks, SPLITS, config, KEY, directory=tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_loops_and_several_devices_fade_alike() -> None:
     model = tiny_model()
     masks = tiny_masks(model)

@@ -137,6 +137,7 @@ def test_a_stream_is_never_read_whole_by_accident() -> None:
             use(splits.train.images)
 
 
+@pytest.mark.slow
 def test_a_search_reads_what_it_scores_on() -> None:
     source = Rows(*TRAIN)
     stream, arrays = streamed(source), in_memory()
@@ -176,6 +177,7 @@ VARIED = {
 
 
 @pytest.mark.parametrize("changes", [{}, VARIED], ids=["plain", "varied"])
+@pytest.mark.fast("plain")
 def test_training_on_a_stream_gives_the_same_weights(changes: dict[str, Any]) -> None:
     model, config = tiny_model(), dataclasses.replace(BASE, **changes)
     masks = tiny_masks(model)
@@ -200,6 +202,7 @@ class Unlabelled(Rows):
 
 
 @pytest.mark.parametrize("source", [Rows(TRAIN[0], np.full(240, 99)), Unlabelled(*TRAIN)], ids=["99", "none"])
+@pytest.mark.fast("none")
 def test_training_on_a_stream_is_by_the_labels_of_the_split(source: Rows) -> None:
     labels = (TRAIN[1] + 1) % 10
     arrays = from_arrays(TRAIN[0], labels, *TEST, name="rows", validation=40)
@@ -221,6 +224,7 @@ def test_devices_share_the_batches_of_a_stream() -> None:
     assert same_bits(one, other)
 
 
+@pytest.mark.slow
 def test_many_policies_are_fine_tuned_on_a_stream() -> None:
     model, config = tiny_model(), dataclasses.replace(BASE, epochs=1)
     space = sculpt.make_space(sculpt.trace(model, np.zeros((1, 8, 8, 1), np.float32)), ("channels",))
@@ -452,6 +456,7 @@ def test_an_empty_source_is_refused() -> None:
 # Going on.
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_resumes_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     model, config = tiny_model(), dataclasses.replace(BASE, checkpoint_every=4)
     expected = train(model, in_memory(), config, KEY)
@@ -498,6 +503,7 @@ finetune(
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_a_stream_resumes_to_the_same_bits(tmp_path: Path) -> None:
     model, config = tiny_model(), dataclasses.replace(BASE, checkpoint_every=4)
     masks = tiny_masks(model)
