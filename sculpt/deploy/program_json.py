@@ -22,6 +22,7 @@ from sculpt.deploy.json_values import (
     shaped,
 )
 from sculpt.tracing.execute import by_bodies, execute
+from sculpt.tracing.jax_calls import PARAMETERS
 from sculpt.tracing.program import (
     OWN_DERIVATIVES,
     Equation,
@@ -33,16 +34,6 @@ from sculpt.tracing.program import (
     inlined,
 )
 
-_STATIC = {
-    "scan": ("num_consts", "num_carry", "length", "reverse", "unroll"),
-    "while": ("cond_nconsts", "body_nconsts"),
-    "cond": (),
-    "custom_jvp_call": (),
-    "custom_vjp_call": (),
-    "checkpoint": ("prevent_cse", "policy"),
-    "remat2": ("prevent_cse", "policy"),
-}
-"""Primitives with bodies, of which `execute` makes loops and branches anew, and the parameters that it reads for that."""
 _SMALL = 16
 """Constants of at most so many numbers stand in the program itself."""
 _DEEPEST = 50
@@ -61,7 +52,7 @@ def _primitives() -> dict[str, Any]:
         table.update(
             {e.primitive.name: e.primitive for e in flatten(lambda x, f=function: f(x), example).equations}
         )
-    table.update({name: jax_core.Primitive(name) for name in (*_STATIC, "dim_as_value")})
+    table.update({name: jax_core.Primitive(name) for name in (*PARAMETERS, "dim_as_value")})
     return table
 
 
@@ -108,10 +99,10 @@ class Encoder:
         if eqn.name not in _primitives():
             raise TypeError("a model file holds JAX's own array operations alone")
         known = _primitives()[eqn.name]
-        if known is not eqn.primitive and eqn.name not in (*_STATIC, "dim_as_value"):
+        if known is not eqn.primitive and eqn.name not in (*PARAMETERS, "dim_as_value"):
             raise TypeError("an operation of another origin, of the same name as one of JAX's own")
         params = {}
-        for name in _STATIC.get(eqn.name, tuple(eqn.params)):
+        for name in PARAMETERS.get(eqn.name, tuple(eqn.params)):
             try:
                 params[name] = self._param(name, eqn.params[name])
             except TypeError as error:
@@ -244,7 +235,7 @@ def _equation(
     params = {n: _param(value, constants, depth) for n, value in written["params"].items()}
     inner = [decode_program(body, constants, depth + 1) for body in written.get("bodies", ())]
     own = written.get("derivative")
-    if name in _STATIC:
+    if name in PARAMETERS:
         if not inner or (name not in ("while", "cond") and len(inner) != 1):
             raise ValueError(f"{len(inner)} programs inside {name}")
     elif inner:

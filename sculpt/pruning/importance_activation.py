@@ -14,6 +14,7 @@ from sculpt.pruning.importance_units import share, sum_by_unit
 from sculpt.pruning.importance_weights import unit_l1
 from sculpt.tracing import Layer, Trace
 from sculpt.tracing.flow import Flow
+from sculpt.tracing.jax_calls import apply, scan_options, scan_parts, scan_results
 from sculpt.tracing.program import Equation, Literal, Program
 
 Arrays = dict[int, jax.Array]
@@ -122,7 +123,7 @@ def _run(
                 layer = wanted[id(eqn)]
                 kernels[layer.index] = jnp.asarray(operands[layer.operand])
                 squares[layer.index] = _input_squares(eqn, layer.operand, operands)
-            results = eqn.primitive.bind(*operands, **eqn.params)
+            results = apply(eqn.primitive, operands, eqn.params)
             results = results if eqn.primitive.multiple_results else [results]
         values.update(zip(eqn.outputs, results, strict=True))
     return [read(o) for o in program.outputs], kernels, squares
@@ -143,20 +144,14 @@ def _run_bodies(
     if eqn.name != "scan":
         assert eqn.function is not None
         return eqn.function(*operands), {}, {}
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, rest = operands[:num_consts], operands[num_consts:]
+    consts, carry, scanned = scan_parts(eqn, operands)
 
     def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], tuple[list[Any], Arrays, Arrays]]:
         results, kernels, squares = _run(eqn.bodies[0], [*consts, *carry, *slices], wanted)
-        return results[:num_carry], (results[num_carry:], kernels, squares)
+        carry, rows = scan_results(eqn, results)
+        return carry, (rows, kernels, squares)
 
-    carry, (stacked, kernels, squares) = jax.lax.scan(
-        step,
-        rest[:num_carry],
-        rest[num_carry:],
-        length=eqn.params["length"],
-        reverse=eqn.params["reverse"],
-    )
+    carry, (stacked, kernels, squares) = jax.lax.scan(step, carry, scanned, **scan_options(eqn))
     return [*carry, *stacked], kernels, squares
 
 

@@ -6,6 +6,7 @@ Found by what the program does with them, not by their names, so Linen, NNX and 
 from __future__ import annotations
 
 from sculpt.tracing import Trace
+from sculpt.tracing.jax_calls import scan_parts
 from sculpt.tracing.program import Program
 
 _VIEWS = frozenset(("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"))
@@ -38,7 +39,7 @@ def _visit(program: Program, leaves: dict[int, int], vectors: set[int], found: s
                 vectors.add(eqn.outputs[0])
         elif eqn.name in _CALLS or eqn.name == "scan":
             body = eqn.bodies[0]
-            stacked = eqn.params["num_consts"] + eqn.params["num_carry"] if eqn.name == "scan" else len(known)
+            stacked = len(known) - len(scan_parts(eqn, known)[2]) if eqn.name == "scan" else len(known)
             inner = {i: leaves[value] for i, value in zip(body.inputs, known) if value is not None}
             inner_vectors = {i for i, value in zip(body.inputs[:stacked], known) if value in vectors}
             inner_vectors |= {i for i in body.inputs[stacked:] if i in inner and len(body.shape(i)) == 1}

@@ -13,6 +13,7 @@ import numpy as np
 from sculpt.tracing.axes import Atom, Axis, Term
 from sculpt.tracing.execute import Executable
 from sculpt.tracing.flow import Flow
+from sculpt.tracing.jax_calls import apply
 from sculpt.tracing.program import CONTRACTIONS, Equation, Literal, Operand, Program
 
 
@@ -264,7 +265,7 @@ def bind(eqn: Equation, operands: list[Any], params: dict[str, Any]) -> Any:
     is negative."""
     if eqn.name == "conv_general_dilated" and any(low < 0 or high < 0 for low, high in params["padding"]):
         operands, params = _cropped(operands, params)
-    return eqn.primitive.bind(*operands, **params)
+    return apply(eqn.primitive, operands, params)
 
 
 def _cropped(operands: list[Any], params: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

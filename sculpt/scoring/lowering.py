@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.tracing.execute import Executable, execute
+from sculpt.tracing.jax_calls import apply
 from sculpt.tracing.program import CONTRACTIONS, Equation, Program, derivative, flatten
 
 Convolution = Literal["lax", "im2col"]
@@ -99,7 +100,7 @@ def bind_lowered(
 ) -> Any:
     """Applies a primitive, convolutions and products as they are to be computed."""
     if eqn.name not in CONTRACTIONS:
-        return eqn.primitive.bind(*operands, **params)
+        return apply(eqn.primitive, operands, params)
     narrow = precision == "bfloat16" and all(x.dtype == jnp.float32 for x in operands)
     if narrow:
         operands = [x.astype(jnp.bfloat16) for x in operands]
@@ -115,7 +116,7 @@ def bind_lowered(
     ):
         result = _sum_of_shifts(operands[0], operands[1], params)
     else:
-        result = eqn.primitive.bind(*operands, **params)
+        result = apply(eqn.primitive, operands, params)
     return result.astype(jnp.float32) if narrow else result
 
 

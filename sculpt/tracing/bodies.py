@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sculpt.tracing.axes import Term
 from sculpt.tracing.flow import Flow, because, rule
+from sculpt.tracing.jax_calls import scan_parts, scan_results, scan_steps, while_parts
 from sculpt.tracing.program import Equation, Operand, Program, derivative, is_inexact
 
 _DIFFER = "axes of different structure meet"
@@ -16,30 +17,23 @@ def _checkpoint(flow: Flow, eqn: Equation) -> list[Term]:
 
 @rule("scan")
 def _scan(flow: Flow, eqn: Equation) -> list[Term]:
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    terms = [flow.term(o) for o in eqn.inputs]
-    consts, carry, stacked = (
-        terms[:num_consts],
-        terms[num_consts : num_consts + num_carry],
-        terms[num_consts + num_carry :],
-    )
+    consts, carry, stacked = scan_parts(eqn, [flow.term(o) for o in eqn.inputs])
     for term in stacked:
         flow.axes.freeze(term[0], because(eqn, "steps of a scan"))
     # The axes inside are those of the stacked arrays: what is pruned is pruned in every step alike.
     results = flow.body(eqn, 0, [*consts, *carry, *(term[1:] for term in stacked)])
-    for before, after in zip(carry, results):
+    new_carry, rows = scan_results(eqn, results)
+    for before, after in zip(carry, new_carry):
         flow.unify(before, after, because(eqn, _DIFFER))
-    steps = flow.axes.fresh(eqn.params["length"], because(eqn, "steps of a scan"))
-    return [*carry, *((steps, *term) for term in results[num_carry:])]
+    steps = flow.axes.fresh(scan_steps(eqn), because(eqn, "steps of a scan"))
+    return [*carry, *((steps, *term) for term in rows)]
 
 
 @rule("while")
 def _while(flow: Flow, eqn: Equation) -> list[Term]:
-    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    terms = [flow.term(o) for o in eqn.inputs]
-    carry = terms[first + second :]
-    flow.body(eqn, 0, [*terms[:first], *carry])
-    results = flow.body(eqn, 1, [*terms[first : first + second], *carry])
+    of_condition, of_body, carry = while_parts(eqn, [flow.term(o) for o in eqn.inputs])
+    flow.body(eqn, 0, [*of_condition, *carry])
+    results = flow.body(eqn, 1, [*of_body, *carry])
     for before, after in zip(carry, results):
         flow.unify(before, after, because(eqn, _DIFFER))
     return carry

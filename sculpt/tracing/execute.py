@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import float0
 
+from sculpt.tracing.jax_calls import apply, remat_options, scan_options, scan_parts, scan_results, while_parts
 from sculpt.tracing.program import Equation, Literal, Program, is_inexact, with_known_sizes
 
 
@@ -62,7 +63,7 @@ def _bind_known(eqn: Equation, operands: list[Any], params: dict[str, Any]) -> A
     """Applies a primitive. The batch size as a value is known by now."""
     if eqn.name == "dim_as_value":
         return jnp.asarray(params["dim"], jax.dtypes.canonicalize_dtype(int))
-    return eqn.primitive.bind(*operands, **params)
+    return apply(eqn.primitive, operands, params)
 
 
 def execute(
@@ -96,9 +97,7 @@ def execute(
             results = _structured(eqn, operands, executable, bind)
         else:
             params = executable.params.get(id(eqn), done.params)
-            results = (
-                bind(done, operands, params) if bind is not None else done.primitive.bind(*operands, **params)
-            )
+            results = bind(done, operands, params) if bind else apply(done.primitive, operands, params)
             if not done.primitive.multiple_results:
                 results = [results]
         if observe is not None:
@@ -120,10 +119,7 @@ def _structured(eqn: Equation, operands: list[Any], executable: Executable, bind
     if eqn.name == "cond":
         return list(jax.lax.switch(operands[0], functions, *operands[1:]))
     if eqn.name in ("checkpoint", "remat2"):
-        again = jax.checkpoint(
-            functions[0], prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
-        )
-        return list(again(*operands))
+        return list(jax.checkpoint(functions[0], **remat_options(eqn))(*operands))
     derivative = executable.derivatives.get(id(eqn))
     if derivative is None:
         return functions[0](*operands)
@@ -133,29 +129,23 @@ def _structured(eqn: Equation, operands: list[Any], executable: Executable, bind
 
 
 def _scan(eqn: Equation, operands: list[Any], body: Callable[..., list[Any]]) -> list[Any]:
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
+    consts, carry, stacked = scan_parts(eqn, operands)
 
     def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = body(*consts, *carry, *slices)
-        return results[:num_carry], results[num_carry:]
+        return scan_results(eqn, body(*consts, *carry, *slices))
 
-    names = ("length", "reverse", "unroll")
-    carry, stacked = jax.lax.scan(
-        step, carry, operands[num_consts + num_carry :], **{n: eqn.params[n] for n in names}
-    )
-    return [*carry, *stacked]
+    carry, rows = jax.lax.scan(step, carry, stacked, **scan_options(eqn))
+    return [*carry, *rows]
 
 
 def _while(
     eqn: Equation, operands: list[Any], condition: Callable[..., list[Any]], body: Callable[..., list[Any]]
 ) -> list[Any]:
-    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    condition_consts, body_consts = operands[:first], operands[first : first + second]
+    condition_consts, body_consts, carry = while_parts(eqn, operands)
     return jax.lax.while_loop(
         lambda carry: condition(*condition_consts, *carry)[0],
         lambda carry: body(*body_consts, *carry),
-        operands[first + second :],
+        carry,
     )
 
 

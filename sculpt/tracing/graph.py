@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sculpt.tracing.flow import Flow
+from sculpt.tracing.jax_calls import while_parts
 from sculpt.tracing.program import Equation, Literal
 from sculpt.tracing.trace import Trace
 
@@ -128,11 +129,9 @@ class _Builder:
         for body in flow.bodies[id(eqn)]:
             operands = eqn.inputs[len(eqn.inputs) - len(body.program.inputs) :]
             if eqn.name == "while":
-                # Constants of the two bodies come first; each body sees its own, then the carry.
-                first = eqn.params["cond_nconsts"] if body is flow.bodies[id(eqn)][1] else 0
-                count = len(body.program.inputs) - len(eqn.outputs)
-                carry = eqn.inputs[len(eqn.inputs) - len(eqn.outputs) :]
-                operands = (*eqn.inputs[first : first + count], *carry)
+                of_condition, of_body, carry = while_parts(eqn, eqn.inputs)
+                own = of_body if body is flow.bodies[id(eqn)][1] else of_condition
+                operands = (*own, *carry)
             inner = {
                 value: sources[o]
                 for value, o in zip(body.program.inputs, operands)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.flow import Flow
+from sculpt.tracing.jax_calls import scan_parts, scan_steps, while_parts
 from sculpt.tracing.program import CONTRACTIONS, Equation
 
 Monomials = tuple[tuple[int, tuple[Atom, ...]], ...]
@@ -143,16 +144,13 @@ class _Finder:
         if eqn.name == "cond":
             operands = [list(eqn.inputs[1:])] * len(eqn.bodies)
         elif eqn.name == "while":
-            first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-            carry = list(eqn.inputs[first + second :])
-            operands = [
-                [*eqn.inputs[:first], *carry],
-                [*eqn.inputs[first : first + second], *carry],
-            ]
+            of_condition, of_body, carry = while_parts(eqn, eqn.inputs)
+            operands = [[*of_condition, *carry], [*of_body, *carry]]
         elif eqn.name == "scan":
-            stacked = eqn.params["num_consts"] + eqn.params["num_carry"]
-            over_images = any(self._of_images(flow, flow.term(o)[0]) for o in eqn.inputs[stacked:])
-            repeats = repeats if over_images else repeats * eqn.params["length"]
+            scanned = scan_parts(eqn, eqn.inputs)[2]
+            stacked -= len(scanned)
+            over_images = any(self._of_images(flow, flow.term(o)[0]) for o in scanned)
+            repeats = repeats if over_images else repeats * scan_steps(eqn)
         depends = any(isinstance(i, int) and i in image for i in eqn.inputs)
         for body, inputs in zip(flow.bodies[id(eqn)], operands):
             inner_views, inner_image = {}, set()

@@ -23,30 +23,10 @@ from jax.dtypes import float0
 from jax.extend import core as jax_core
 
 from sculpt.tracing.high_level import as_low_level
+from sculpt.tracing.jax_calls import bodies, called, function_of, parameters
 
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
 """Primitives that multiply and sum: what costs something, and what can be a layer."""
-
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "call": "call_jaxpr",
-    "composite": "jaxpr",
-    "custom_vmap_call": "call",
-}
-"""Call primitives that are inlined, and the parameter that holds their body."""
-
-_BODIES = {
-    "custom_jvp_call": ("call_jaxpr",),
-    "custom_vjp_call": ("call_jaxpr",),
-    "checkpoint": ("jaxpr",),
-    "remat2": ("jaxpr",),
-    "scan": ("jaxpr",),
-    "while": ("cond_jaxpr", "body_jaxpr"),
-    "cond": ("branches",),
-}
-"""Primitives that stay one equation, and the parameters that hold their bodies."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -305,25 +285,23 @@ class _Builder:
             operands = [read(v) for v in eqn.invars]
             source = _source(eqn, caller)
             _check_pure(eqn, source)
-            body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-            if body is not None:
-                inner, inner_constants = body, []
-                if hasattr(body, "consts"):
-                    inner = body.jaxpr
-                    inner_constants = [self.constant(v.aval, c) for v, c in zip(inner.constvars, body.consts)]
-                results = self.inline(inner, operands, inner_constants, source)
+            call = called(eqn)
+            if call is not None:
+                inner, arrays = call
+                named = [self.constant(v.aval, c) for v, c in zip(inner.constvars, arrays)]
+                results = self.inline(inner, operands, named, source)
             else:
                 results = [self.new(v.aval) for v in eqn.outvars]
-                bodies = tuple(_program(closed, source) for closed in _bodies(eqn))
+                inside = tuple(_program(closed, source) for closed in bodies(eqn))
                 self.equations.append(
                     Equation(
                         eqn.primitive,
                         tuple(operands),
                         tuple(results),
-                        dict(eqn.params),
+                        parameters(eqn),
                         source,
-                        bodies,
-                        _as_function(traced) if bodies else None,
+                        inside,
+                        function_of(traced) if inside else None,
                     )
                 )
             values.update(zip(eqn.outvars, results, strict=True))
@@ -348,26 +326,6 @@ def live_equations(equations: Sequence[Equation], outputs: Sequence[Operand]) ->
             kept.append(eqn)
             needed |= {i for i in eqn.inputs if not isinstance(i, Literal)}
     return kept[::-1]
-
-
-def _bodies(eqn: Any) -> list[Any]:
-    """The closed jaxprs inside an equation that is not inlined."""
-    found: list[Any] = []
-    for parameter in _BODIES.get(eqn.primitive.name, ()):
-        value = eqn.params[parameter]
-        for body in value if isinstance(value, tuple) else (value,):
-            found.append(body if hasattr(body, "consts") else jax_core.ClosedJaxpr(body, ()))
-    return found
-
-
-def _as_function(eqn: Any) -> Callable[..., list[Any]]:
-    """One equation as a function of its operands, literals included."""
-    variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jax_core.Literal)))
-    places = [eqn.invars.index(v) for v in variables]
-    results = [jax_core.Var(v.aval) for v in eqn.outvars]
-    jaxpr = jax_core.Jaxpr((), variables, results, [eqn.replace(outvars=results)], eqn.effects)
-    evaluate = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(jaxpr, ()))
-    return lambda *operands: list(evaluate(*(operands[i] for i in places)))
 
 
 @functools.cache

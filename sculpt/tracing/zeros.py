@@ -16,6 +16,7 @@ from jax.lax import GatherScatterMode
 
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.flow import Flow
+from sculpt.tracing.jax_calls import scan_parts, scan_results, while_parts
 from sculpt.tracing.program import Equation, Literal, Operand
 
 
@@ -179,26 +180,26 @@ def _both(*found: Zero) -> Zero:
 
 @zero_rule("scan")
 def _scan(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
-    first, count = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, stacked = operands[:first], operands[first + count :]
-    carry = _initial(zeros, eqn.inputs[first : first + count], operands[first : first + count])
+    consts, carry, stacked = scan_parts(eqn, operands)
+    carry = _initial(zeros, scan_parts(eqn, eqn.inputs)[1], carry)
     while True:
         results = _body(zeros, eqn, 0, [*consts, *carry, *stacked])
-        narrowed = [_both(x, y) for x, y in zip(carry, results)]
+        new_carry, rows = scan_results(eqn, results)
+        narrowed = [_both(x, y) for x, y in zip(carry, new_carry)]
         if narrowed == carry:
-            return [*carry, *results[count:]]
+            return [*carry, *rows]
         carry = narrowed
 
 
 @zero_rule("while")
 def _while(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
-    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = _initial(zeros, eqn.inputs[first + second :], operands[first + second :])
+    of_condition, of_body, carry = while_parts(eqn, operands)
+    carry = _initial(zeros, while_parts(eqn, eqn.inputs)[2], carry)
     while True:
-        results = _body(zeros, eqn, 1, [*operands[first : first + second], *carry])
+        results = _body(zeros, eqn, 1, [*of_body, *carry])
         narrowed = [_both(x, y) for x, y in zip(carry, results)]
         if narrowed == carry:
-            _body(zeros, eqn, 0, [*operands[:first], *carry])
+            _body(zeros, eqn, 0, [*of_condition, *carry])
             return carry
         carry = narrowed
 
