@@ -6,7 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: install quickstart test test-slow test-all mutations lint package bench clean
+# The newest Python here that is newer than the oldest one that is supported. Names on the path may be pyenv's, of what is not active.
+NEWEST_PYTHON ?= $(shell for minor in 14 13 12; do for python in python3.$$minor "$$(pyenv root 2>/dev/null)"/versions/3.$$minor.*/bin/python; do \
+	"$$python" -c 'import ensurepip, venv' >/dev/null 2>&1 && echo "$$python" && exit; done; done)
+NEWEST := .venv-newest
+NEWEST_TESTS := $(addprefix tests/,tracing/test_trace.py tracing/test_picks.py tracing/test_sharded.py pruning/test_compact.py scoring/test_evaluate.py agents/test_chain.py training/test_hold_zeros.py deploy/test_stablehlo.py)
+
+.PHONY: install quickstart test test-slow test-all test-newest mutations lint package bench clean
 
 install: $(STAMP)
 
@@ -32,6 +38,16 @@ test-all: $(STAMP)
 mutations: $(STAMP)
 	$(BIN)/python -m tests.mutations
 
+# A part of the tests on the newest Python, JAX and everything else, in an environment of its own.
+test-newest:
+	@set -e; python="$(NEWEST_PYTHON)"; \
+	if [ -z "$$python" ]; then echo "test-newest is skipped: no Python 3.12 or newer here; name one with NEWEST_PYTHON=..."; exit 0; fi; \
+	test -x $(NEWEST)/bin/python || "$$python" -m venv $(NEWEST); \
+	if [ ! -e $(NEWEST)/.installed ] || [ pyproject.toml -nt $(NEWEST)/.installed ]; then \
+		$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'; touch $(NEWEST)/.installed; fi; \
+	$(NEWEST)/bin/python -c "import sys, jax; print('Python', sys.version.split()[0], 'JAX', jax.__version__)"; \
+	$(NEWEST)/bin/python -m pytest -n auto --dist loadfile $(NEWEST_TESTS) $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +64,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(if $(DATA),--data $(DATA))
 
 clean:
-	rm -rf $(VENV) runs build dist .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) runs build dist .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
