@@ -120,6 +120,9 @@ class Encoder:
         return written
 
     def _param(self, name: str, value: Any) -> Any:
+        if isinstance(value, jax.sharding.Sharding):
+            # Where arrays lie is not for a file to say.
+            return encode_value(None)
         if isinstance(value, (jax_core.ClosedJaxpr, jax_core.Jaxpr)):
             closed = isinstance(value, jax_core.ClosedJaxpr)
             jaxpr = value if closed else jax_core.ClosedJaxpr(value, ())
@@ -153,7 +156,7 @@ _POLICIES = (
 
 def _anywhere(eqn: Equation) -> list[Equation]:
     """The equation without a word of where arrays lie, which is not for a file to say: putting some on a device is copying each."""
-    if eqn.name != "device_put":
+    if eqn.name not in ("device_put", "sharding_constraint"):
         return [eqn]
     return [
         Equation(extended.copy_p, (i,), (o,), {}, eqn.source)

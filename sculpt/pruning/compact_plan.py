@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from sculpt.model import Model, Params, State
@@ -44,12 +46,25 @@ class Plan:
 
 
 def _sliced(leaf: ArrayLike, places: tuple[np.ndarray, ...]) -> jax.Array:
-    """The units that stay along every axis, where the leaf was. On the host: on a device each shape would be compiled for."""
+    """The units that stay along every axis, on the devices that the leaf was on. On the host: on a device each shape would be compiled for."""
     if all(np.array_equal(units, np.arange(n)) for units, n in zip(places, np.shape(leaf))):
         return jnp.asarray(leaf)
     small = np.asarray(leaf)[np.ix_(*places)]
-    replicated = isinstance(leaf, jax.Array) and leaf.sharding.is_fully_replicated
-    return jax.device_put(small, leaf.sharding if replicated else None)  # type: ignore[union-attr]
+    # An array that nobody has put on a device may be moved to others: where others of a computation are.
+    placed = isinstance(leaf, jax.Array) and leaf.committed
+    return jax.device_put(small, _fitting(leaf.sharding, small.shape) if placed else None)  # type: ignore[union-attr]
+
+
+def _fitting(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+    """The sharding, for an array of this shape: axes that devices cannot share evenly are on all of them whole."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding if sharding.is_fully_replicated else None
+    sizes, spec = sharding.mesh.shape, []
+    for part, size in zip(sharding.spec, shape):
+        names = part if isinstance(part, tuple) else (part,)
+        even = part is not None and size % math.prod(sizes[name] for name in names) == 0
+        spec.append(part if even else None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 
 def grouped_kernels(space: Space) -> list[str]:

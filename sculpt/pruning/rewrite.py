@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.pruning.picks import picking, result_dim
 from sculpt.tracing.axes import Atom, Axis, Term
 from sculpt.tracing.execute import Executable
 from sculpt.tracing.flow import Flow
@@ -114,7 +115,7 @@ def rewrite(
     params: dict[int, dict[str, Any]] = {}
     bodies: dict[int, tuple[Executable, ...]] = {}
     derivatives: dict[int, Executable] = {}
-    zeros: dict[int, Equation] = {}
+    instead: dict[int, Equation] = {}
     whole: set[Any] = set()
     for known, eqn in zip(flow.program.equations, program.equations):
         # Tables are computed as they were written, and where nothing shrinks so is the rest.
@@ -129,10 +130,12 @@ def rewrite(
                     derivatives[id(eqn)] = rewrite(
                         backward, eqn.own_derivative or backward.program, kept, orders
                     )
+        elif places := _picked_places(sizes, eqn, flow.picks.get(id(known), {})):
+            instead[id(eqn)] = picking(eqn, {**eqn.params, **_changed(sizes, eqn)}, places)
         elif eqn.name in CONTRACTIONS and any(map(sizes.nothing, (*eqn.inputs, *eqn.outputs))):
-            zeros[id(eqn)] = _zeros(program, eqn, sizes.shape(eqn.outputs[0]))
+            instead[id(eqn)] = _zeros(program, eqn, sizes.shape(eqn.outputs[0]))
         elif eqn.name in REWRITES and sizes.changes(eqn):
-            params[id(eqn)] = {**eqn.params, **REWRITES[eqn.name](sizes, eqn)}
+            params[id(eqn)] = {**eqn.params, **_changed(sizes, eqn)}
     # A program is kept: what is worked out while one is traced must not be of that trace.
     with jax.ensure_compile_time_eval():
         constants = {
@@ -145,7 +148,7 @@ def rewrite(
         if value in whole or value not in constants
         if any(map(sizes.moves, flow.terms[value]))
     }
-    return Executable(program, constants, params, bodies, derivatives, tables, zeros)
+    return Executable(program, constants, params, bodies, derivatives, tables, instead)
 
 
 def _zeros(program: Program, eqn: Equation, shape: tuple[Any, ...]) -> Equation:
@@ -153,6 +156,23 @@ def _zeros(program: Program, eqn: Equation, shape: tuple[Any, ...]) -> Equation:
     zero = Literal(np.zeros((), program.avals[eqn.outputs[0]].dtype))
     params = {"shape": shape, "broadcast_dimensions": (), "sharding": None}
     return Equation(jax.lax.broadcast_in_dim_p, (zero,), eqn.outputs, params, eqn.source)
+
+
+def _changed(sizes: Sizes, eqn: Equation) -> dict[str, Any]:
+    return REWRITES[eqn.name](sizes, eqn) if eqn.name in REWRITES else {}
+
+
+def _picked_places(sizes: Sizes, eqn: Equation, picks: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """For each axis that an equation takes known units of, if units have gone: the places of those that stay in what is left of it."""
+    places = {}
+    for dim, units in picks.items():
+        before, after = sizes.term(eqn)[dim], sizes.flow.terms[eqn.outputs[0]][result_dim(eqn, dim)]
+        if sizes.moves(before) or sizes.moves(after):
+            left = sizes.places(before)
+            where = np.zeros(sizes.flow.axes.size(before), np.int32)
+            where[left] = np.arange(len(left))
+            places[dim] = where[units[sizes.places(after)]]
+    return places
 
 
 def _has_other_constants(

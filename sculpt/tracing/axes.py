@@ -1,129 +1,22 @@
-"""The algebra of coupled axes: every array axis as a term over atomic axes, with unification.
-
-    Axis    = tuple of segments, in index order          size = sum of the segments       (concatenation)
-    Segment = tuple of atoms, outermost first            size = product of the atoms      (row-major reshape)
-    Atom    = an integer; free, or bound to an Axis
-
-`((),)` is the axis of size one, `()` the empty axis. Atoms are merged by union-find: binding an atom to a term refines
-every axis that mentions it, also those of values seen long before, because terms are resolved only when they are read.
-The index order of an array is the term itself: unit `i` of an axis is unit `i` of the expanded term.
-"""
+"""The algebra of coupled axes: every array axis as a term over atomic axes (`tracing/atoms.py`), with unification."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-Atom = int
-Segment = tuple[Atom, ...]
-Axis = tuple[Segment, ...]
-Term = tuple[Axis, ...]
-"""The axes of one array."""
-
-ONE: Axis = ((),)
+from sculpt.tracing.atoms import ONE as ONE
+from sculpt.tracing.atoms import Atom as Atom
+from sculpt.tracing.atoms import Atoms, Axis, Reordered, Segment
+from sculpt.tracing.atoms import Term as Term
 
 
-class Axes:
-    """A table of atoms and what is known of them. Grows while a program is traced, then only read."""
-
-    def __init__(self) -> None:
-        self._sizes: list[int] = []
-        self._frozen: list[str | None] = []
-        self._bindings: list[Axis | None] = []
-
-    def fresh(self, size: int, frozen: str | None = None) -> Axis:
-        """An axis of `size` that nothing is known of, or one that is frozen for a reason."""
-        if size == 1:
-            return ONE
-        if size == 0:
-            return ()
-        self._sizes.append(int(size))
-        self._frozen.append(frozen)
-        self._bindings.append(None)
-        return ((len(self._sizes) - 1,),)
-
-    def atom_size(self, atom: Atom) -> int:
-        return self._sizes[atom]
-
-    def size(self, axis: Axis) -> int:
-        return sum(self._segment_size(s) for s in axis)
-
-    def _segment_size(self, segment: Segment) -> int:
-        size = 1
-        for atom in segment:
-            size *= self._sizes[atom]
-        return size
-
-    def resolve(self, axis: Axis) -> Axis:
-        """The axis with every bound atom replaced as far as the notation allows, in canonical form.
-
-        A concatenation stays hidden behind its atom only where it is not the outermost factor of a product.
-        """
-        resolved: list[Segment] = []
-        for segment in axis:
-            resolved.extend(self._resolve_segment(segment))
-        return tuple(resolved)
-
-    def _resolve_segment(self, segment: Segment) -> list[Segment]:
-        factors: list[Atom] = []
-        pending = list(segment)
-        while pending:
-            atom = pending.pop(0)
-            binding = self._bindings[atom]
-            if binding is None:
-                factors.append(atom)
-                continue
-            parts = self.resolve(binding)
-            # Chains of aliases are cut short, as in any union-find; a concatenation keeps its name.
-            name = self._concatenation_name(atom)
-            if len(parts) == 1:
-                self._bindings[atom] = parts
-                pending = list(parts[0]) + pending
-                continue
-            if name != atom:
-                self._bindings[atom] = ((name,),)
-            if factors:
-                # A concatenation inside a product stays behind its name, so that equal terms look equal.
-                factors.append(name)
-            else:
-                rest = tuple(pending)
-                return [s for part in parts for s in self._resolve_segment(part + rest)]
-        return [tuple(factors)]
-
-    def _concatenation_name(self, atom: Atom) -> Atom:
-        while True:
-            binding = self._bindings[atom]
-            if binding is not None and len(binding) == 1 and len(binding[0]) == 1:
-                atom = binding[0][0]
-            else:
-                return atom
-
-    def atoms(self, axis: Axis) -> list[Atom]:
-        """The free atoms of an axis, in order of first occurrence."""
-        found: dict[Atom, None] = {}
-        for segment in self.resolve(axis):
-            for atom in segment:
-                binding = self._bindings[atom]
-                for inner in [atom] if binding is None else self.atoms(binding):
-                    found.setdefault(inner)
-        return list(found)
-
-    def frozen(self, atom: Atom) -> str | None:
-        return self._frozen[atom]
-
-    def freeze(self, axis: Axis, reason: str) -> None:
-        """Marks every atom of an axis as not prunable; the first reason given stays."""
-        for atom in self.atoms(axis):
-            if self._frozen[atom] is None:
-                self._frozen[atom] = reason
-
-    def _bind(self, atom: Atom, axis: Axis) -> None:
-        reason = self._frozen[atom]
-        if reason is not None:
-            self.freeze(axis, reason)
-        self._bindings[atom] = axis
+class Axes(Atoms):
+    """The table of atoms while a program is traced; later it is only read."""
 
     def cut(self, axis: Axis, position: int, reason: str) -> tuple[Axis, Axis]:
         """Splits an axis into its first `position` units and the rest.
@@ -152,15 +45,14 @@ class Axes:
 
     def _cut_atom(self, atom: Atom, position: int) -> None:
         size, reason = self._sizes[atom], self._frozen[atom]
+        if isinstance(self._bindings[atom], Reordered):
+            halves = np.split(np.arange(size), [position])
+            first, second = (self.take(((atom,),), units, "cut in another order") for units in halves)
+            self._bindings[atom] = first + second
+            return
         # Parts of size one stay atoms: each unit of a concatenation must be able to go alone.
         parts = [self._new_atom(position, reason), self._new_atom(size - position, reason)]
         self._bindings[atom] = tuple((p,) for p in parts)
-
-    def _new_atom(self, size: int, reason: str | None) -> Atom:
-        self._sizes.append(int(size))
-        self._frozen.append(reason)
-        self._bindings.append(None)
-        return len(self._sizes) - 1
 
     def split(self, axis: Axis, outer: int, inner: int, reason: str) -> tuple[Axis, Axis]:
         """Splits an axis of size `outer * inner`, read row-major, into two axes."""
@@ -227,10 +119,16 @@ class Axes:
             return
         for a, b in ((x, y), (y, x)):
             if len(a) == 1 and len(a[0]) == 1 and self._bindings[a[0][0]] is None:
-                if a[0][0] in self.atoms(b):
-                    self.freeze(b, reason)
-                else:
+                if a[0][0] not in self.atoms(b):
                     self._bind(a[0][0], b)
+                    return
+                if self._units(b) is None or not self._is_reordered(b):
+                    self.freeze(b, reason)
+                    return
+        if self._is_reordered(x) or self._is_reordered(y):
+            first, second = self._units(x), self._units(y)
+            if first is not None and second is not None:
+                self._unify_units(first, second, reason)
                 return
         if len(x) == 1 and len(y) == 1:
             self._unify_products(x[0], y[0], reason)
@@ -252,6 +150,9 @@ class Axes:
         if len(x) == len(y) == 1:
             # Two concatenations behind names.
             first, second = self._bindings[x[0]], self._bindings[y[0]]
+            if isinstance(first, Reordered) or isinstance(second, Reordered):
+                self.freeze((x, y), reason)
+                return
             self.unify(first or (x,), second or (y,), reason)
             return
         outer_x, outer_y = self._sizes[x[0]], self._sizes[y[0]]
@@ -266,92 +167,151 @@ class Axes:
         self.unify(x_head, y_head, reason)
         self.unify(x_rest, y_rest, reason)
 
-    def keep(self, axis: Axis, kept: Mapping[Atom, Any], xp: Any = np) -> Any:
-        """Boolean `[size]`: which units stay, given those of free atoms (`[atom size]`; all where not named).
+    def take(self, axis: Axis, index: np.ndarray, reason: str) -> Axis:
+        """The units `index` (int `[size]`) of an axis, in that order. Units may be taken several times, or not at all.
 
-        Outer and over the factors of a product, concatenation over segments. `xp` is the array namespace: numpy, or
-        `jax.numpy` for arrays that are traced.
+        An atom whose units are not taken equally often falls apart. Where a unit is of several atoms, and `index` does not take their
+        product apart, all is frozen.
         """
-        parts = []
-        for segment in self.resolve(axis):
-            unit = np.ones(1, bool)
-            for atom in segment:
-                binding = self._bindings[atom]
-                if binding is not None:
-                    factor = self.keep(binding, kept, xp)
-                else:
-                    factor = kept.get(atom)
-                    if factor is None:
-                        factor = np.ones(self._sizes[atom], bool)
-                unit = (unit[:, None] & factor[None, :]).reshape(-1)
-            parts.append(unit)
-        return xp.concatenate(parts) if len(parts) != 1 else parts[0]
+        units = self._units(axis)
+        if units is None:
+            return self._take_of_product(axis, index, reason)
+        ids, places = np.unique(units[units[:, 0] >= 0], axis=0, return_inverse=True)
+        classes = np.full(len(units), -1)
+        classes[units[:, 0] >= 0] = places.reshape(-1)
+        taken = classes[index]
+        times = np.bincount(taken[taken >= 0], minlength=len(ids))
+        # Units that are taken are numbered in the order in which they are taken.
+        order = list(dict.fromkeys((*taken[taken >= 0].tolist(), *range(len(ids)))))
+        number = np.empty(len(ids), int)
+        number[order] = np.arange(len(ids))
+        kinds = [(int(ids[i, 0]), int(times[i])) for i in order]
+        homes = self._regroup({(int(a), int(u)): int(number[i]) for i, (a, u) in enumerate(ids)}, kinds)
+        return self._assembled([-1 if i < 0 else int(number[i]) for i in taken], homes)
 
-    def places(self, axis: Axis, orders: Mapping[Atom, np.ndarray]) -> np.ndarray:
-        """int `[left]`: which units of an axis stay, in their new order, given those of free atoms (`[left]`; all as they were where
-        not named)."""
-        parts, first = [np.zeros(0, np.int64)], 0
+    def _take_of_product(self, axis: Axis, index: np.ndarray, reason: str) -> Axis:
+        segments = self.resolve(axis)
+        if len(segments) == 1:
+            inner = self._segment_size(segments[0][1:])
+            rows = index.reshape(-1, inner) if len(index) % inner == 0 else np.zeros((0, inner), int)
+            if (
+                len(rows)
+                and (rows // inner == rows[:, :1] // inner).all()
+                and (rows % inner == rows[0] % inner).all()
+            ):
+                outer = self.take((segments[0][:1],), rows[:, 0] // inner, reason)
+                return self.merge((outer, self.take((segments[0][1:],), rows[0] % inner, reason)))
+        self.freeze(axis, reason)
+        return self.fresh(len(index), reason)
+
+    def _is_reordered(self, axis: Axis) -> bool:
+        return any(isinstance(self._bindings[atom], Reordered) for segment in axis for atom in segment)
+
+    def _units(self, axis: Axis) -> np.ndarray | None:
+        """int `[size, 2]`: the free atom, and the unit of it, that each unit of an axis is, -1 where it is of none; None where a unit is of
+        several atoms."""
+        parts = [np.zeros((0, 2), int)]
         for segment in self.resolve(axis):
-            unit = np.zeros(1, np.int64)
+            units = np.full((1, 2), -1)
             for atom in segment:
                 binding, size = self._bindings[atom], self._sizes[atom]
-                inner = (
-                    self.places(binding, orders) if binding is not None else orders.get(atom, np.arange(size))
-                )
-                unit = (unit[:, None] * size + inner[None, :]).reshape(-1)
-            parts.append(first + unit)
-            first += self._segment_size(segment)
-        return np.concatenate(parts)
-
-    def infer(self, axis: Axis, keep: np.ndarray, kept: dict[Atom, np.ndarray]) -> None:
-        """The inverse of `keep`: adds to `kept` the units of free atoms that are named by `keep` `[size]`. Where nothing is left of a
-        product, nothing is said of its factors: which of them is empty it does not tell.
-
-        Exact where `keep` was made by this algebra; callers compare `self.keep(axis, kept)` to be sure.
-        """
-        position = 0
-        for segment in self.resolve(axis):
-            sizes = [self._sizes[a] for a in segment]
-            block = keep[position : position + int(np.prod(sizes))].reshape(sizes)
-            position += block.size
-            if len(segment) > 1 and not block.any():
-                continue
-            for dim, atom in enumerate(segment):
-                factor = np.asarray(block.any(axis=tuple(d for d in range(len(sizes)) if d != dim)))
-                binding = self._bindings[atom]
-                if binding is not None:
-                    self.infer(binding, factor, kept)
-                elif not factor.all():
-                    kept[atom] = kept.get(atom, np.ones(len(factor), bool)) & factor
-
-    def labels(self, axis: Axis, atom: Atom) -> np.ndarray:
-        """int32 `[size]`: the unit of `atom` that each unit of the axis belongs to, -1 where it belongs to none.
-
-        An atom that occurs more than once in a product is reported by its outermost occurrence.
-        """
-        parts = [np.zeros(0, np.int32)]
-        for segment in self.resolve(axis):
-            unit = np.full(1, -1, np.int32)
-            for factor in segment:
-                binding = self._bindings[factor]
-                if binding is not None:
-                    inner = self.labels(binding, atom)
-                elif factor == atom:
-                    inner = np.arange(self._sizes[factor], dtype=np.int32)
+                if binding is None:
+                    factor = np.stack([np.full(size, atom), np.arange(size)], axis=1)
+                elif isinstance(binding, Reordered):
+                    inner = self._units(binding.axis)
+                    factor = None if inner is None else inner[binding.order]
                 else:
-                    inner = np.full(self._sizes[factor], -1, np.int32)
-                unit = np.where(unit[:, None] >= 0, unit[:, None], inner[None, :]).reshape(-1)
-            parts.append(unit)
+                    factor = self._units(binding)
+                if factor is None or ((units >= 0).any() and (factor >= 0).any()):
+                    return None
+                units = np.maximum(np.repeat(units, len(factor), axis=0), np.tile(factor, (len(units), 1)))
+            parts.append(units)
         return np.concatenate(parts)
 
-    def monomials(self, axis: Axis) -> list[tuple[int, tuple[Atom, ...]]]:
-        """The size of an axis as a polynomial in the sizes of its free atoms: (coefficient, atoms) per monomial."""
-        terms: list[tuple[int, tuple[Atom, ...]]] = []
-        for segment in self.resolve(axis):
-            product: list[tuple[int, tuple[Atom, ...]]] = [(1, ())]
-            for atom in segment:
-                binding = self._bindings[atom]
-                factor = [(1, (atom,))] if binding is None else self.monomials(binding)
-                product = [(c * d, a + b) for c, a in product for d, b in factor]
-            terms.extend(product)
-        return terms
+    def _unify_units(self, x: np.ndarray, y: np.ndarray, reason: str) -> None:
+        """Makes units (as `_units` gives them) pairwise one: those of one atom that are so coupled with each other become a smaller one."""
+        ids, places = np.unique(np.concatenate([x, y]), axis=0, return_inverse=True)
+        first, second = np.split(places.reshape(-1), 2)
+        if (first == second).all():
+            return
+        pairs = coo_array((np.ones(len(first)), (first, second)), shape=(len(ids), len(ids)))
+        count, labels = connected_components(pairs, directed=False)
+        members: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+        for label, (atom, unit) in zip(labels, ids.tolist()):
+            members[label].append((atom, unit))
+        # In the order of x.
+        order = list(dict.fromkeys(labels[first].tolist()))
+        kinds = [tuple(atom for atom, _ in members[label]) for label in order]
+        for kind in kinds:
+            if kind[0] < 0:
+                self.freeze((tuple(a for a in kind if a >= 0),), reason)
+        classes = {
+            unit: number for number, label in enumerate(order) for unit in members[label] if unit[0] >= 0
+        }
+        self._regroup(classes, kinds)
+
+    def _regroup(
+        self, classes: dict[tuple[Atom, int], int], kinds: Sequence[Hashable]
+    ) -> list[tuple[Atom, int]]:
+        """Puts the units of free atoms together anew: those of one class become one unit, those of classes of one kind one atom.
+
+        Args:
+          classes: (atom, unit) -> number of its class, for all units of these atoms.
+          kinds: of each class; classes of one kind have equally many units of each atom.
+
+        Returns:
+          The atom and unit that each class has become.
+        """
+        atoms: dict[Atom, list[int]] = {}
+        for (atom, _), number in sorted(classes.items()):
+            atoms.setdefault(atom, []).append(number)
+        of_kind: dict[Hashable, list[int]] = {}
+        for number, kind in enumerate(kinds):
+            of_kind.setdefault(kind, []).append(number)
+        homes: list[tuple[Atom, int]] = [(-1, -1)] * len(kinds)
+        unchanged: set[Atom] = set()
+        for numbers in of_kind.values():
+            chosen = set(numbers)
+            old = [atom for atom, own in atoms.items() if chosen.intersection(own)]
+            if len(old) == 1 and len(atoms[old[0]]) == len(numbers) == len(
+                chosen.intersection(atoms[old[0]])
+            ):
+                unchanged.add(old[0])
+                for unit, number in enumerate(atoms[old[0]]):
+                    homes[number] = (old[0], unit)
+                continue
+            reasons = [self._frozen[atom] for atom in old]
+            new = self._new_atom(len(numbers), next((r for r in reasons if r is not None), None))
+            for unit, number in enumerate(numbers):
+                homes[number] = (new, unit)
+        for atom, own in atoms.items():
+            if atom not in unchanged:
+                self._bindings[atom] = self._assembled(own, homes)
+        return homes
+
+    def _assembled(self, classes: Sequence[int], homes: Sequence[tuple[Atom, int]]) -> Axis:
+        """The axis of the units that classes have become, in this order; a class of -1 is a unit of no atom."""
+        copies: Counter[int] = Counter()
+        starts: dict[tuple[Atom, int], int] = {}
+        segments: list[Segment] = []
+        size, places = 0, []
+        for number in classes:
+            if number < 0:
+                segments.append(())
+                places.append(size)
+                size += 1
+                continue
+            atom, unit = homes[number]
+            part = (atom, copies[number])
+            copies[number] += 1
+            if part not in starts:
+                starts[part] = size
+                segments.append((atom,))
+                size += self._sizes[atom]
+            places.append(starts[part] + unit)
+        axis, order = tuple(segments), np.array(places, int)
+        if (order == np.arange(size)).all():
+            return axis
+        atom = self._new_atom(size, None)
+        self._bindings[atom] = Reordered(axis, order)
+        return ((atom,),)

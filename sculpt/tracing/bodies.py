@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sculpt.tracing.axes import Term
+from sculpt.tracing.axes import Axis, Term
 from sculpt.tracing.flow import Flow, because, rule
-from sculpt.tracing.jax_calls import scan_parts, scan_results, scan_steps, while_parts
+from sculpt.tracing.jax_calls import scan_parts, scan_results, scan_steps, shard_counts, while_parts
 from sculpt.tracing.program import Equation, Operand, Program, derivative, is_inexact
 
 _DIFFER = "axes of different structure meet"
@@ -13,6 +13,29 @@ _DIFFER = "axes of different structure meet"
 @rule("checkpoint", "remat2")
 def _checkpoint(flow: Flow, eqn: Equation) -> list[Term]:
     return flow.body(eqn, 0, [flow.term(o) for o in eqn.inputs])
+
+
+@rule("shard_map")
+def _shard_map(flow: Flow, eqn: Equation) -> list[Term]:
+    if not eqn.bodies:
+        return flow.unknown(eqn, "more than a map over the parts of a batch")
+    before, after = shard_counts(eqn)
+    reason = because(eqn, "split among devices")
+    parts: dict[int, Axis] = {}
+
+    def local(term: Term, count: int) -> Term:
+        if count == 1:
+            return term
+        outer, inner = flow.axes.split(term[0], count, flow.axes.size(term[0]) // count, reason)
+        flow.axes.freeze(outer, reason)
+        parts.setdefault(count, outer)
+        return (inner, *term[1:])
+
+    results = flow.body(eqn, 0, [local(flow.term(o), count) for o, count in zip(eqn.inputs, before)])
+    return [
+        (flow.axes.merge((parts.get(n) or flow.axes.fresh(n, reason), term[0])), *term[1:]) if n > 1 else term
+        for term, n in zip(results, after)
+    ]
 
 
 @rule("scan")

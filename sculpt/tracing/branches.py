@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.flow import Flow
@@ -47,11 +48,12 @@ def branch_atoms(trace: Trace) -> frozenset[Atom]:
 def _vanishing(flow: Flow, value: int) -> frozenset[Atom]:
     """The atoms without which nothing is left of a value."""
     axes = flow.axes
-    found: set[Atom] = set()
-    for axis in flow.terms[value]:
-        segments = [set(axes.atoms((segment,))) for segment in axes.resolve(axis)]
-        found |= set.intersection(*segments) if segments else set()
-    return frozenset(found)
+    return frozenset(
+        atom
+        for axis in flow.terms[value]
+        for atom in axes.atoms(axis)
+        if not axes.keep(axis, {atom: np.zeros(axes.atom_size(atom), bool)}).any()
+    )
 
 
 def _inside(flow: Flow, eqn: Equation) -> frozenset[Atom]:

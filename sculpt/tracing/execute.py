@@ -9,10 +9,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.dtypes import float0
 
-from sculpt.tracing.jax_calls import apply, remat_options, scan_options, scan_parts, scan_results, while_parts
-from sculpt.tracing.program import Equation, Literal, Program, is_inexact, with_known_sizes
+from sculpt.tracing.jax_calls import (
+    apply,
+    remat_options,
+    scan_options,
+    scan_parts,
+    scan_results,
+    shard_options,
+    while_parts,
+)
+from sculpt.tracing.program import (
+    Equation,
+    Literal,
+    Operand,
+    Program,
+    is_inexact,
+    live_equations,
+    with_known_sizes,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +67,23 @@ def by_bodies(program: Program) -> Executable:
     bodies = {id(eqn): tuple(map(by_bodies, eqn.bodies)) for eqn in inner}
     derivatives = {id(e): by_bodies(e.own_derivative) for e in inner if e.own_derivative is not None}
     return dataclasses.replace(as_written(program), bodies=bodies, derivatives=derivatives)
+
+
+def table_value(program: Program, operand: Operand) -> np.ndarray | None:
+    """The value of a literal, or of one of the program's tables; None where it depends on inputs."""
+    if isinstance(operand, Literal):
+        return np.asarray(operand.value)
+    if operand not in program.tables:
+        return None
+    tables = [eqn for eqn in program.equations if program.is_table(eqn)]
+    part = dataclasses.replace(
+        program, inputs=(), outputs=(operand,), equations=tuple(live_equations(tables, [operand]))
+    )
+    read = {o for eqn in part.equations for o in eqn.inputs} | {operand}
+    if any(isinstance(array, Tracer) for value, array in program.constants.items() if value in read):
+        return None
+    with jax.ensure_compile_time_eval():
+        return np.asarray(execute(as_written(part), [])[0])
 
 
 def execute_at(
@@ -120,6 +154,9 @@ def _structured(eqn: Equation, operands: list[Any], executable: Executable, bind
         return list(jax.lax.switch(operands[0], functions, *operands[1:]))
     if eqn.name in ("checkpoint", "remat2"):
         return list(jax.checkpoint(functions[0], **remat_options(eqn))(*operands))
+    if eqn.name == "shard_map":
+        mapped = jax.shard_map(lambda *parts: tuple(functions[0](*parts)), **shard_options(eqn))
+        return list(mapped(*operands))
     derivative = executable.derivatives.get(id(eqn))
     if derivative is None:
         return functions[0](*operands)

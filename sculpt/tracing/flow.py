@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sculpt.tracing.axes import Axes, Term
+import numpy as np
+
+from sculpt.tracing.axes import Axes, Axis, Term
 from sculpt.tracing.program import Equation, Literal, Operand, Program
 
 Rule = Callable[["Flow", Equation], list[Term]]
@@ -43,6 +45,8 @@ class Flow:
         """Flows of an equation's bodies, by `id(equation)`."""
         self.derivatives: dict[int, Flow] = {}
         """Flow of an equation's own derivative, by `id(equation)`."""
+        self.picks: dict[int, dict[int, np.ndarray]] = {}
+        """By `id(equation)`: axis of its first operand -> the units of it that the result has, in that order, where these are known."""
         for value in program.constants:
             self.terms[value] = self.fresh(program.shape(value))
         for eqn in program.equations:
@@ -69,6 +73,11 @@ class Flow:
         flow = Flow(eqn.bodies[index], self.axes, inputs, self.with_derivatives)
         self.bodies[id(eqn)] = (*self.bodies.get(id(eqn), ()), flow)
         return flow.results
+
+    def pick(self, eqn: Equation, dim: int, units: np.ndarray, reason: str) -> Axis:
+        """The axis that has these units of an axis of the first operand, in this order; another may have others."""
+        self.picks.setdefault(id(eqn), {})[dim] = units
+        return self.axes.take(self.term(eqn.inputs[0])[dim], units, reason)
 
     def unify(self, x: Term, y: Term, reason: str) -> None:
         """Makes two terms of one shape one, axis by axis."""

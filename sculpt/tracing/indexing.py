@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+from jax.lax import GatherScatterMode
+
 from sculpt.tracing.axes import Axis, Term
+from sculpt.tracing.execute import table_value
 from sculpt.tracing.flow import Flow, because, rule
 from sculpt.tracing.program import Equation
 
@@ -15,6 +19,13 @@ def _gather(flow: Flow, eqn: Equation) -> list[Term]:
     (shape,) = flow.out_shapes(eqn)
     operand, indices = (flow.term(o) for o in eqn.inputs)
     reason = because(eqn, "indexed")
+    picked = _picked_units(flow, eqn)
+    if picked is not None:
+        dim, units = picked
+        window = [axis for d, axis in enumerate(operand) if d != dim]
+        places = [d for d in range(len(shape)) if d not in numbers.offset_dims]
+        window.insert(places[0], flow.pick(eqn, dim, units, reason))
+        return [tuple(window)]
     flow.axes.freeze(indices[-1], reason)
     for x, y in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims):
         flow.axes.unify(operand[x], indices[y], because(eqn, _DIFFER))
@@ -28,6 +39,25 @@ def _gather(flow: Flow, eqn: Equation) -> list[Term]:
             window.append(axis if whole else flow.axes.fresh(sizes[dim], reason))
     batch = list(indices[:-1])
     return [tuple((window if d in numbers.offset_dims else batch).pop(0) for d in range(len(shape)))]
+
+
+def _picked_units(flow: Flow, eqn: Equation) -> tuple[int, np.ndarray] | None:
+    """The axis that a gather takes units of, and which, where the rest stays whole and the units are the same for every input."""
+    numbers = eqn.params["dimension_numbers"]
+    shape, places = flow.program.shape(eqn.inputs[0]), flow.program.shape(eqn.inputs[1])
+    if len(places) != 2 or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    (dim,) = numbers.start_index_map
+    whole = (*shape[:dim], 1, *shape[dim + 1 :])
+    if shape[dim] == 1 or numbers.collapsed_slice_dims != (dim,) or tuple(eqn.params["slice_sizes"]) != whole:
+        return None
+    index = table_value(flow.program, eqn.inputs[1])
+    if index is None:
+        return None
+    units = index[:, 0].astype(np.int64)
+    if eqn.params["mode"] == GatherScatterMode.CLIP:
+        units = units.clip(0, shape[dim] - 1)
+    return (dim, units) if ((units >= 0) & (units < shape[dim])).all() else None
 
 
 @rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")

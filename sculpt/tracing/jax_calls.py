@@ -6,6 +6,8 @@ JAX changes the parameters of these primitives between versions. Nothing else re
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +24,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "custom_vjp_call": (),
     "checkpoint": ("prevent_cse", "policy"),
     "remat2": ("prevent_cse", "policy"),
+    "shard_map": ("mesh", "in_specs", "out_specs", "check_vma", "newly_manual_axes"),
 }
 """Primitives that stay one equation with bodies, and the parameters of such an `Equation`, in every version of JAX and in model files."""
 
@@ -33,6 +36,7 @@ _BODIES = {
     "custom_vjp_call": ("call_jaxpr",),
     "checkpoint": ("jaxpr",),
     "remat2": ("jaxpr",),
+    "shard_map": ("jaxpr",),
 }
 """The parameters of JAX that hold the bodies of an equation that stays one."""
 
@@ -47,9 +51,14 @@ _CALLS = {
 """Call primitives that are inlined, and the parameter of JAX that holds their body."""
 
 
-def called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
-    """The jaxpr that an equation calls and the values of its constants; None unless the equation is a plain call."""
+def called(eqn: Any, among_devices: bool) -> tuple[Any, Sequence[Any]] | None:
+    """The jaxpr that an equation calls and the values of its constants; None unless the equation is a plain call.
+
+    In a `shard_map` (`among_devices`) so is a function with a derivative of its own: JAX's rules cannot be traced outside of it.
+    """
     body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+    if among_devices and eqn.primitive.name == "custom_jvp_call":
+        body = eqn.params["call_jaxpr"]
     if body is None:
         return None
     closed = _closed(body)
@@ -57,8 +66,10 @@ def called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
 
 
 def bodies(eqn: Any) -> list[Any]:
-    """The closed jaxprs inside an equation that is not inlined."""
+    """The closed jaxprs inside an equation that is not inlined; none where a `shard_map` does more than map over first axes."""
     found: list[Any] = []
+    if eqn.primitive.name == "shard_map" and not _only_maps(eqn):
+        return found
     for parameter in _BODIES.get(eqn.primitive.name, ()):
         value = eqn.params[parameter]
         found += map(_closed, value if isinstance(value, tuple) else (value,))
@@ -73,7 +84,7 @@ def _closed(jaxpr: Any) -> Any:
 def parameters(eqn: Any) -> dict[str, Any]:
     """The parameters of an `Equation`: JAX's own of an operation, those of `PARAMETERS` of an equation with bodies."""
     names = PARAMETERS.get(eqn.primitive.name)
-    if names is None:
+    if names is None or (eqn.primitive.name == "shard_map" and not _only_maps(eqn)):
         return dict(eqn.params)
     params = dict(eqn.params)
     if eqn.primitive.name == "scan" and "ft_in" in params:
@@ -137,3 +148,62 @@ def while_parts(eqn: Any, operands: Sequence[T]) -> tuple[list[T], list[T], list
 def remat_options(eqn: Any) -> dict[str, Any]:
     """Keywords with which `jax.checkpoint` makes the `Equation` of a rematerialised region anew."""
     return {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+
+
+def shard_options(eqn: Any) -> dict[str, Any]:
+    """Keywords with which `jax.shard_map` makes the `Equation` of one anew."""
+    names = {"newly_manual_axes": "axis_names"}
+    return {names.get(name, name): eqn.params[name] for name in PARAMETERS["shard_map"]}
+
+
+def shard_counts(eqn: Any) -> tuple[list[int], list[int]]:
+    """Into how many parts a `shard_map` splits the first axis of each operand, and of each result."""
+    first, second = (_split_axes(eqn, specs) for specs in (eqn.params["in_specs"], eqn.params["out_specs"]))
+    sizes = eqn.params["mesh"].shape
+    return tuple(
+        [math.prod(sizes[n] for n in axes[0]) if axes else 1 for axes in part] for part in (first, second)
+    )  # type: ignore[return-value]
+
+
+def _split_axes(eqn: Any, specs: Sequence[Any]) -> list[list[tuple[str, ...]]]:
+    """For each array, by axis, the mesh axes of more than one device that it is split over."""
+    sizes = eqn.params["mesh"].shape
+    found = []
+    for spec in specs:
+        parts = [() if part is None else part if isinstance(part, tuple) else (part,) for part in spec]
+        found.append([tuple(name for name in part if sizes[name] > 1) for part in parts])
+    return found
+
+
+def _only_maps(eqn: Any) -> bool:
+    """Whether a `shard_map` splits arrays along their first axis alone, all that it splits alike, its devices exchange nothing, and
+    no function in it has a derivative that the user gave it."""
+    arrays = [*_split_axes(eqn, eqn.params["in_specs"]), *_split_axes(eqn, eqn.params["out_specs"])]
+    if any(any(axes[1:]) for axes in arrays) or len({axes[0] for axes in arrays if axes and axes[0]}) > 1:
+        return False
+    return not _is_more_than_a_map(_closed(eqn.params["jaxpr"]).jaxpr, set(eqn.params["mesh"].axis_names))
+
+
+def _is_more_than_a_map(jaxpr: Any, names: set[str]) -> bool:
+    """Whether an operation is over mesh axes of these names, other than to say that a value differs along them, or has a derivative of the
+    user's."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "custom_vjp_call":
+            return True
+        if eqn.primitive.name == "custom_jvp_call" and not _is_jax_s_own(
+            _closed(eqn.params["call_jaxpr"]).jaxpr
+        ):
+            return True
+        for parameter in ("axes", "axis_name"):
+            value = eqn.params.get(parameter, ())
+            values = value if isinstance(value, (tuple, list, set, frozenset)) else (value,)
+            if eqn.primitive.name != "pvary" and any(isinstance(v, str) and v in names for v in values):
+                return True
+        if any(_is_more_than_a_map(inner, names) for inner in jax_core.jaxprs_in_params(eqn.params)):
+            return True
+    return False
+
+
+def _is_jax_s_own(jaxpr: Any) -> bool:
+    """Whether JAX itself wrote the function that was traced, such as `jax.nn.relu`."""
+    return os.path.dirname(jax.__file__) in jaxpr.debug_info.func_src_info

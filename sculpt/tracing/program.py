@@ -230,8 +230,8 @@ def with_known_sizes(program: Program, size: Any) -> Program:
     return dataclasses.replace(program, equations=equations, avals=avals)
 
 
-def _program(closed: Any, caller: str) -> Program:
-    builder = _Builder()
+def _program(closed: Any, caller: str, among_devices: bool = False) -> Program:
+    builder = _Builder(among_devices)
     inputs = [builder.new(v.aval) for v in closed.jaxpr.invars]
     constants = [builder.constant(v.aval, value) for v, value in zip(closed.jaxpr.constvars, closed.consts)]
     outputs = builder.inline(closed.jaxpr, inputs, constants, caller)
@@ -253,7 +253,9 @@ def _program(closed: Any, caller: str) -> Program:
 
 
 class _Builder:
-    def __init__(self) -> None:
+    def __init__(self, among_devices: bool) -> None:
+        self.among_devices = among_devices
+        """Whether it is the body of a `shard_map`, or inside one."""
         self.avals: list[Any] = []
         self.equations: list[Equation] = []
         self.constants: dict[int, Any] = {}
@@ -285,14 +287,15 @@ class _Builder:
             operands = [read(v) for v in eqn.invars]
             source = _source(eqn, caller)
             _check_pure(eqn, source)
-            call = called(eqn)
+            call = called(eqn, self.among_devices)
             if call is not None:
                 inner, arrays = call
                 named = [self.constant(v.aval, c) for v, c in zip(inner.constvars, arrays)]
                 results = self.inline(inner, operands, named, source)
             else:
                 results = [self.new(v.aval) for v in eqn.outvars]
-                inside = tuple(_program(closed, source) for closed in bodies(eqn))
+                among = self.among_devices or eqn.primitive.name == "shard_map"
+                inside = tuple(_program(closed, source, among) for closed in bodies(eqn))
                 self.equations.append(
                     Equation(
                         eqn.primitive,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
 from sculpt.tracing.axes import ONE, Axis, Term
 from sculpt.tracing.flow import Flow, because, rule
@@ -15,7 +15,7 @@ ELEMENTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj "
     "convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma "
     "igammac imag integer_pow is_finite layout_constraint le le_to lgamma log log1p logistic lt lt_to max min mul name ne "
-    "neg nextafter not or polygamma population_count pow real reduce_precision rem reshard round rsqrt select_n "
+    "neg nextafter not or polygamma population_count pow pvary real reduce_precision rem reshard round rsqrt select_n "
     "sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub "
     "tan tanh xor zeta"
 ).split()
@@ -160,9 +160,8 @@ def _slice(flow: Flow, eqn: Equation) -> list[Term]:
         stride = 1 if strides is None else strides[dim]
         size = flow.axes.size(axis)
         if stride != 1:
-            reason = because(eqn, "strided slice")
-            flow.axes.freeze(axis, reason)
-            result.append(flow.axes.fresh(math.ceil((limit - start) / stride), reason))
+            units = np.arange(start, limit, stride)
+            result.append(flow.pick(eqn, dim, units, because(eqn, "strided slice")))
         elif (start, limit) == (0, size):
             result.append(axis)
         else:
@@ -215,10 +214,11 @@ def _fourier(flow: Flow, eqn: Equation) -> list[Term]:
 
 @rule("rev")
 def _reverse(flow: Flow, eqn: Equation) -> list[Term]:
-    term = flow.term(eqn.inputs[0])
+    result = list(flow.term(eqn.inputs[0]))
     for dim in eqn.params["dimensions"]:
-        flow.axes.freeze(term[dim], because(eqn, "order reversed"))
-    return [term]
+        units = np.arange(flow.axes.size(result[dim]))[::-1]
+        result[dim] = flow.pick(eqn, dim, units, because(eqn, "order reversed"))
+    return [tuple(result)]
 
 
 @rule(

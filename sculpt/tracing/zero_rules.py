@@ -15,7 +15,7 @@ from sculpt.tracing.zeros import Zero, ZeroPass, zero_rule
     *"neg abs sign tanh sin tan sqrt cbrt square erf floor ceil round expm1 log1p asin atan sinh asinh atanh fft "
     "convert_element_type copy copy_p name reshard sharding_constraint layout_constraint reduce_precision real imag "
     "stop_gradient broadcast_in_dim reshape transpose squeeze slice rev split unstack tile reduce_max reduce_min "
-    "reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin dynamic_slice".split()
+    "pvary reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin dynamic_slice".split()
 )
 def _kept(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
     return operands[0].atoms
@@ -23,6 +23,8 @@ def _kept(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
 
 @zero_rule("gather")
 def _gather(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
+    if id(eqn) in zeros.flow.picks:
+        return operands[0].atoms
     # Places out of bounds are filled with NaN by default, in the masked network as in the compact one.
     filled = eqn.params.get("fill_value")
     if not (filled is None or filled == 0 or filled != filled):

@@ -163,8 +163,10 @@ def _body(zeros: ZeroPass, eqn: Equation, index: int, inputs: Sequence[Zero]) ->
     return ZeroPass(zeros.flow.bodies[id(eqn)][index], inputs, zeros.unsound).results
 
 
-@zero_rule("custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
+@zero_rule("custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2", "shard_map")
 def _call(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
+    if not eqn.bodies:
+        return [Zero(frozenset())] * len(eqn.outputs)
     return _body(zeros, eqn, 0, operands)
 
 

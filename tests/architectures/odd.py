@@ -170,7 +170,6 @@ ARCHITECTURES = {
         from_linen(Sinusoidal(), SEQUENCE),
         groups=(8, 10),
         example_input=SEQUENCE,
-        frozen={"Embed_0/embedding:0": "indexed"},
     ),
     "interleaved_rotary": Architecture(from_nnx(InterleavedRotary), groups=(2, 3, 4), example_input=SEQUENCE),
     "own_kernels": Architecture(

@@ -93,9 +93,8 @@ def test_renaming_parameters_changes_nothing_but_names() -> None:
         (lambda y: jnp.fft.fft(y).real, "transformed as a whole"),
         (lambda y: jnp.linalg.qr(y, mode="r"), "no rule for this operation"),
         (lambda y: jnp.cumsum(y, axis=-1), "running over"),
-        (lambda y: y[..., ::-1], "order reversed"),
     ],
-    ids=["softmax", "exp", "sort", "fft", "unknown", "cumsum", "reversed"],
+    ids=["softmax", "exp", "sort", "fft", "unknown", "cumsum"],
 )
 def test_channels_that_are_mixed_unsoundly_are_frozen(
     mix: Callable[[jax.Array], jax.Array], reason: str
@@ -140,13 +139,13 @@ def test_the_line_is_the_user_s_own_wherever_it_lies(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     file = folder / "mine.py"
     file.write_text(
-        "import jax.numpy as jnp\n\ndef f(params, x):\n    return jnp.flip(x @ params['w'], -1) @ params['b']\n"
+        "import jax.numpy as jnp\n\ndef f(params, x):\n    return jnp.sort(x @ params['w'], -1) @ params['b']\n"
     )
     names: dict[str, Any] = {}
     exec(compile(file.read_text(), str(file), "exec"), names)
     model = sculpt.from_function(names["f"], {"w": jnp.ones((3, 6)), "b": jnp.ones((6, 5))})
     reasons = {row.name: row.reason for row in sculpt.trace(model, jnp.zeros((1, 3))).frozen}
-    assert reasons["w:1"] == "order reversed (rev at mine.py:4 (f))"
+    assert reasons["w:1"] == "sorted (sort at mine.py:4 (f))"
 
 
 def _two_layers(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
