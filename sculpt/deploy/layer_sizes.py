@@ -48,7 +48,7 @@ def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
     images = flow.terms[flow.program.inputs[-1]][0]
     parts = []
     for eqn in flow.program.equations:
-        if eqn.name not in CONTRACTIONS or flow.program.is_table(eqn):
+        if eqn.name not in CONTRACTIONS or flow.program.is_table(eqn) or eqn.name == "ragged_dot_general":
             continue
         axes = [axis for value in eqn.inputs if not isinstance(value, Literal) for axis in flow.terms[value]]
         dimensions = tuple(_dimensions(counts, eqn, axes))

@@ -8,7 +8,7 @@ size is one of those constants, so the program is traced anew for every input sh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +18,18 @@ import numpy as np
 from sculpt.arguments import checked, is_whole
 from sculpt.model import Model, Params, State
 from sculpt.pruning.compact_plan import Plan, grouped_kernels, make_plan
+from sculpt.pruning.equal_sums import with_equal_sums
 from sculpt.pruning.filter_groups import bind_in_groups, split_convolutions
 from sculpt.pruning.masks import check_masks, check_policies, make_masks
 from sculpt.pruning.rewrite import Sizes, bind, rewrite, take
 from sculpt.pruning.space import Space
-from sculpt.tracing.axes import Atom
+from sculpt.tracing.axes import Atom, Term
 from sculpt.tracing.execute import Executable, as_written, execute
+from sculpt.tracing.flow import Flow
 from sculpt.tracing.program import flatten, with_derivatives, with_known_sizes
 from sculpt.tracing.rules import WINDOW
 from sculpt.tracing.trace import Trace, axis_flow, leaf_paths, shapes_of
-from sculpt.tracing.zeros import unsound_atoms
+from sculpt.tracing.zeros import find_unsound
 
 TOLERANCE = 1e-4
 """Largest difference of masked and compact outputs that `compact` accepts, relative to the largest output."""
@@ -255,6 +257,32 @@ def _rewritten(function: Callable[..., Any], plan: Plan, training: bool, rest: t
         new_state = known.outputs[len(known.outputs) - len(old_state) :]
         for output, term in zip(new_state, old_state, strict=True):
             flow.unify(flow.term(output), term, "new state and old state differ in structure")
+    kept, orders = _units_by_atom(flow, inputs, plan)
+    reasons = [flow.axes.frozen(atom) for atom in kept]
+    lost = [atom for atom, units in kept.items() if not units.all()]
+    flow.axes.freeze_all_but(lost, "nothing of it is pruned")
+    findings = find_unsound(flow, known.inputs[: len(jax.tree.leaves(plan.params))])
+    reasons += [findings.unsound.get(atom) for atom in lost]
+    for reason in reasons:
+        if reason is not None and not reason.startswith(WINDOW):
+            where = "in training mode" if training else "for inputs of this shape"
+            raise ValueError(f"an axis that lost units cannot do so {where}: {reason}")
+    # The zero pass may have taken atoms apart.
+    kept, orders = _units_by_atom(flow, inputs, plan)
+    sizes = Sizes(flow, program, kept, orders)
+    for term, places in zip(inputs, plan.places):
+        for axis, units in zip(term, places):
+            if not np.array_equal(sizes.places(axis), units):
+                raise _OtherCoupling
+    groups = {program.inputs[leaf]: found for leaf, found in plan.groups.items()}
+    executable = with_equal_sums(rewrite(flow, program, kept, orders), flow, kept, orders, findings.sums)
+    return _Rewritten(split_convolutions(executable, groups), out_tree, sizes)
+
+
+def _units_by_atom(
+    flow: Flow, inputs: Sequence[Term], plan: Plan
+) -> tuple[dict[Atom, np.ndarray], dict[Atom, np.ndarray]]:
+    """What a plan keeps of each atom of the arrays' axes, and the units that stay of those whose units change places."""
     kept: dict[Atom, np.ndarray] = {}
     orders: dict[Atom, np.ndarray] = {}
     for term, places, emptied in zip(inputs, plan.places, plan.emptied):
@@ -269,19 +297,4 @@ def _rewritten(function: Callable[..., Any], plan: Plan, training: bool, rest: t
                 if flow.axes.resolve(axis) != ((atom,),):
                     raise _OtherCoupling
                 orders[atom] = units
-    sizes = Sizes(flow, program, kept, orders)
-    for term, places in zip(inputs, plan.places):
-        for axis, units in zip(term, places):
-            if not np.array_equal(sizes.places(axis), units):
-                raise _OtherCoupling
-    lost = [atom for atom, units in kept.items() if not units.all()]
-    reasons = [flow.axes.frozen(atom) for atom in kept]
-    if training:
-        unsound = unsound_atoms(flow, known.inputs[: len(jax.tree.leaves(plan.params))])
-        reasons += [unsound.get(atom) for atom in lost]
-    for reason in reasons:
-        if reason is not None and not reason.startswith(WINDOW):
-            raise ValueError(f"an axis that lost units cannot do so in training mode: {reason}")
-    groups = {program.inputs[leaf]: found for leaf, found in plan.groups.items()}
-    executable = split_convolutions(rewrite(flow, program, kept, orders), groups)
-    return _Rewritten(executable, out_tree, sizes)
+    return kept, orders

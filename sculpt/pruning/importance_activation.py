@@ -87,9 +87,9 @@ def _unit_scores(trace: Trace, leaves: list[Any], kernels: Arrays, squares: Arra
 
 
 def _observable(trace: Trace) -> dict[int, Layer]:
-    """`id(equation)` -> layer, but for convolutions of which the kernel is the image."""
+    """`id(equation)` -> layer, but for convolutions of which the kernel is the image, and for kernels of which each row reads one of several."""
     layers = [layer for layer in trace.layers if layer.kind == "dense" or layer.operand == 1]
-    return {id(layer.equation): layer for layer in layers}
+    return {id(la.equation): la for la in layers if la.equation.name != "ragged_dot_general"}
 
 
 def _flows(flow: Flow) -> Iterator[tuple[int, Flow]]:

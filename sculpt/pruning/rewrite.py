@@ -134,6 +134,8 @@ def rewrite(
             instead[id(eqn)] = picking(eqn, {**eqn.params, **_changed(sizes, eqn)}, places)
         elif eqn.name in CONTRACTIONS and any(map(sizes.nothing, (*eqn.inputs, *eqn.outputs))):
             instead[id(eqn)] = _zeros(program, eqn, sizes.shape(eqn.outputs[0]))
+        elif eqn.name == "reduce_max" and sizes.nothing(eqn.inputs[0]):
+            instead[id(eqn)] = _zeros(program, eqn, sizes.shape(eqn.outputs[0]))
         elif eqn.name in REWRITES and sizes.changes(eqn):
             params[id(eqn)] = {**eqn.params, **_changed(sizes, eqn)}
     # A program is kept: what is worked out while one is traced must not be of that trace.
@@ -152,7 +154,7 @@ def rewrite(
 
 
 def _zeros(program: Program, eqn: Equation, shape: tuple[Any, ...]) -> Equation:
-    """In place of a contraction that sums over nothing, or gives nothing."""
+    """In place of a contraction that sums over nothing, or gives nothing, and of the largest of values that were all zero."""
     zero = Literal(np.zeros((), program.avals[eqn.outputs[0]].dtype))
     params = {"shape": shape, "broadcast_dimensions": (), "sharding": None}
     return Equation(jax.lax.broadcast_in_dim_p, (zero,), eqn.outputs, params, eqn.source)

@@ -164,6 +164,8 @@ class _Finder:
         operand = eqn.inputs[layer.operand]
         if not layer.in_axes or isinstance(operand, Literal) or operand not in self.views:
             return
+        if eqn.name == "ragged_dot_general":
+            return
         view = self.views[operand]
         if not self._is_read_once(view.leaf) or any(s.name == "broadcast_in_dim" for s in view.steps):
             return

@@ -12,7 +12,7 @@ The index order of an array is the term itself: unit `i` of an axis is unit `i` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,12 @@ class Atoms:
         """Marks every atom of an axis as not prunable; the first reason given stays."""
         for atom in self.atoms(axis):
             if self._frozen[atom] is None:
+                self._frozen[atom] = reason
+
+    def freeze_all_but(self, atoms: Collection[Atom], reason: str) -> None:
+        """Marks all other free atoms as not prunable."""
+        for atom, binding in enumerate(self._bindings):
+            if binding is None and atom not in atoms and self._frozen[atom] is None:
                 self._frozen[atom] = reason
 
     def _bind(self, atom: Atom, axis: Axis) -> None:

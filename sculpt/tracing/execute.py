@@ -49,10 +49,14 @@ class Executable:
     """By value id, what other than tables read of a table of the program that is computed whole."""
     instead: dict[int, Equation] = dataclasses.field(default_factory=dict)
     """Equations that are run in place of others, by `id(equation)`."""
+    additions: dict[int, tuple[Addition, ...]] = dataclasses.field(default_factory=dict)
+    """What is added to the one result of an equation, by `id(equation)`."""
 
 
 Observer = Callable[[Equation, Sequence[Any]], None]
 Binder = Callable[[Equation, list[Any], dict[str, Any]], Any]
+Addition = Callable[[Callable[[int], Any], Binder | None], Any]
+"""`(read, bind) -> array`, of the values of the program that are known by then."""
 
 
 def as_written(program: Program) -> Executable:
@@ -134,6 +138,8 @@ def execute(
             results = bind(done, operands, params) if bind else apply(done.primitive, operands, params)
             if not done.primitive.multiple_results:
                 results = [results]
+            for addition in executable.additions.get(id(eqn), ()):
+                results = [jax.lax.add(results[0], addition(read, bind))]
         if observe is not None:
             observe(eqn, results)
         values.update(zip(eqn.outputs, results, strict=True))

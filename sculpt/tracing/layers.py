@@ -11,6 +11,7 @@ from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.flow import Flow
 from sculpt.tracing.jax_calls import scan_parts, scan_steps, while_parts
 from sculpt.tracing.program import CONTRACTIONS, Equation
+from sculpt.tracing.rules import dot_numbers
 
 Monomials = tuple[tuple[int, tuple[Atom, ...]], ...]
 """A polynomial in atom sizes: (coefficient, atoms whose sizes multiply) per monomial."""
@@ -170,7 +171,7 @@ class _Finder:
 
     def _contraction(self, flow: Flow, eqn: Equation, views: dict[int, _View], repeats: int) -> None:
         kernels = [i for i, o in enumerate(eqn.inputs) if isinstance(o, int) and o in views]
-        operand = kernels[-1] if kernels else len(eqn.inputs) - 1
+        operand = kernels[-1] if kernels else 1
         term = flow.term(eqn.inputs[operand])
         output = flow.terms[eqn.outputs[0]]
         if eqn.name == "conv_general_dilated":
@@ -178,7 +179,7 @@ class _Finder:
             rhs = flow.term(eqn.inputs[1])
             factors = [*output, rhs[numbers.rhs_spec[1]], *(rhs[d] for d in numbers.rhs_spec[2:])]
         else:
-            summed = eqn.params["dimension_numbers"][0][operand]
+            summed = dot_numbers(eqn)[0][operand]
             factors = [*output, *(term[d] for d in summed)]
         batch = {a for axis in self.batches for a in flow.axes.atoms(axis)}
         monomials = tuple(
@@ -224,13 +225,15 @@ class _Finder:
             out_spatial = tuple(out_shape[d] for d in numbers.out_spec[2:])
             in_dims, out_dims = [numbers.rhs_spec[1]], [numbers.rhs_spec[0]]
         else:
-            (sums, batches) = eqn.params["dimension_numbers"]
-            summed = sums[operand]
+            (sums, batches) = dot_numbers(eqn)
+            summed, groups = sums[operand], ()
+            if eqn.name == "ragged_dot_general" and operand == 1:
+                groups = eqn.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
             inputs = math.prod(shape[d] for d in summed)
             kind, strides, kernel_size, out_spatial = "dense", (), (), ()
-            channels = (inputs, math.prod(n for d, n in enumerate(shape) if d not in summed))
+            channels = (inputs, math.prod(n for d, n in enumerate(shape) if d not in (*summed, *groups)))
             in_dims = list(summed)
-            out_dims = [d for d in range(len(shape)) if d not in summed and d not in batches[operand]]
+            out_dims = [d for d in range(len(shape)) if d not in (*summed, *batches[operand], *groups)]
         own = view.axes if view.plain and (operand == 1 or kind == "dense") else None
         in_axes = () if own is None else tuple(own[d] for d in in_dims)
         out_axes = () if view.axes is None else tuple(view.axes[d] for d in out_dims)

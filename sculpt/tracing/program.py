@@ -25,7 +25,7 @@ from jax.extend import core as jax_core
 from sculpt.tracing.high_level import as_low_level
 from sculpt.tracing.jax_calls import bodies, called, function_of, parameters
 
-CONTRACTIONS = ("conv_general_dilated", "dot_general")
+CONTRACTIONS = ("conv_general_dilated", "dot_general", "ragged_dot_general")
 """Primitives that multiply and sum: what costs something, and what can be a layer."""
 
 

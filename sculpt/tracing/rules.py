@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sculpt.tracing.axes import ONE, Axis, Term
@@ -188,7 +190,13 @@ def _reduce_sum(flow: Flow, eqn: Equation) -> list[Term]:
     return [tuple(a for d, a in enumerate(term) if d not in eqn.params["axes"])]
 
 
-@rule("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin")
+@rule("reduce_max")
+def _reduce_max(flow: Flow, eqn: Equation) -> list[Term]:
+    # Likewise; but the zero pass sees no derivatives.
+    return _reduce_sum(flow, eqn) if flow.with_derivatives else _reduce_other(flow, eqn)
+
+
+@rule("reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin")
 def _reduce_other(flow: Flow, eqn: Equation) -> list[Term]:
     term = flow.term(eqn.inputs[0])
     for dim in eqn.params["axes"]:
@@ -250,9 +258,15 @@ def _reduce_window(flow: Flow, eqn: Equation) -> list[Term]:
     return [tuple(result)]
 
 
+def dot_numbers(eqn: Equation) -> Any:
+    """Of a matrix product, ragged or not: ((contracted axes of both operands), (batch axes of both))."""
+    ragged = eqn.params.get("ragged_dot_dimension_numbers")
+    return eqn.params["dimension_numbers"] if ragged is None else ragged.dot_dimension_numbers
+
+
 @rule("dot_general")
 def _dot_general(flow: Flow, eqn: Equation) -> list[Term]:
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dot_numbers(eqn)
     lhs, rhs = (flow.term(o) for o in eqn.inputs)
     reason = because(eqn, "axes of different structure meet")
     for i, j in zip((*lhs_contract, *lhs_batch), (*rhs_contract, *rhs_batch)):
@@ -261,6 +275,23 @@ def _dot_general(flow: Flow, eqn: Equation) -> list[Term]:
     lhs_free = [a for d, a in enumerate(lhs) if d not in (*lhs_contract, *lhs_batch)]
     rhs_free = [a for d, a in enumerate(rhs) if d not in (*rhs_contract, *rhs_batch)]
     return [tuple(batch + lhs_free + rhs_free)]
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(flow: Flow, eqn: Equation) -> list[Term]:
+    """Rows in groups, each of which is multiplied by a matrix of its own: as `dot_general`, but for the axis of the matrices."""
+    groups = eqn.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
+    if not groups:
+        return flow.unknown(eqn, "groups of what is summed over or of batches")
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dot_numbers(eqn)
+    lhs, rhs, sizes = (flow.term(o) for o in eqn.inputs)
+    for i, j in zip((*lhs_contract, *lhs_batch), (*rhs_contract, *rhs_batch)):
+        flow.axes.unify(lhs[i], rhs[j], because(eqn, "axes of different structure meet"))
+    ragged = eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+    flow.freeze((*sizes, *(lhs[d] for d in ragged), *(rhs[d] for d in groups)), because(eqn, "grouped"))
+    lhs_free = [a for d, a in enumerate(lhs) if d not in (*lhs_contract, *lhs_batch)]
+    rhs_free = [a for d, a in enumerate(rhs) if d not in (*rhs_contract, *rhs_batch, *groups)]
+    return [(*(lhs[i] for i in lhs_batch), *lhs_free, *rhs_free)]
 
 
 @rule("conv_general_dilated")

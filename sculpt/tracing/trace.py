@@ -21,7 +21,7 @@ from sculpt.tracing.axes import Atom, Axes, Axis
 from sculpt.tracing.flow import Flow, because
 from sculpt.tracing.layers import Layer, Leaf, Monomials, Product, find_layers, product
 from sculpt.tracing.program import ImpureProgram, Program, flatten
-from sculpt.tracing.zeros import unsound_atoms
+from sculpt.tracing.zeros import find_unsound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,7 @@ def trace(model: Model, example_input: Any) -> Trace:
     others = program.inputs[len(leaves) : -len(images)]
     if not read.issuperset(v for v in (*weights, *others) if program.shape(v)):
         _follow_training(flow, model, (params, state, inputs), weights, others, read)
-    for atom, reason in unsound_atoms(flow, weights).items():
+    for atom, reason in find_unsound(flow, weights).unsound.items():
         flow.axes.freeze(((atom,),), reason)
     layers, products = find_layers(flow, leaves, images)
     groups = tuple(_groups(flow, leaves, layers))
@@ -257,7 +257,7 @@ def _follow_training(
         flow.freeze(term, "network output")
     for value, term in zip(others, training.results[count:]):
         flow.unify(flow.term(value), term, "new state and old state differ in structure")
-    for atom, reason in unsound_atoms(training, program.inputs[: len(weights)]).items():
+    for atom, reason in find_unsound(training, program.inputs[: len(weights)]).unsound.items():
         flow.axes.freeze(((atom,),), reason)
     atoms = {value: {a for axis in flow.term(value) for a in flow.axes.atoms(axis)} for value in weights}
     used = set().union(*(atoms[value] for value in read.intersection(weights)))

@@ -6,15 +6,17 @@ from collections.abc import Callable, Set
 from typing import Any
 
 from sculpt.tracing.axes import Atom
+from sculpt.tracing.equal_units import find_slices
 from sculpt.tracing.flow import because
 from sculpt.tracing.program import Equation
+from sculpt.tracing.rules import dot_numbers
 from sculpt.tracing.zeros import Zero, ZeroPass, zero_rule
 
 
 @zero_rule(
     *"neg abs sign tanh sin tan sqrt cbrt square erf floor ceil round expm1 log1p asin atan sinh asinh atanh fft "
     "convert_element_type copy copy_p name reshard sharding_constraint layout_constraint reduce_precision real imag "
-    "stop_gradient broadcast_in_dim reshape transpose squeeze slice rev split unstack tile reduce_max reduce_min "
+    "stop_gradient broadcast_in_dim reshape transpose squeeze slice rev split unstack tile reduce_min "
     "pvary reduce_window_sum reduce_window_max reduce_window_min cumsum cumprod cummax cummin dynamic_slice".split()
 )
 def _kept(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
@@ -56,8 +58,21 @@ def _sort(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
 
 @zero_rule("reduce_sum")
 def _reduce_sum(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
-    summed = [zeros.term(eqn.inputs[0])[d] for d in eqn.params["axes"]]
-    zeros.require(zeros.live(summed), operands[0].atoms, because(eqn, "summed over while not zero"))
+    summed = zeros.live(zeros.term(eqn.inputs[0])[d] for d in eqn.params["axes"])
+    zeros.findings.sums.pop(id(eqn), None)
+    mixed = summed - operands[0].atoms
+    if mixed and zeros.follows_sums:
+        slices, mixed = find_slices(zeros, eqn, mixed)
+        zeros.findings.sums[id(eqn)] = slices
+    zeros.require(mixed, (), because(eqn, "summed over while not zero"))
+    return operands[0].atoms
+
+
+@zero_rule("reduce_max")
+def _reduce_max(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
+    reduced = zeros.live(zeros.term(eqn.inputs[0])[d] for d in eqn.params["axes"])
+    smallest = operands[0].atoms if operands[0].never_negative else ()
+    zeros.require(reduced, smallest, because(eqn, "reduced over by other than a sum"))
     return operands[0].atoms
 
 
@@ -159,10 +174,10 @@ def _padding_atoms(zeros: ZeroPass, eqn: Equation) -> set[Atom]:
     return found
 
 
-@zero_rule("dot_general")
+@zero_rule("dot_general", "ragged_dot_general")
 def _dot_general(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> Set[Atom]:
-    lhs, rhs = (zeros.term(o) for o in eqn.inputs)
-    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    lhs, rhs = (zeros.term(o) for o in eqn.inputs[:2])
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dot_numbers(eqn)
     shared = zeros.live(lhs[i] for i in lhs_batch)
     lhs_free = zeros.live(a for d, a in enumerate(lhs) if d not in (*lhs_sum, *lhs_batch))
     rhs_free = zeros.live(a for d, a in enumerate(rhs) if d not in (*rhs_sum, *rhs_batch))
@@ -191,7 +206,7 @@ def _contraction(
     lhs_free: set[Atom],
     rhs_free: set[Atom],
 ) -> Set[Atom]:
-    left, right = (o.atoms for o in operands)
+    left, right = (o.atoms for o in operands[:2])
     zeros.require(summed, left | right, because(eqn, "contracted over while not zero"))
     kept = (
         (shared & (left | right)) | {a for a in lhs_free if a in left} | {a for a in rhs_free if a in right}

@@ -17,7 +17,8 @@ from jax.lax import GatherScatterMode
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.flow import Flow
 from sculpt.tracing.jax_calls import scan_parts, scan_results, while_parts
-from sculpt.tracing.program import Equation, Literal, Operand
+from sculpt.tracing.program import OWN_DERIVATIVES, Equation, Literal, Operand
+from sculpt.tracing.signs import never_negative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Zero:
     """Free atoms at whose pruned units the value is exactly zero."""
     constant: Any = None
     """The value itself where it is one number known beforehand."""
+    never_negative: bool = False
+    """Whether no entry of it is below zero."""
 
 
 ZeroRule = Callable[["ZeroPass", Equation, list[Zero]], Set[Atom] | list[Zero]]
@@ -47,24 +50,31 @@ def zero_rule(*names: str) -> Callable[[ZeroRule], ZeroRule]:
     return register
 
 
-def unsound_atoms(flow: Flow, zero_inputs: Iterable[int]) -> dict[Atom, str]:
-    """Finds the prunable atoms that some operation mixes while their pruned units are not zero.
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a program does with pruned units that are not zero, in its bodies too."""
+
+    unsound: dict[Atom, str] = dataclasses.field(default_factory=dict)
+    """The prunable atoms that some operation mixes while their pruned units are not zero, and why each must be frozen."""
+    sums: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+    """By `id(equation)` of a sum over pruned units that are not zero but equal: the slices (`tracing/equal_units.py`) that say
+    what these units add to it."""
+
+
+def find_unsound(flow: Flow, zero_inputs: Iterable[int]) -> Findings:
+    """Runs the zero pass over a program.
 
     Args:
       flow: the finished axis flow.
       zero_inputs: ids of the values that masks zero (the parameters).
-
-    Returns:
-      atom -> reason why it must be frozen.
     """
-    unsound: dict[Atom, str] = {}
-    masked = set(zero_inputs)
+    findings, masked = Findings(), set(zero_inputs)
     inputs = [
         Zero(frozenset(live(flow, flow.terms[value]) if value in masked else ()))
         for value in flow.program.inputs
     ]
-    ZeroPass(flow, inputs, unsound)
-    return unsound
+    ZeroPass(flow, inputs, findings)
+    return findings
 
 
 def live(flow: Flow, term: Iterable[Any]) -> set[Atom]:
@@ -76,14 +86,22 @@ def live(flow: Flow, term: Iterable[Any]) -> set[Atom]:
 class ZeroPass:
     """The zeros of all values of a program, found in order of its equations."""
 
-    def __init__(self, flow: Flow, inputs: Sequence[Zero], unsound: dict[Atom, str]) -> None:
+    def __init__(
+        self, flow: Flow, inputs: Sequence[Zero], findings: Findings, follows_sums: bool = True
+    ) -> None:
         self.flow = flow
-        self.unsound = unsound
+        self.findings = findings
+        self.follows_sums = follows_sums
+        """Whether sums over equal units are followed. Inside functions with a derivative of their own they are not: the derivative
+        would have to add the same."""
         self.zeros: dict[int, Zero] = dict(zip(flow.program.inputs, inputs, strict=True))
+        self.places: dict[int, int] = {}
+        """The place of the equation that gives a value among the program's equations, by the value's id."""
         for value, array in flow.program.constants.items():
-            self.zeros[value] = Zero(frozenset(), _single_number(array))
-        for eqn in flow.program.equations:
+            self.zeros[value] = _number(array)
+        for place, eqn in enumerate(flow.program.equations):
             self._step(eqn)
+            self.places.update(dict.fromkeys(eqn.outputs, place))
 
     @property
     def results(self) -> list[Zero]:
@@ -95,7 +113,7 @@ class ZeroPass:
 
     def read(self, operand: Operand) -> Zero:
         if isinstance(operand, Literal):
-            return Zero(frozenset(), _single_number(operand.value))
+            return _number(operand.value)
         return self.zeros[operand]
 
     def term(self, operand: Operand) -> Any:
@@ -104,18 +122,24 @@ class ZeroPass:
     def require(self, atoms: set[Atom], zero: Iterable[Atom], reason: str) -> None:
         """Reports those of `atoms` that are not among `zero`."""
         for atom in atoms - set(zero):
-            self.unsound.setdefault(atom, reason)
+            self.findings.unsound.setdefault(atom, reason)
 
     def _step(self, eqn: Equation) -> None:
         operands = [self._spread(eqn, o) for o in eqn.inputs]
         rule = None if self.flow.program.is_table(eqn) else ZERO_RULES.get(eqn.name)
         results = frozenset() if rule is None else rule(self, eqn, operands)
         if not isinstance(results, list):
-            results = [Zero(frozenset(results), _constant(eqn, operands))] * len(eqn.outputs)
+            sign = never_negative(self.flow.program, eqn, lambda o: self.read(o).never_negative, self._maker)
+            results = [Zero(frozenset(results), _constant(eqn, operands), sign)] * len(eqn.outputs)
         for output, found in zip(eqn.outputs, results, strict=True):
             alive = self.live(self.flow.terms[output])
             everywhere = found.constant is not None and found.constant == 0
-            self.zeros[output] = Zero(frozenset(alive if everywhere else found.atoms & alive), found.constant)
+            atoms = frozenset(alive if everywhere else found.atoms & alive)
+            self.zeros[output] = dataclasses.replace(found, atoms=atoms)
+
+    def _maker(self, operand: Operand) -> Equation | None:
+        place = self.places.get(operand) if isinstance(operand, int) else None
+        return None if place is None else self.flow.program.equations[place]
 
     def _spread(self, eqn: Equation, operand: Operand) -> Zero:
         """An operand as it meets the others. What is copied along an axis is not zero at that axis' pruned units, even where
@@ -150,6 +174,12 @@ def _constant(eqn: Equation, operands: list[Zero]) -> Any:
     return constants.pop() if len(constants) == 1 else None
 
 
+def _number(array: Any) -> Zero:
+    """What is known of an array that is part of the program."""
+    number = _single_number(array)
+    return Zero(frozenset(), number, isinstance(number, int | float) and number >= 0)
+
+
 def _single_number(array: Any) -> Any:
     if np.ndim(array) == 0:
         try:
@@ -160,7 +190,8 @@ def _single_number(array: Any) -> Any:
 
 
 def _body(zeros: ZeroPass, eqn: Equation, index: int, inputs: Sequence[Zero]) -> list[Zero]:
-    return ZeroPass(zeros.flow.bodies[id(eqn)][index], inputs, zeros.unsound).results
+    follows_sums = zeros.follows_sums and eqn.name not in OWN_DERIVATIVES
+    return ZeroPass(zeros.flow.bodies[id(eqn)][index], inputs, zeros.findings, follows_sums).results
 
 
 @zero_rule("custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2", "shard_map")
@@ -177,7 +208,8 @@ def _cond(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
 
 
 def _both(*found: Zero) -> Zero:
-    return Zero(frozenset.intersection(*(z.atoms for z in found)))
+    atoms = frozenset.intersection(*(z.atoms for z in found))
+    return Zero(atoms, never_negative=all(z.never_negative for z in found))
 
 
 @zero_rule("scan")
@@ -209,6 +241,6 @@ def _while(zeros: ZeroPass, eqn: Equation, operands: list[Zero]) -> list[Zero]:
 def _initial(zeros: ZeroPass, operands: Sequence[Operand], found: Sequence[Zero]) -> list[Zero]:
     """A carry changes: no constant, but zero where it starts as zero, until a step shows otherwise."""
     return [
-        Zero(frozenset(zeros.live(zeros.term(o)) if z.constant == 0 else z.atoms))
+        Zero(frozenset(zeros.live(zeros.term(o)) if z.constant == 0 else z.atoms), None, z.never_negative)
         for o, z in zip(operands, found)
     ]

@@ -212,8 +212,7 @@ ARCHITECTURES = {
     ),
     "regularised": Architecture(
         from_function(_regularised, UNBIASED),
-        groups=(),
-        frozen=dict.fromkeys(("first:3", "second:2", "second:3", "head:0"), "summed over while not zero"),
+        groups=(6, 8),
     ),
     "shared_kernel": Architecture(from_function(_shared_kernel, UNBIASED), groups=(6, 8)),
     "low_rank": Architecture(

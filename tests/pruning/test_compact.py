@@ -99,7 +99,8 @@ def test_masks_that_are_given_decide_where_training_silenced_a_unit() -> None:
 def test_a_training_program_that_mixes_pruned_units_is_refused_when_it_is_run() -> None:
     def train(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
         hidden = jax.nn.relu(x @ params["a"] + params["c"][None])
-        return (hidden @ params["b"]) / jnp.exp(hidden).mean(-1, keepdims=True)
+        weights = jnp.exp(hidden) * jnp.arange(hidden.shape[-1], dtype=hidden.dtype)[None]
+        return (hidden @ params["b"]) / weights.mean(-1, keepdims=True)
 
     space, policy, masked = halved(dense(apply_train=train))
     small = sculpt.compact(masked, space, policy)
