@@ -74,12 +74,15 @@ def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
 def _macs(program: Program, eqn: Equation) -> int:
     """Multiply-accumulates at the sizes that the program was traced with."""
     first, kernel = (program.shape(value) for value in eqn.inputs)
-    numbers = eqn.params["dimension_numbers"]
+    numbers, result = eqn.params["dimension_numbers"], list(program.shape(eqn.outputs[0]))
     if eqn.name == "conv_general_dilated":
         summed = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+        # As in the trace: a transposed convolution multiplies the positions of its input.
+        for i, o in zip(numbers.lhs_spec[2:], numbers.out_spec[2:]):
+            result[o] = min(result[o], first[i])
     else:
         summed = math.prod(first[dim] for dim in numbers[0][0])
-    return math.prod(program.shape(eqn.outputs[0])) * summed
+    return math.prod(result) * summed
 
 
 class _Counts:

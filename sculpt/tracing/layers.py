@@ -48,7 +48,8 @@ class Layer:
     repeats: int
     """How often it runs for one image: the steps of the scans around it. A `while` body is counted once."""
     macs: int
-    """Multiply-accumulates for one image; positions over padding are counted, as is usual."""
+    """Multiply-accumulates for one image. Positions over padding are counted, as is usual; those of a transposed convolution are the
+    positions of its input."""
     kernel_size: tuple[int, ...]
     strides: tuple[int, ...]
     in_channels: int
@@ -176,8 +177,15 @@ class _Finder:
         output = flow.terms[eqn.outputs[0]]
         if eqn.name == "conv_general_dilated":
             numbers = eqn.params["dimension_numbers"]
-            rhs = flow.term(eqn.inputs[1])
-            factors = [*output, rhs[numbers.rhs_spec[1]], *(rhs[d] for d in numbers.rhs_spec[2:])]
+            lhs, rhs = map(flow.term, eqn.inputs)
+            # A tap of the window meets each position of the image, and each of the output, once at the most: fewer positions of the
+            # image than of the output are those of a transposed convolution, whose gaps of zeros are not multiplied.
+            positions = (
+                min(output[o], lhs[i], key=flow.axes.size)
+                for i, o in zip(numbers.lhs_spec[2:], numbers.out_spec[2:])
+            )
+            factors = [output[d] for d in numbers.out_spec[:2]]
+            factors += [*positions, *(rhs[d] for d in numbers.rhs_spec[1:])]
         else:
             summed = dot_numbers(eqn)[0][operand]
             factors = [*output, *(term[d] for d in summed)]

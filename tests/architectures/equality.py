@@ -197,14 +197,24 @@ def _flops(equations: Sequence[Any]) -> int:
 
 
 def _padded(eqn: Any) -> tuple[list[jax.ShapeDtypeStruct], dict[str, Any]]:
-    """Operands and parameters. XLA counts no products with padding or with the gaps of a dilated input, Sculpt does: they
-    are made part of the input."""
+    """Operands and parameters. XLA counts no products with padding, Sculpt does: it is made part of the input. Where the output is
+    larger than the input, Sculpt counts every product of a position of the input with a tap of the window: XLA does, where there is so
+    much padding that no output is cut off."""
     operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     if eqn.primitive.name == "dot_general":
         return operands, eqn.params
     params, image = dict(eqn.params), list(operands[0].shape)
-    paddings, gaps = params["padding"], params["lhs_dilation"]
-    for dim, (low, high), gap in zip(params["dimension_numbers"].lhs_spec[2:], paddings, gaps):
-        image[dim] = (image[dim] - 1) * gap + 1 + low + high
-    params.update(padding=((0, 0),) * len(paddings), lhs_dilation=(1,) * len(gaps))
+    numbers = params["dimension_numbers"]
+    paddings, gaps = list(params["padding"]), list(params["lhs_dilation"])
+    for d, (dim, out, tap) in enumerate(
+        zip(numbers.lhs_spec[2:], numbers.out_spec[2:], numbers.rhs_spec[2:], strict=True)
+    ):
+        if eqn.outvars[0].aval.shape[out] > image[dim]:
+            reach = (operands[1].shape[tap] - 1) * params["rhs_dilation"][d]
+            assert params["window_strides"][d] == 1
+            paddings[d] = (reach, reach)
+        else:
+            image[dim] = (image[dim] - 1) * gaps[d] + 1 + sum(paddings[d])
+            paddings[d], gaps[d] = (0, 0), 1
+    params.update(padding=tuple(paddings), lhs_dilation=tuple(gaps))
     return [jax.ShapeDtypeStruct(tuple(image), operands[0].dtype), operands[1]], params

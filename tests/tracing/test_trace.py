@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 import sculpt
+from tests.architectures.dense_prediction import UNet
 from tests.networks import NETWORKS, Residual, network, traced
 
 EXPECTED_GROUPS = {
@@ -62,6 +63,42 @@ def test_macs_of_closed_form_cases() -> None:
     assert layers["Dense_0"].macs == 12 * 5
     depthwise = next(la for la in traced("separable").layers if la.name == "Conv_2")
     assert depthwise.macs == 8 * 8 * 9 * 16
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("window", [2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_transposed_convolutions_cost_what_their_input_positions_do(
+    stride: int, window: int, padding: str
+) -> None:
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        strides = (stride, 1)
+        return jax.lax.conv_transpose(
+            x, params["w"], strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    model = sculpt.from_function(apply, {"w": jnp.ones((window, 2, 3, 4))})
+    trace = sculpt.trace(model, jnp.zeros((1, 5, 6, 3)))
+    assert trace.macs == trace.layers[0].macs == (5 * window) * (6 * 2) * 3 * 4
+
+
+def test_first_layer_of_a_generator_multiplies_its_single_position_once() -> None:
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jax.lax.conv_transpose(
+            x, params["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    model = sculpt.from_function(apply, {"w": jnp.ones((4, 4, 3, 2))})
+    assert sculpt.count_cost(model, jnp.zeros((1, 1, 1, 3))) == (4 * 4 * 3 * 2, 4 * 4 * 3 * 2)
+
+
+def test_macs_of_a_u_net() -> None:
+    image = jnp.zeros((1, 8, 8, 3))
+    shapes = jax.eval_shape(UNet().init, jax.random.key(0), image)
+    macs = {layer.name: layer.macs for layer in sculpt.trace(sculpt.from_linen(UNet(), shapes), image).layers}
+    assert macs["ConvTranspose_0"] == (2 * 2) * (2 * 2) * 10 * 7
+    assert macs["ConvTranspose_1"] == (4 * 4) * (3 * 3) * 9 * 5
+    assert macs["Conv_3"] == (4 * 4) * 9 * (7 + 8) * 9
 
 
 def test_tracing_allocates_and_runs_nothing() -> None:
