@@ -4,7 +4,7 @@ from sculpt.agents.actor_critic import ActorCritic, SiteInputs, site_inputs
 from sculpt.agents.config import AgentConfig, Method, SearchConfig
 from sculpt.agents.pretrain import Lesson, pretrain
 from sculpt.agents.result import FrontPoint, SearchResult
-from sculpt.agents.search import search
+from sculpt.agents.search import search, trial_network
 from sculpt.agents.seeds import search_seeds
 from sculpt.scoring.reward import RewardConfig
 
@@ -22,4 +22,5 @@ __all__ = [
     "search",
     "search_seeds",
     "site_inputs",
+    "trial_network",
 ]

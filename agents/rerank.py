@@ -39,26 +39,33 @@ class Referee:
     """The same for every candidate: all of them see the same batches."""
 
     def judge(self, policy: np.ndarray) -> float:
-        """Validation accuracy in [0, 1] of `policy` int32 `[sites]`, after fine-tuning (or with `rerank` 0, before any).
+        """Validation accuracy in [0, 1] of `network(policy)`. One whose reconstruction or fine-tuning diverges counts as 0."""
+        try:
+            tuned = self.network(policy)
+        except (NotFinite, TrainingDiverged):
+            return 0.0
+        split = self.splits.validation
+        return float(evaluate(tuned, split.images, split.labels, normalise=self.splits.normalise).accuracy)
 
-        A network whose reconstruction or fine-tuning diverges counts as 0.
+    def network(self, policy: np.ndarray) -> Model:
+        """The network under `policy` int32 `[sites]`, after fine-tuning (or with `rerank` 0, before any).
+
+        Raises:
+          NotFinite: if its reconstruction diverges.
+          TrainingDiverged: if its fine-tuning does.
         """
         masks = make_masks(self.space, self.model.params, jnp.asarray(policy))
         config = self.config.rerank_finetune
-        try:
-            # Weights that are to fade must be there to begin with.
-            fades = self.config.rerank and config.gradual
-            pruned = self.model if fades else self._pruned(masks)
-            if self.config.rerank:
-                teacher = self.model if config.needs_teacher else None
-                pruned = finetune(pruned, masks, self.splits, config, self.key, teacher=teacher)
-        except (NotFinite, TrainingDiverged):
-            return 0.0
+        # Weights that are to fade must be there to begin with.
+        fades = self.config.rerank and config.gradual
+        pruned = self.model if fades else self._pruned(masks)
+        if self.config.rerank:
+            teacher = self.model if config.needs_teacher else None
+            pruned = finetune(pruned, masks, self.splits, config, self.key, teacher=teacher)
         if self.calibration is not None and not self._reconstructs:
             # After so few steps running statistics are still partly those of the dense network.
             pruned = recalibrate(pruned, self.calibration)
-        split = self.splits.validation
-        return float(evaluate(pruned, split.images, split.labels, normalise=self.splits.normalise).accuracy)
+        return pruned
 
     @property
     def _reconstructs(self) -> bool:

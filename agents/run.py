@@ -173,7 +173,7 @@ def set_up(
     sites = site_inputs(space, model.params)
     if not starts_from_energy(config, space):
         sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
-    images, labels, calibration = _draw_images(splits, config, key)
+    images, labels, calibration = draw_images(splits, config, key)
     problem = make_problem(model, space, images, labels, calibration, plan, config.repair_of(model))
     env = EnvParams(problem, jnp.asarray(config.budgets, jnp.float32))
     task = plan.place(Task(env, sites, fixed_policy(config.method, space, model.params, config.budget)))
@@ -181,7 +181,7 @@ def set_up(
     return make_program(static, config), task, calibration
 
 
-def _draw_images(
+def draw_images(
     splits: Splits, config: SearchConfig, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Images and labels to score on and images to calibrate on: disjoint parts of the train split."""

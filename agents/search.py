@@ -14,7 +14,7 @@ import numpy as np
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.rerank import Referee
 from sculpt.agents.result import SearchResult, make_result, shortlist
-from sculpt.agents.run import Run, set_up, settled
+from sculpt.agents.run import Run, draw_images, set_up, settled
 from sculpt.agents.update import Metrics
 from sculpt.arguments import checked
 from sculpt.digest import add_arrays
@@ -117,6 +117,17 @@ def search(
         float(run.judging.sum()),
         run.speed(),
     )
+
+
+@checked
+def trial_network(
+    model: Model, space: Space, splits: Splits, config: SearchConfig, key: jax.Array, policy: np.ndarray
+) -> Model:
+    """The network that the re-rank of `search(model, space, splits, config, key)` judged `policy` by: after its brief fine-tuning, which
+    is done again, with the same result."""
+    data_key, _, _, rerank_key = jax.random.split(key, 4)
+    calibration = draw_images(splits, config, data_key)[2]
+    return Referee(model, space, splits, config, calibration, rerank_key).network(policy)
 
 
 def _fingerprint(

@@ -272,6 +272,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "channels" not in printed.split("frozen")[0]
     assert run_main("info", *NEW, "--families", "channels,2:4") == 0
     assert "2:4: zeros stay in place; faster on GPUs with sparse tensor cores" in capsys.readouterr().out
+    assert run_main("info", *NEW, "--exclude", "head,stage1_block01") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "frozen: excluded by you: " in printed and "stage1_block01/conv1 channels (16)" in printed
+    fails(capsys, "did you mean 'stage1_block01'", "info", *NEW, "--exclude", "stage1_blok01")
     fails(capsys, "cannot be reached", "info", *NEW, "--budget", "0.00001")
     assert run_main("info", "vit_tiny_patch16") == 0
     assert "MACs per image of 224 x 224 x 3, 5,717,416 weights" in capsys.readouterr().out

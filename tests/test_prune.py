@@ -251,6 +251,25 @@ def test_whatever_is_removed_is_made_again(
     assert (run / "result.json").read_bytes() == before["result.json"]
 
 
+def test_the_better_of_two_fine_tuned_networks_is_kept(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    whole = Pipeline(RunDirectory.existing(finished), {})
+    monkeypatch.setattr(stages, "finetune", lambda *arguments, **hooks: worse)
+    worse = whole.tuned.replace(params=jax.tree.map(jnp.zeros_like, whole.tuned.params))
+    (run / "params.safetensors").unlink()
+    (run / "stages" / "finetune.json").unlink()
+    assert main(["finetune", "--run", str(run)]) == 0
+    after = Pipeline(RunDirectory.existing(run), {})
+    record = after.run.record("finetune")
+    assert record["from_trial"] and not whole.run.record("finetune")["from_trial"]
+    assert record["validation_accuracy"] == after.run.record("search")["validation_accuracy"] > 0.5
+    for weight, mask in zip(*map(jax.tree.leaves, (after.tuned.params, after.masks)), strict=True):
+        assert not np.asarray(weight)[~np.asarray(mask)].any()
+
+
 def test_a_finished_run_is_reported_and_exported_without_its_data_and_weights(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

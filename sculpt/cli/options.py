@@ -180,12 +180,17 @@ def _space_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--round-to",
         type=_number_or_name,
-        help="kept channels are multiples of it, or of what suits cpu (8), gpu (8) or tpu (128) (1)",
+        help="widths that are pruned are multiples of it, or of what suits cpu (8), gpu (8) or tpu (128) (1)",
     )
     group.add_argument(
         "--min-keep",
         type=int,
-        help="channels that stay in a group at least; 0: branches of residual blocks may go whole (1)",
+        help="columns that stay of a group at least; 0: branches of residual blocks may go whole (1)",
+    )
+    group.add_argument(
+        "--exclude",
+        type=_names,
+        help="layers that stay as they are, with commas: paths or patterns such as head or '*/attention/*' (none)",
     )
 
 

@@ -34,10 +34,10 @@ from sculpt.pipeline.settings import (
     TrainSettings,
     read_settings,
 )
-from sculpt.pruning import Space, check_budget, compact, importance, make_space, with_resource
+from sculpt.pruning import Importance, Space, check_budget, compact, importance, make_space, with_resource
 from sculpt.pruning.compact_plan import grouped_kernels
 from sculpt.report import RunDirectory
-from sculpt.tracing import trace
+from sculpt.tracing import Trace, trace
 from sculpt.training import Splits, load_data
 from sculpt.training.data import add_examples
 
@@ -91,10 +91,21 @@ class Artefacts:
     @functools.cached_property
     def search_config(self) -> SearchConfig:
         """The settings of the search, its agent of the size of what it begins with."""
-        config = self.search_settings.config()
         if self.learnt_agent is None:
+            return self.rerank_config
+        return dataclasses.replace(self.rerank_config, agent=size_of(self.learnt_agent))
+
+    @functools.cached_property
+    def rerank_config(self) -> SearchConfig:
+        """What the re-rank of the search goes by: no candidate is fine-tuned for longer than the one that is chosen."""
+        config = self.search_settings.config()
+        if not config.rerank:
             return config
-        return dataclasses.replace(config, agent=size_of(self.learnt_agent))
+        final = self.finetune_settings.config(self.train_settings, self.splits)
+        steps = max(final.steps(len(self.splits.train.labels)), 1)
+        brief = config.rerank_finetune
+        brief = dataclasses.replace(brief, max_steps=min(brief.max_steps or steps, steps))
+        return dataclasses.replace(config, rerank_finetune=brief)
 
     @functools.cached_property
     def finetune_settings(self) -> FinetuneSettings:
@@ -168,9 +179,13 @@ class Artefacts:
 
     @functools.cached_property
     def space(self) -> Space:
+        return self._space_of(trace(self.outline, self.image))
+
+    def _space_of(self, traced: Trace, scores: Importance | None = None) -> Space:
         settings = self.search_settings
-        traced = trace(self.outline, self.image)
-        return make_space(traced, settings.families, settings.round_to, settings.min_keep)
+        return make_space(
+            traced, settings.families, settings.round_to, settings.min_keep, scores, exclude=settings.exclude
+        )
 
     @functools.cached_property
     def ranked_space(self) -> Space:
@@ -189,9 +204,7 @@ class Artefacts:
             labels=train.labels[:_IMPORTANCE_IMAGES],
             key=self.key("importance"),
         )
-        return make_space(
-            self.space.trace, settings.families, settings.round_to, settings.min_keep, importance=scores
-        )
+        return self._space_of(self.space.trace, scores)
 
     def limited(
         self, space: Space, on_progress: Callable[[int, int], None] = lambda done, total: None

@@ -42,7 +42,7 @@ LATENCY = "latency.json"
 
 
 def theoretical_macs(space: Space, policy: Any, masks: Any) -> int:
-    """Exact multiply-accumulates per image that a policy leaves, in whole numbers (`cost` is float32).
+    """Exact multiply-accumulates per image that a policy leaves.
 
     Single entries are counted in the masks: `cost` takes their fraction for the same in whatever channels leave.
     """

@@ -151,9 +151,11 @@ class SearchSettings:
     rerank: int = 4
     """Policies that are fine-tuned briefly for the last choice."""
     round_to: int | str = 1
-    """Kept channel counts are multiples of it, or of what suits a device: "cpu", "gpu", "tpu"."""
+    """Widths are multiples of it, or of what suits a device: "cpu", "gpu", "tpu"."""
     min_keep: int = 1
-    """Channels that stay in a group at least; 0: branches that images get round may go altogether."""
+    """Columns that stay of a group at least; 0: branches that images get round may go altogether."""
+    exclude: tuple[str, ...] = ()
+    """Layers that stay as they are; see `make_space`."""
     front: tuple[float, ...] = ()
     """Further budgets that the agent learns for beside; see `SearchConfig.front`."""
     agent: str | None = None
@@ -162,6 +164,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         # JSON has no tuples.
         object.__setattr__(self, "families", tuple(self.families))
+        object.__setattr__(self, "exclude", tuple(self.exclude))
         object.__setattr__(self, "front", tuple(self.front))
         object.__setattr__(self, "resource", tuple(self.resource))
         self.config()

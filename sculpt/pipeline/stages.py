@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sculpt.agents import SearchConfig, SearchResult, search
+from sculpt.agents import SearchConfig, SearchResult, search, trial_network
 from sculpt.deploy import export_stablehlo, save_params
 from sculpt.deploy.environment import check_threads
 from sculpt.model import Model
@@ -24,6 +24,7 @@ from sculpt.pipeline.settings import SECTIONS
 from sculpt.pruning import check_budget, count_cost, make_masks
 from sculpt.report import RunDirectory
 from sculpt.scoring import EvaluationPlan, evaluate, reconstruct, tune_plan
+from sculpt.scoring.reconstruct import NotFinite
 from sculpt.training import finetune, train
 from sculpt.training.devices import check_devices
 from sculpt.training.finetune import TrainingDiverged, check_request
@@ -141,6 +142,8 @@ class Pipeline(Artefacts):
         if stage == "search":
             tried = self.search_settings.rerank
             note += f", best of {tried} after trial fine-tuning" if tried else ", before fine-tuning"
+        if record.get("from_trial"):
+            note += ", of the network after trial fine-tuning, which is better and kept: try more --finetune-epochs"
         if record.get("latency"):
             note += f"\n{latency_note(record['latency'])}"
         if record.get("doubt"):
@@ -221,6 +224,7 @@ class Pipeline(Artefacts):
             "unique_evaluations": found.unique_evaluations,
             "seconds": found.seconds,
             "rerank_seconds": found.rerank_seconds,
+            "trial_steps": config.rerank_finetune.max_steps,
             "policies_per_second": found.policies_per_second,
             "history": found.history,
             "doubt": found.doubt,
@@ -241,10 +245,30 @@ class Pipeline(Artefacts):
             devices=self._devices or 1,
             **self._hooks("finetune"),
         )
+        model, chosen = self._better(model)
         self._save("params", model)
         recipe = self.train_settings.recipe_for(self.splits).name
         told = {"recipe": recipe, "config": dataclasses.asdict(config), "reconstruct_images": number}
-        return {**told, **self._validated(model)}
+        return {**told, **chosen}
+
+    def _better(self, model: Model) -> tuple[Model, dict[str, Any]]:
+        """The fine-tuned network, or the one of the same policy that the search fine-tuned briefly, where that is better; and what it
+        is worth."""
+        config, found = self.rerank_config, self.run.record("search")
+        best = {**self._validated(model), "from_trial": False}
+        # A search that was run alone may not have known how short the fine-tuning would be.
+        known = found.get("trial_steps") == config.rerank_finetune.max_steps
+        if not config.rerank or (known and found["validation_accuracy"] <= best["validation_accuracy"]):
+            return model, best
+        key = self.key("search")
+        try:
+            trial = trial_network(self.dense, self.ranked_space, self.splits, config, key, self.policy)
+        except (NotFinite, TrainingDiverged):
+            return model, best
+        validated = self._validated(trial)
+        if validated["validation_accuracy"] <= best["validation_accuracy"]:
+            return model, best
+        return trial, {**validated, "from_trial": True}
 
     def reconstructed(self, number: int) -> Model:
         """The masked network fitted to the dense one on so many train images: what fine-tuning begins with, where that is asked for."""

@@ -16,6 +16,7 @@ from sculpt.pruning.family import Family, Option, Site
 from sculpt.pruning.features import SiteFeatures, site_features, to_graph
 from sculpt.pruning.importance import KINDS, Importance, importance
 from sculpt.pruning.masks import apply_masks, make_masks, mask_params
+from sculpt.pruning.named_policy import policy_from
 from sculpt.pruning.patterns import FAMILIES
 from sculpt.pruning.permutation import permute_channels
 from sculpt.pruning.resources import Lookup, Resource
@@ -51,6 +52,7 @@ __all__ = [
     "make_space",
     "mask_params",
     "permute_channels",
+    "policy_from",
     "project",
     "random_policies",
     "resource_used",

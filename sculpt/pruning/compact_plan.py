@@ -116,13 +116,19 @@ def _rows(
     """`Plan.rows`."""
     traced, rows = space.trace, []
     windowed = {leaf for site, leaf in _grouped_sites(space) if policy[site.index] > 0}
+    excluded = {atom for site in space.excluded for atom in site.atoms}
     for layer in traced.layers:
-        leaf = traced.leaves[layer.leaf]
+        leaf, term = traced.leaves[layer.leaf], traced.leaf_term(layer.leaf)
         small = [len(units) for units in places[layer.leaf]]
         notes = [
             f"axis {f.axis} stays{' in part' if f.in_part else ''}: {f.reason}"
             for f in traced.frozen
             if f.leaf == layer.leaf and f.size > 1 and f.axis not in layer.window_axes
+        ]
+        notes += [
+            f"axis {axis} stays: excluded by you"
+            for axis in range(len(term))
+            if not excluded.isdisjoint(traced.axes.atoms(term[axis]))
         ]
         if layer.leaf in groups:
             notes.append(f"in groups: {', '.join(map(str, groups[layer.leaf]))}")

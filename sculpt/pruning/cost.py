@@ -8,38 +8,43 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from sculpt.arguments import checked
 from sculpt.model import Model
 from sculpt.pruning.masks import check_policies
-from sculpt.pruning.resources import kept_fractions
+from sculpt.pruning.resources import Polynomial, kept_fractions, kept_units
 from sculpt.pruning.space import Space
 from sculpt.tracing import trace
+
+_BLOCK = 1024
+"""Policies that are counted at a time, so that few intermediate numbers are in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one policy (scalars) or of several (`[n]`); float32.
+    """Cost of one policy (Python numbers) or of several (NumPy, int64 and float64 `[n]`). Counts are exact whole numbers; compiled code,
+    which has no such integers, gets float32 arrays.
 
     A site's fraction holds for whatever the other sites leave. That is exact, but where single entries of a kernel are chosen in
     one space with channels: how many of them lie in the channels that stay depends on the weights.
     """
 
-    used: jax.Array
+    used: Any
     """What a budget limits, used / dense: MACs, but for another resource of the space."""
-    macs: jax.Array
+    macs: Any
     """Theoretical multiply-accumulates per image: only weights that stay are counted."""
-    macs_ratio: jax.Array
+    macs_ratio: Any
     """`macs` / dense."""
-    macs_realised: jax.Array
+    macs_realised: Any
     """Multiply-accumulates per image after compaction: zeros that no smaller array can express are counted. For `rect_grouped` at
     the most: which filters share a window depends on the weights. Likewise where a branch has lost all channels: what only fed it is
     counted still, such as the scores of an attention without values."""
-    macs_realised_ratio: jax.Array
+    macs_realised_ratio: Any
     """`macs_realised` / dense."""
-    params: jax.Array
+    params: Any
     """Number of weights that stay."""
-    params_ratio: jax.Array
+    params_ratio: Any
     """`params` / dense."""
 
 
@@ -59,34 +64,47 @@ def cost(space: Space, policies: Any) -> Cost:
     Raises:
       ValueError: if the policies do not fit the space.
     """
-    return _cost(space, check_policies(space, policies))
+    checked_policies = check_policies(space, policies)
+    if isinstance(checked_policies, Tracer):
+        return _cost(space, checked_policies)
+    choices = np.asarray(checked_policies)
+    flat = choices.reshape(-1, space.num_sites)
+    blocks = [_counts(space, flat[i : i + _BLOCK]) for i in range(0, len(flat), _BLOCK)]
+    counts = np.concatenate(blocks, axis=1) if blocks else np.zeros((3, 0), np.int64)
+    columns = [np.asarray(space.resource.used(space, choices))]
+    for values, total in zip(counts, (space.macs.total, space.macs.total, space.params.total)):
+        columns += [values.reshape(choices.shape[:-1]), values.reshape(choices.shape[:-1]) / max(total, 1)]
+    return Cost(*(column.item() if column.ndim == 0 else column for column in map(np.asarray, columns)))
+
+
+def _counts(space: Space, policies: np.ndarray) -> np.ndarray:
+    """int64 `[3, n]`: MACs, realised MACs and parameters of policies `[n, sites]`."""
+    kept = kept_units(space, policies)
+    return np.stack([polynomial.count(kept).sum(axis=1) for polynomial in _polynomials(space)])
+
+
+def _polynomials(space: Space) -> tuple[Polynomial, Polynomial, Polynomial]:
+    return space.macs, space.macs.realised(space.compacts), space.params
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _cost(space: Space, policies: jax.Array) -> Cost:
+    """In float32."""
     kept = kept_fractions(space, policies)
-    ratio, params_ratio = space.macs.evaluate(kept), space.params.evaluate(kept)
-    realised_ratio = space.macs.realised(space.compacts).evaluate(kept)
-    return Cost(
-        used=space.resource.used(space, policies),
-        macs=ratio * space.macs.total,
-        macs_ratio=ratio,
-        macs_realised=realised_ratio * space.macs.total,
-        macs_realised_ratio=realised_ratio,
-        params=params_ratio * space.params.total,
-        params_ratio=params_ratio,
-    )
+    columns = [space.resource.used(space, policies)]
+    for polynomial in _polynomials(space):
+        ratio = polynomial.evaluate(kept)
+        columns += [ratio * polynomial.total, ratio]
+    return Cost(*columns)
 
 
 @checked
 def layer_macs(space: Space, policy: Any) -> np.ndarray:
-    """Theoretical multiply-accumulates of each layer under one policy, float64 `[layers]`."""
-    policy = np.asarray(check_policies(space, policy))
-    kept = np.ones(len(space.atoms) + 1)
-    kept[:-1] = space.fractions[np.arange(len(space.atoms)), policy[space.atom_site]]
-    values = space.macs.share.astype(np.float64) * kept[space.macs.atoms].prod(axis=1) * space.macs.total
-    layers = len(space.trace.layers)
-    return np.bincount(space.macs.owner, values, minlength=layers)[:layers]
+    """Theoretical multiply-accumulates of each layer under one policy, int64 `[layers]`."""
+    choices = np.asarray(check_policies(space, policy))
+    layers = np.zeros(len(space.trace.layers) + len(space.trace.products), np.int64)
+    np.add.at(layers, space.macs.owner, space.macs.count(kept_units(space, choices)))
+    return layers[: len(space.trace.layers)]
 
 
 @checked

@@ -100,11 +100,27 @@ jax.tree_util.register_dataclass(Choice, data_fields=["keeps", "retained", "entr
 
 
 @dataclasses.dataclass(frozen=True)
+class Limits:
+    """What channels may become."""
+
+    round_to: int = 1
+    """Kept columns are a multiple of it."""
+    min_keep: int = 1
+    """Fewest columns that stay; 0: branches may go altogether."""
+    levels: int | str = 8
+    """Keep fractions are multiples of one over it; "all": every number of units."""
+    kept_out: frozenset[Atom] = frozenset()
+    """Atoms that no site may act on. Families other than `channels` leave it to `make_space`."""
+    kept_leaves: frozenset[int] = frozenset()
+    """Indices of the leaves whose layers must go on depending on the images."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A kind of pattern."""
 
-    sites: Callable[[Trace, int, int], list[Site]]
-    """`(trace, round_to, min_keep) -> sites` (numbered later)."""
+    sites: Callable[[Trace, Limits], list[Site]]
+    """`(trace, limits) -> sites` (numbered later)."""
     score: Callable[[Trace, Site, Sequence[Any], Importance | None], jax.Array]
     """`(trace, site, parameter leaves, scores of the groups) -> float32 [*site.sizes]`, or `[*site.kernel.sizes]`; jit-able: what
     each unit is worth."""

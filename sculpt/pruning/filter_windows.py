@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.pruning.family import Choice, Kernel, Option, Site, entry_choice, kernel_sites, rank_of
+from sculpt.pruning.family import Choice, Kernel, Limits, Option, Site, entry_choice, kernel_sites, rank_of
 from sculpt.pruning.filter_groups import MIN_GROUP
 from sculpt.tracing import Trace
 from sculpt.tracing.layers import Layer
@@ -41,7 +41,7 @@ _SIXTHS = ((1, 0, 0, 0), (0.5, 0.5, 0, 0), (0, 1, 0, 0), (0, 0.5, 0.5, 0), (0, 0
 """For 6/6 to 1/6 of the entries, the share of filters that have a window of each class."""
 
 
-def filter_window_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+def filter_window_sites(trace: Trace, limits: Limits) -> list[Site]:
     """Sixths of the entries of every 3x3 convolution without groups: filters of one or two neighbouring sizes of windows.
 
     Compaction makes smaller convolutions of them (`filter_groups`), where enough filters share a window. No engine gains from those

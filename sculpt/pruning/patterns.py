@@ -9,35 +9,32 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.pruning import sparse
-from sculpt.pruning.family import Choice, Family, Option, Site, entry_energy, rank_of
+from sculpt.pruning.family import Choice, Family, Limits, Option, Site, entry_energy, rank_of
 from sculpt.pruning.filter_windows import choose_filter_windows, filter_window_sites
 from sculpt.pruning.importance import Importance
 from sculpt.pruning.importance_weights import unit_energy, window_energy
+from sculpt.pruning.widths import kept_counts
 from sculpt.tracing import Trace
 from sculpt.tracing.branches import branch_atoms
 from sculpt.tracing.layers import RENAMING
 from sculpt.tracing.program import Equation, Operand
 
-LEVELS = 8
-"""Keep fractions of the `channels` family are eighths."""
 ROUND_TO = {"cpu": 8, "gpu": 8, "tpu": 128}
-"""Multiples of channels that fill what a device computes with at once: registers of AVX2 (float32), tensor cores in half precision, the
+"""Multiples of columns that fill what a device computes with at once: registers of AVX2 (float32), tensor cores in half precision, the
 matrix units of TPUs."""
 
 
-def _channel_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+def _channel_sites(trace: Trace, limits: Limits) -> list[Site]:
     sites = []
-    least = -(-max(min_keep, 1) // round_to)
-    branches = branch_atoms(trace) if min_keep == 0 else frozenset()
+    branches = branch_atoms(trace, limits.kept_leaves) if limits.min_keep == 0 else frozenset()
+    offered = kept_counts(trace, limits)
     for group in trace.groups:
-        counts: dict[int, str] = {group.size: f"{LEVELS}/{LEVELS}"}
-        for level in range(LEVELS - 1, 0, -1):
-            exact = group.size * level / LEVELS
-            count = max(round(exact / round_to), least) * round_to
-            if count < group.size:
-                counts.setdefault(count, f"{level}/{LEVELS}")
+        if group.atom not in offered:
+            continue
+        counts = offered[group.atom]
         if group.atom in branches:
-            counts[0] = f"0/{LEVELS}"
+            levels = group.size if limits.levels == "all" else limits.levels
+            counts = {**counts, 0: f"0/{levels}"}
         options = tuple(Option(label, count / group.size, (count,)) for count, label in counts.items())
         if len(options) > 1:
             sites.append(Site(0, group.name, "channels", (group.atom,), (group.size,), group.index, options))
@@ -85,7 +82,7 @@ def _product(numbers: Sequence[int]) -> int:
     return result
 
 
-def _rect_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+def _rect_sites(trace: Trace, limits: Limits) -> list[Site]:
     sites, seen = [], set()
     uses: dict[int, int] = {}
     for layer in trace.layers:
@@ -142,7 +139,7 @@ def _choose_window(options: tuple[Option, ...], energy: jax.Array) -> Choice:
 
 
 def _in_place(
-    sites: Callable[[Trace, int, int], list[Site]],
+    sites: Callable[[Trace, Limits], list[Site]],
     choose: Callable[[tuple[Option, ...], jax.Array], Choice],
     realised_by: str,
 ) -> Family:

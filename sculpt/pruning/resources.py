@@ -42,27 +42,67 @@ def kept_fractions(space: Space, policies: Any) -> Any:
     return _module_of(policies).asarray(space.fractions)[columns, policies[..., sites]]
 
 
+def kept_units(space: Space, policies: np.ndarray) -> np.ndarray:
+    """Kept units of every atom, int64 `[..., atoms + 1]`; the last one is 1."""
+    sites = np.append(space.atom_site, np.int32(0))
+    return space.counts[np.arange(len(space.atoms) + 1), policies[..., sites]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Polynomial:
-    """A cost as a sum of products of kept fractions: `sum_m share[m] * prod_d fraction[atoms[m, d]]`."""
+    """A count as a sum of products of kept units: `sum_m coefficient[m] * prod_d kept[atoms[m, d]]`, times the kept share of the
+    kernel's entries `entries[m]` where these are chosen one by one."""
 
-    total: float
-    """Its value when everything is kept."""
-    share: np.ndarray
-    """float32 `[monomials]`: part of the dense total; sums to one."""
+    coefficient: np.ndarray
+    """int64 `[monomials]`."""
     atoms: np.ndarray
     """int32 `[monomials, degree]`: columns of the space's atoms, padded with the column that is always 1."""
+    entries: np.ndarray
+    """int32 `[monomials]`: the column of the kernel's entries; the column that is always 1 where there is none."""
+    sizes: np.ndarray
+    """int64 `[atoms + 1]`: units of every atom; the last 1."""
     owner: np.ndarray
     """int32 `[monomials]`: layer or leaf that the monomial belongs to."""
 
+    @functools.cached_property
+    def dense(self) -> np.ndarray:
+        """int64 `[monomials]`: the values when everything is kept."""
+        return self.coefficient * self.sizes[self.atoms].prod(axis=1)
+
+    @property
+    def total(self) -> int:
+        """Its value when everything is kept."""
+        return int(self.dense.sum())
+
+    @functools.cached_property
+    def share(self) -> np.ndarray:
+        """float32 `[monomials]`: part of the dense total; sums to one."""
+        return (self.dense / max(self.total, 1)).astype(np.float32)
+
     def evaluate(self, kept: Any) -> Any:
-        """float32 `[...]`: its value / `total`, from kept fractions `[..., atoms + 1]`."""
-        return kept[..., self.atoms].prod(axis=-1) @ self.share
+        """float32 `[...]`: its value / `total`, from kept fractions `[..., atoms + 1]`; for compiled code."""
+        return kept[..., np.column_stack([self.atoms, self.entries])].prod(axis=-1) @ self.share
+
+    def count(self, kept: np.ndarray) -> np.ndarray:
+        """int64 `[..., monomials]`: the exact values, from kept units int64 `[..., atoms + 1]`. A kernel's share of entries that is no
+        whole number is rounded."""
+        value = self.coefficient
+        for column in self.atoms.T:
+            value = value * kept[..., column]
+        whole, rest = np.divmod(value, size := self.sizes[self.entries])
+        entries = kept[..., self.entries]
+        return whole * entries + (2 * rest * entries + size) // (2 * size)
 
     def realised(self, compacts: np.ndarray) -> Polynomial:
         """What of it is left after compaction; `compacts` is bool `[atoms + 1]`, as in `Space`."""
         last = len(compacts) - 1
-        return dataclasses.replace(self, atoms=np.where(compacts[self.atoms], self.atoms, last))
+        stays = np.where(compacts[self.atoms], 1, self.sizes[self.atoms]).prod(axis=1)
+        return dataclasses.replace(
+            self,
+            coefficient=self.coefficient * stays,
+            atoms=np.where(compacts[self.atoms], self.atoms, last),
+            entries=np.where(compacts[self.entries], self.entries, last),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

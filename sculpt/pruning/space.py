@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, did_you_mean, is_real, is_whole
-from sculpt.pruning.family import Choice, Option, Site
+from sculpt.pruning.family import Choice, Limits, Option, Site
 from sculpt.pruning.importance import Importance, check_importance
 from sculpt.pruning.importance_units import fitting_leaves
+from sculpt.pruning.layer_names import kept_out, nearest, sites_named
 from sculpt.pruning.patterns import FAMILIES, ROUND_TO
 from sculpt.pruning.resources import Counted, Lookup, Polynomial, Resource, Several
 from sculpt.tracing import Trace
@@ -31,8 +32,8 @@ class Space:
     sites: tuple[Site, ...]
     atoms: tuple[Atom, ...]
     """The atoms that options act on, those that stand for the entries of a kernel included; each belongs to one site."""
-    fractions: np.ndarray
-    """float32 `[atoms + 1, max_options]`: fraction of the atom kept under each option of its site; last row 1."""
+    counts: np.ndarray
+    """int64 `[atoms + 1, max_options]`: units of the atom kept under each option of its site; last row 1."""
     compacts: np.ndarray
     """bool `[atoms + 1]`: whether compaction removes what is not kept."""
     atom_site: np.ndarray
@@ -51,6 +52,8 @@ class Space:
     """int32 `[sites]`: node of the graph that each site belongs to."""
     importance: Importance | None
     """What channels are ranked by; None for the energy of the parameters that masks are made of."""
+    excluded: tuple[Site, ...]
+    """The sites that there would be without what the user excludes."""
 
     def __repr__(self) -> str:
         return f"Space({self.num_sites} sites of {', '.join(self.families)}, in {self.trace})"
@@ -68,6 +71,11 @@ class Space:
         """bool `[sites, max_options]`: which option indices exist."""
         return np.arange(self.max_options)[None, :] < self.num_options[:, None]
 
+    @functools.cached_property
+    def fractions(self) -> np.ndarray:
+        """float32 `[atoms + 1, max_options]`: `counts` as shares of all units."""
+        return (self.counts / self.counts[:, :1]).astype(np.float32)
+
     @property
     def kept(self) -> np.ndarray:
         """float32 `[sites, max_options]`: fraction of the site's units kept; 0 where invalid."""
@@ -77,9 +85,12 @@ class Space:
         return table
 
     def describe(self, policy: Sequence[int]) -> list[str]:
-        """One line per site: its name, family and the chosen option."""
+        """One line per site: its name, family and the chosen option; then what is excluded."""
         choices = np.asarray(policy)
-        return [f"{s.name} {s.family} {s.options[int(choices[s.index])].label}" for s in self.sites]
+        return [
+            *(f"{s.name} {s.family} {s.options[int(choices[s.index])].label}" for s in self.sites),
+            *(f"{s.name} {s.family} excluded by you" for s in self.excluded),
+        ]
 
 
 @checked
@@ -89,6 +100,10 @@ def make_space(
     round_to: int | str = 1,
     min_keep: int = 1,
     importance: Importance | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    levels: int | str = 8,
+    keep_at_least: Mapping[str, float] | None = None,
 ) -> Space:
     """Lists the sites of a traced network and the options of each.
 
@@ -96,16 +111,22 @@ def make_space(
       trace: what `sculpt.trace` returned.
       families: names of pattern families, each one of `FAMILIES`; or one name. `channels` goes with any other; of the others, the
         first that takes a kernel has it alone.
-      round_to: kept channel counts are multiples of it where the level is not "all"; or a device whose multiple is taken: "cpu" (8),
-        "gpu" (8), "tpu" (128).
-      min_keep: least number of channels that stay in a group, rounded up to a multiple of `round_to`; groups of no more
+      round_to: widths that channels are pruned to are multiples of it, in every array (the columns of all heads that stay, not their
+        number), where not all stay; or a device whose multiple is taken: "cpu" (8), "gpu" (8), "tpu" (128).
+      min_keep: least number of columns that stay of a group in every array, rounded up to a multiple of `round_to`; groups of no more
         than that stay whole. 0: groups that images get round, as in the branch of a residual block, may lose all of their channels,
         all such groups at once even, and compaction takes out what is behind them too.
       importance: what `sculpt.importance` returned for this trace: the channels of lowest score go first, also after
         fine-tuning. None ranks them by retained energy on the parameters that masks are made of.
+      exclude: layers and arrays that stay as they are: paths of the parameter tree or patterns, such as `("head", "Conv_0",
+        "*/attention/*")`. No axis that one of them has is pruned anywhere. "head:inputs" or "head:outputs" keeps one side alone.
+      levels: keep fractions of `channels` are multiples of one over it; "all": every number of units is an option, which is meant for
+        `policy_from`: a search over so many is slow.
+      keep_at_least: name of a site or layer, or pattern -> the share of it that has to stay, in (0, 1]: `{"stage3*": 0.5}`.
 
     Raises:
-      ValueError: for an unknown family, `round_to` below 1 or `min_keep` below 0, importance of another trace, or a network without any site.
+      ValueError: for an unknown family, a number out of range, a name that the network does not have, importance of another trace, or
+        a network without any site.
     """
     families = (families,) if isinstance(families, str) else tuple(families)
     for name in families:
@@ -125,15 +146,24 @@ def make_space(
             raise ValueError(f"{name} must be a whole number of at least {lowest}, got {number!r}")
     if importance is not None:
         check_importance(trace, importance)
-    found = _one_of_each_kernel(
-        trace, [site for name in families for site in FAMILIES[name].sites(trace, round_to, min_keep)]
-    )
+    if levels != "all" and not is_whole(levels, 2):
+        raise ValueError(f'levels must be a whole number of at least 2, or "all", got {levels!r}')
+    atoms_out, leaves_out = kept_out(trace, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+    limits = Limits(int(round_to), int(min_keep), levels, atoms_out, leaves_out)
+    found = _sites(trace, families, limits)
+    everything = _sites(trace, families, Limits(limits.round_to, limits.min_keep, levels)) if exclude else []
+    excluded = tuple(site for site in everything if not atoms_out.isdisjoint(site.atoms))
+    found = _bounded(trace, found, keep_at_least or {})
     if not found:
+        if excluded or keep_at_least:
+            raise ValueError(
+                f"nothing to prune with families {families}: all sites are excluded by you, or kept by keep_at_least"
+            )
         if "channels" in families and trace.groups:
             largest = max(group.size for group in trace.groups)
             raise ValueError(
                 f"nothing to prune with families {families}: round_to {round_to} and min_keep {min_keep} leave every group "
-                f"whole, the largest has {largest} channels; lower them"
+                f"whole, the largest has {largest} units; lower them"
             )
         if not {"channels", "rect"} & set(families):
             raise ValueError(
@@ -151,26 +181,28 @@ def make_space(
     atoms = tuple(atom for site in sites for atom in site.atoms)
     column = {atom: i for i, atom in enumerate(atoms)}
     options = max(len(site.options) for site in sites)
-    fractions = np.ones((len(atoms) + 1, options), np.float32)
+    counts = np.ones((len(atoms) + 1, options), np.int64)
     for site in sites:
-        for atom, size, position in zip(site.atoms, site.sizes, range(len(site.atoms))):
-            for i, option in enumerate(site.options):
-                fractions[column[atom], i] = option.counts[position] / size
+        for position, (atom, size) in enumerate(zip(site.atoms, site.sizes)):
+            counts[column[atom]] = size
+            counts[column[atom], : len(site.options)] = [option.counts[position] for option in site.options]
     atom_site = np.asarray([site.index for site in sites for _ in site.atoms], np.int32)
     compacts = np.asarray([FAMILIES[sites[s].family].compacts for s in atom_site] + [True])
     entries = {site.kernel.leaf: site.kernel.atom for site in sites if site.kernel is not None}
     layers = [_times(layer.monomials, entries.get(layer.leaf)) for layer in trace.layers]
-    macs = _polynomial(trace, [*layers, *(p.monomials for p in trace.products)], column)
+    sizes = counts[:, 0]
+    macs = _polynomial(trace, [*layers, *(p.monomials for p in trace.products)], column, sizes)
     params = _polynomial(
-        trace, [_times(m, entries.get(leaf)) for leaf, m in enumerate(trace.leaf_monomials)], column
+        trace, [_times(m, entries.get(leaf)) for leaf, m in enumerate(trace.leaf_monomials)], column, sizes
     )
     num_options = np.asarray([len(site.options) for site in sites], np.int32)
     site_nodes = np.asarray(
         [(group_node if s.family == "channels" else layer_node)(trace, s.owner) for s in sites], np.int32
     )
     space = Space(
-        trace, families, sites, atoms, fractions, compacts, atom_site, num_options, macs, params,
+        trace, families, sites, atoms, counts, compacts, atom_site, num_options, macs, params,
         Counted("MACs", macs), np.ones((len(sites), options), np.float32), (1.0, 1.0), site_nodes, importance,
+        excluded,
     )  # fmt: skip
     return _limited(space, space.resource)
 
@@ -242,6 +274,34 @@ def _resource(space: Space, given: Any) -> Resource:
     return given
 
 
+def _sites(trace: Trace, families: Sequence[str], limits: Limits) -> list[Site]:
+    """The sites of the families, without those that are kept out."""
+    sites = [site for name in families for site in FAMILIES[name].sites(trace, limits)]
+    return [site for site in _one_of_each_kernel(trace, sites) if limits.kept_out.isdisjoint(site.atoms)]
+
+
+def _bounded(trace: Trace, sites: Sequence[Site], bounds: Mapping[str, float]) -> list[Site]:
+    """The sites without the options that keep less than a bound allows, and without those that have one option left."""
+    least: dict[int, float] = {}
+    for pattern, share in bounds.items():
+        if not is_real(share) or not 0 < share <= 1:
+            raise ValueError(f"keep_at_least[{pattern!r}] must be a share in (0, 1], got {share!r}")
+        named = sites_named(trace, sites, pattern)
+        if not named:
+            raise ValueError(
+                f"keep_at_least names no site: {pattern!r}{nearest(pattern, (site.name for site in sites))}"
+            )
+        for site in named:
+            least[id(site)] = max(share, least.get(id(site), 0.0))
+    bounded = [
+        dataclasses.replace(
+            site, options=tuple(o for o in site.options if o.kept >= least.get(id(site), 0.0) - 1e-9)
+        )
+        for site in sites
+    ]
+    return [site for site in bounded if len(site.options) > 1]
+
+
 def _one_of_each_kernel(trace: Trace, sites: Sequence[Site]) -> list[Site]:
     """The sites without those of a kernel that an earlier family has; groups of channels are no kernels."""
     taken: dict[int, str] = {}
@@ -258,26 +318,33 @@ def _times(monomials: Monomials, atom: Atom | None) -> Monomials:
     return monomials if atom is None else tuple((c, (*atoms, atom)) for c, atoms in monomials)
 
 
-def _polynomial(trace: Trace, owners: Sequence[Monomials], column: dict[Atom, int]) -> Polynomial:
-    rows: dict[tuple[int, tuple[int, ...]], int] = {}
+def _polynomial(
+    trace: Trace, owners: Sequence[Monomials], column: dict[Atom, int], sizes: np.ndarray
+) -> Polynomial:
+    last = len(column)
+    rows: dict[tuple[int, tuple[int, ...], int], int] = {}
     for owner, monomials in enumerate(owners):
         for coefficient, atoms in monomials:
-            value = coefficient
+            chosen, entries = [], last
             for atom in atoms:
-                # A negative atom is a kernel's entries: a fraction alone, their number is counted by the others.
-                value *= trace.axes.atom_size(atom) if atom >= 0 else 1
-            key = (owner, tuple(sorted(column[a] for a in atoms if a in column)))
-            rows[key] = rows.get(key, 0) + value
-    degree = max((len(columns) for _, columns in rows), default=0) or 1
-    table = np.full((len(rows), degree), len(column), np.int32)
-    for row, (_, columns) in enumerate(rows):
+                if atom < 0:  # the entries of a kernel
+                    entries = column[atom]
+                elif atom in column:
+                    chosen.append(column[atom])
+                else:
+                    coefficient *= trace.axes.atom_size(atom)
+            key = (owner, tuple(sorted(chosen)), entries)
+            rows[key] = rows.get(key, 0) + coefficient
+    degree = max((len(columns) for _, columns, _ in rows), default=0) or 1
+    table = np.full((len(rows), degree), last, np.int32)
+    for row, (_, columns, _) in enumerate(rows):
         table[row, : len(columns)] = columns
-    values = np.asarray(list(rows.values()), np.float64)
     return Polynomial(
-        total=float(values.sum()),
-        share=(values / values.sum()).astype(np.float32),
+        coefficient=np.asarray(list(rows.values()), np.int64),
         atoms=table,
-        owner=np.asarray([owner for owner, _ in rows], np.int32),
+        entries=np.asarray([entries for _, _, entries in rows], np.int32),
+        sizes=sizes,
+        owner=np.asarray([owner for owner, _, _ in rows], np.int32),
     )
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.pruning.family import Choice, Kernel, Option, Site, entry_choice, kernel_sites, rank_of
+from sculpt.pruning.family import Choice, Kernel, Limits, Option, Site, entry_choice, kernel_sites, rank_of
 from sculpt.tracing import Trace
 from sculpt.tracing.layers import Layer
 
@@ -37,7 +37,7 @@ def _eighths(units: int, entries: int) -> list[Option]:
     return [Option(label, n / units, (n * entries,), (n,)) for n, label in counts.items()]
 
 
-def unstructured_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+def unstructured_sites(trace: Trace, limits: Limits) -> list[Site]:
     """Eighths of the entries of every kernel. No engine gains: dense hardware multiplies by the zeros as well."""
     return kernel_sites(trace, "unstructured", lambda _, kernel: _eighths(math.prod(kernel.sizes), 1))
 
@@ -48,7 +48,7 @@ def choose_unstructured(options: tuple[Option, ...], energy: jax.Array) -> Choic
     return entry_choice([rank < option.pattern[0] for option in options], energy)
 
 
-def n_of_m_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+def n_of_m_sites(trace: Trace, limits: Limits) -> list[Site]:
     """4:8, 2:4 and 1:4 among the inputs of every kernel whose number of inputs (last input axis) 8 or 4 divides.
 
     Of each m consecutive inputs of an output, at each position of the window, n stay. Sparse tensor cores multiply by 2:4 at up to
@@ -58,7 +58,7 @@ def n_of_m_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
     return kernel_sites(trace, "nm", lambda _, kernel: _n_of_m_options(kernel, N_OF_M))
 
 
-def two_of_four_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+def two_of_four_sites(trace: Trace, limits: Limits) -> list[Site]:
     """Dense or 2:4, the one pattern of `n_of_m_sites` that hardware takes."""
     return kernel_sites(trace, "2:4", lambda _, kernel: _n_of_m_options(kernel, ((2, 4),)))
 
@@ -109,7 +109,7 @@ def is_nm(mask: Any, n: int, m: int, axis: int) -> bool:
     return bool((groups.reshape(*groups.shape[:-1], -1, m).sum(axis=-1) <= n).all())
 
 
-def block_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+def block_sites(trace: Trace, limits: Limits) -> list[Site]:
     """Eighths of the square blocks of inputs x outputs, at each position of the window: 8x8, or 4x4 where 8 does not divide both.
 
     No engine gains by itself; block-sparse matrix products do (such as Triton's on GPUs), which have to be called by hand.
@@ -139,7 +139,7 @@ def choose_blocks(options: tuple[Option, ...], energy: jax.Array) -> Choice:
     return entry_choice([keep(option.pattern[0]) for option in options], energy)
 
 
-def four_entry_sites(trace: Trace, round_to: int, min_keep: int) -> list[Site]:
+def four_entry_sites(trace: Trace, limits: Limits) -> list[Site]:
     """Four of nine entries in every 3x3 kernel (one input, one output), and of those kernels all, 3/4, 2/4 or 1/4.
 
     PatDNN (Niu et al. 2020, arXiv 2001.00138) gains from it on phones by code compiled for the patterns of each layer. No engine in

@@ -51,7 +51,7 @@ def sites_table(space: Space) -> Table:
 
 
 def frozen_lines(space: Space) -> list[str]:
-    """Axes that no site removes, one line for each reason: how many, and some by name."""
+    """What no site removes, one line for each reason: how many, and some by name."""
     chosen = {atom for site in space.sites for atom in site.atoms}
     reasons: dict[str, list[Frozen]] = {}
     windows = {
@@ -64,12 +64,16 @@ def frozen_lines(space: Space) -> list[str]:
         if (frozen.leaf, frozen.axis) not in windows:
             # What follows in brackets is the place in the program: that of the first is told.
             reasons.setdefault(frozen.reason.partition(" (")[0], []).append(frozen)
-    lines = []
-    for found in reasons.values():
-        names = [f"{frozen.name} ({frozen.size})" for frozen in found[:_NAMED]]
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        lines.append(f"{found[0].reason}: {', '.join(names)}{more}")
-    return lines
+    named = [
+        ("excluded by you", [f"{site.name} {site.family} ({_shape(site.sizes)})" for site in space.excluded]),
+        *((found[0].reason, [f"{f.name} ({f.size})" for f in found]) for found in reasons.values()),
+    ]
+    return [_line(reason, names) for reason, names in named if names]
+
+
+def _line(reason: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{reason}: {', '.join(names[:_NAMED])}{more}"
 
 
 def _options(site: Site) -> str:

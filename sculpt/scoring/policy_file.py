@@ -28,6 +28,8 @@ COLUMNS = (
     "params_ratio",
 )
 """What is written of each policy, besides its index in the stream and itself."""
+COUNTS = ("macs", "macs_realised", "params")
+"""Those of them that are whole numbers."""
 
 
 def read_policies(file: str | Path) -> Iterator[np.ndarray]:
@@ -144,9 +146,8 @@ def pack_rows(lines: Path, out: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
-        [("index", pa.int64()), ("policy", pa.list_(pa.int32())), *((name, pa.float32()) for name in COLUMNS)]
-    )
+    numbers = ((name, pa.int64() if name in COUNTS else pa.float32()) for name in COLUMNS)
+    schema = pa.schema([("index", pa.int64()), ("policy", pa.list_(pa.int32())), *numbers])
     temporary = out.with_name(out.name + ".tmp")
     rows = read_rows(lines)
     with pq.ParquetWriter(temporary, schema) as writer:
@@ -175,8 +176,11 @@ def unpack_rows(out: Path, lines: Path) -> None:
     _settle(temporary, lines)
 
 
-def as_json(value: Any) -> float | None:
-    """The shortest number that reads back as the same float32; None for None and what is not finite, which JSON lacks."""
+def as_json(value: Any) -> int | float | None:
+    """A whole number as it is, another as the shortest that reads back as the same float32; None for None and what is not finite, which
+    JSON lacks."""
+    if isinstance(value, int | np.integer):
+        return int(value)
     return None if value is None or not math.isfinite(value) else float(str(np.float32(value)))
 
 

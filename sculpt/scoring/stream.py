@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -61,7 +60,7 @@ class Block:
     scores: Scores
     """numpy float32 `[n]` each."""
     cost: Cost
-    """numpy float32 `[n]` each."""
+    """numpy `[n]` each: counts int64, shares float."""
     evaluated: int
     """Policies that were scored by running the network; the others were remembered."""
 
@@ -78,7 +77,7 @@ class _Flight:
     """Policies remembered from before; memory may have lost them by the time that the block lands."""
     scores: Scores
     """Of the fresh rows, not waited for."""
-    cost: Cost
+    space: Space
 
     def land(self, memory: Memory, before: dict[bytes, Pair]) -> tuple[Block, dict[bytes, Pair]]:
         """Waits for the scores.
@@ -97,7 +96,7 @@ class _Flight:
         pairs = self.known | before | scored
         rows = [pairs[policy.tobytes()] for policy in self.policies]
         accuracy, loss = (np.asarray([pair[i] for pair in rows], np.float32) for i in range(2))
-        costs = jax.tree.map(lambda x: np.asarray(x)[: len(rows)], self.cost)
+        costs = cost(self.space, self.policies)
         block = Block(self.start, self.policies, Scores(accuracy, loss), costs, len(self.fresh))  # type: ignore[arg-type]
         return block, scored
 
@@ -157,8 +156,7 @@ def _launch(
     place = problem.plan.place
     padded = _padded(policies[rows], chunk)
     scores = _scored(problem, place(padded), place(jnp.int32(len(rows))))
-    costs = _costs(problem.space, _padded(policies, chunk))
-    return _Flight(start, policies, rows, known, scores, costs)
+    return _Flight(start, policies, rows, known, scores, problem.space)
 
 
 def _padded(policies: np.ndarray, rows: int) -> np.ndarray:
@@ -175,8 +173,3 @@ def _checked(space: Space, rows: Sequence[Any], start: int) -> np.ndarray:
         except ValueError as error:
             raise ValueError(f"policy {start + place}: {error}") from error
     return np.asarray(rows, np.int32)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _costs(space: Space, policies: jax.Array) -> Cost:
-    return cost(space, policies)

@@ -14,9 +14,9 @@ _PRODUCTS = ("mul", "div", *CONTRACTIONS)
 """What these give is the same for every image, perhaps zero, as soon as one of their operands is."""
 
 
-def branch_atoms(trace: Trace) -> frozenset[Atom]:
+def branch_atoms(trace: Trace, needed: frozenset[int] = frozenset()) -> frozenset[Atom]:
     """The atoms of groups without any unit of which the output still depends on the images, also where all of them have gone: of
-    branches side by side the first may go.
+    branches side by side the first may go. The layers of the leaves `needed` then depend on them too.
 
     Inside loops none is: what a loop gives is not told apart from what it was given.
     """
@@ -29,6 +29,8 @@ def branch_atoms(trace: Trace) -> frozenset[Atom]:
             depends.update(eqn.outputs)
             steps.append((eqn, _inside(flow, eqn)))
     vanishing = {o: _vanishing(flow, o) for eqn, _ in steps for o in eqn.outputs}
+    layers = {id(layer.equation) for layer in trace.layers if layer.leaf in needed}
+    stay = {o for eqn, _ in steps if id(eqn) in layers for o in eqn.outputs}
 
     def reaches_the_output(gone: set[Atom]) -> bool:
         alive = set(images)
@@ -36,7 +38,7 @@ def branch_atoms(trace: Trace) -> frozenset[Atom]:
             reads = [i in alive for i in eqn.inputs if isinstance(i, int) and i in depends]
             if inside.isdisjoint(gone) and (all if eqn.name in _PRODUCTS else any)(reads):
                 alive.update(o for o in eqn.outputs if vanishing[o].isdisjoint(gone))
-        return not alive.isdisjoint(o for o in trace.program.outputs if isinstance(o, int))
+        return stay <= alive and not alive.isdisjoint(o for o in trace.program.outputs if isinstance(o, int))
 
     found: set[Atom] = set()
     for group in trace.groups:

@@ -137,6 +137,11 @@ class FinetuneConfig:
             self.temperature,
         )
 
+    def steps(self, images: int) -> int:
+        """Steps in all, with so many images to train on."""
+        steps = images // self.batch_size * self.epochs
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
     @property
     def needs_teacher(self) -> bool:
         """Whether there is a teacher to follow."""

@@ -133,8 +133,6 @@ def make_program(
     stacked: bool = False,
 ) -> Program:
     """The program that trains by `config` on `splits`, which hold a batch at least."""
-    steps_per_epoch = len(splits.train.labels) // config.batch_size
-    total = steps_per_epoch * config.epochs
     # What does not shape the compiled step is set to fixed values, so that more runs share it.
     shaping = dataclasses.replace(
         config, epochs=1, max_steps=None, select_best=True, checkpoint_every=None, steps_per_call=None
@@ -143,8 +141,8 @@ def make_program(
         apply_train=model.apply_train,
         task=model.task,
         config=shaping,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=min(total, config.max_steps or total),
+        steps_per_epoch=len(splits.train.labels) // config.batch_size,
+        total_steps=config.steps(len(splits.train.labels)),
         mean=tuple(map(float, splits.mean)),
         std=tuple(map(float, splits.std)),
         teacher=teacher,

@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import sculpt
+from sculpt.agents import trial_network
 from sculpt.agents.rerank import Referee
 from sculpt.model import Model
 from sculpt.pruning import Space
@@ -64,6 +65,27 @@ def test_candidates_are_judged_with_statistics_of_their_own() -> None:
     )
     assert judged == pytest.approx(own, abs=0.03)
     assert own > without + 0.1
+
+
+def test_the_network_that_a_policy_was_judged_by_is_had_again() -> None:
+    model, space = sluggish()
+    splits, key = tiny_splits(), jax.random.key(4)
+    config = sculpt.SearchConfig(
+        method="uniform",
+        evaluations=2,
+        score_images=64,
+        calibration_images=64,
+        rerank=1,
+        rerank_finetune=FinetuneConfig(max_steps=2),
+    )
+    found = sculpt.search(model, space, splits, config, key)
+    again = trial_network(model, space, splits, config, key, found.policy)
+    split = splits.validation
+    accuracy = sculpt.evaluate(again, split.images, split.labels, normalise=splits.normalise).accuracy
+    assert float(accuracy) == found.validation_accuracy
+    masks = sculpt.make_masks(space, model.params, found.policy)
+    for weight, mask in zip(jax.tree.leaves(again.params), jax.tree.leaves(masks), strict=True):
+        assert not np.asarray(weight)[~np.asarray(mask)].any()
 
 
 def never(*_: Any) -> Any:

@@ -107,3 +107,21 @@ def test_weights_for_other_classes_are_given_a_new_head_and_trained(tmp_path: Pa
     assert record["config"]["learning_rate"] == pytest.approx(0.3 * 0.1 * 16 / 128)
     dense = load_file(tmp_path / "run" / "dense.safetensors")
     assert dense["params/head/kernel"].shape == (64, 3)
+
+
+@pytest.mark.parametrize(("epochs", "batch", "steps"), [(1, 512, 2), (2, 512, 4), (15, 64, 100)])
+def test_the_trial_fine_tuning_of_the_search_is_no_longer_than_the_one_that_follows(
+    epochs: int, batch: int, steps: int, tmp_path: Path
+) -> None:
+    given = {"model": "resnet8", "dataset": "digits", "finetune_epochs": epochs, "batch_size": batch}
+    found = Artefacts(RunDirectory.open(tmp_path / "run"), given)
+    assert found.search_config.rerank_finetune.max_steps == steps
+    final = found.finetune_settings.config(found.train_settings, found.splits)
+    assert final.steps(len(found.splits.train.labels)) >= steps
+
+
+def test_layers_that_are_excluded_are_no_sites_of_a_run(tmp_path: Path) -> None:
+    given = {"model": "resnet8", "dataset": "digits", "exclude": ["head", "*/conv1"]}
+    found = Artefacts(RunDirectory.open(tmp_path / "run"), given)
+    assert found.search_settings.exclude == ("head", "*/conv1")
+    assert found.space.excluded and not any(site.name.endswith("conv1") for site in found.space.sites)

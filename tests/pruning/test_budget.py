@@ -106,3 +106,49 @@ def test_cost_agrees_one_by_one_in_batches_and_under_jit(space: sculpt.Space) ->
     dense = sculpt.cost(space, np.zeros(space.num_sites, np.int32))
     assert float(dense.macs) == pytest.approx(space.trace.macs, rel=1e-6)
     assert float(dense.params) == pytest.approx(space.trace.num_params, rel=1e-6)
+
+
+def wide() -> sculpt.Space:
+    """Two layers of 13,340,874 parameters and as many MACs, which float32 cannot tell from 13,340,875."""
+    shapes = {"a": (3, 4202), "b": (4202, 3171)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    model = sculpt.from_function(lambda p, x: (x @ p["a"]) @ p["b"], params)
+    return sculpt.make_space(sculpt.trace(model, jnp.zeros((1, 3))))
+
+
+def test_counts_are_exact_whole_numbers() -> None:
+    space = wide()
+    dense = sculpt.cost(space, [0])
+    assert (dense.macs, dense.macs_realised, dense.params) == (3 * 4202 + 4202 * 3171,) * 3
+    assert all(type(count) is int for count in (dense.macs, dense.macs_realised, dense.params))
+    assert type(dense.macs_ratio) is float and dense.macs_ratio == 1.0 and space.macs.total == dense.macs
+    counts = [option.counts[0] for option in space.sites[0].options]
+    found = sculpt.cost(space, np.arange(len(counts))[:, None])
+    for values in (found.macs, found.macs_realised, found.params):
+        assert values.dtype == np.int64 and values.tolist() == [n * (3 + 3171) for n in counts]
+    layers = sculpt.layer_macs(space, [3])
+    assert layers.dtype == np.int64 and layers.tolist() == [3 * counts[3], counts[3] * 3171]
+
+
+def test_counts_of_a_stack_of_policies_keep_its_shape() -> None:
+    space = wide()
+    assert sculpt.cost(space, np.zeros((2, 3, 1), np.int32)).macs.shape == (2, 3)
+    assert sculpt.cost(space, np.zeros((0, 1), np.int32)).params.shape == (0,)
+
+
+@pytest.mark.parametrize("families", [("unstructured",), ("2:4",), ("channels", "unstructured")])
+def test_single_entries_are_counted_in_whole_numbers(families: tuple[str, ...]) -> None:
+    params = {"a": jnp.ones((4, 12)), "b": jnp.ones((12, 4))}
+    model = sculpt.from_function(lambda p, x: (x @ p["a"]) @ p["b"], params)
+    space = sculpt.make_space(sculpt.trace(model, jnp.zeros((1, 4))), families)
+    for policy in np.asarray(sculpt.random_policies(space, jax.random.key(0), 20)):
+        found, kept, entries = sculpt.cost(space, policy), 12, {}
+        for site in space.sites:
+            option = site.options[policy[site.index]]
+            if site.family == "channels":
+                kept = option.counts[0]
+            else:
+                entries[site.name] = option.counts[0]
+        expected = sum(round(4 * kept * entries.get(name, 48) / 48) for name in ("a", "b"))
+        assert found.params == found.macs and abs(found.params - expected) <= (2 if len(families) > 1 else 0)
+        assert found.macs_realised == 8 * kept
