@@ -7,6 +7,7 @@ frozen dataclasses that compare by value, so that adapting the same module twice
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 
 from sculpt.arguments import checked
+from sculpt.calling import Keywords, Static, call_keywords, other_arrays, with_structure_of
 from sculpt.task import CLASSIFICATION, Task
 
 Params = Any
@@ -71,78 +73,56 @@ jax.tree_util.register_dataclass(
 
 @dataclasses.dataclass(frozen=True)
 class _LinenApply:
-    module: Any
-    train_argument: str | None
+    module: Static
+    keywords: Keywords
 
     def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
-        return self.module.apply({"params": params, **state}, x, **_mode(self.train_argument, False))
+        options = self.keywords(training=False)
+        outputs = self.module.value.apply({"params": params, **state}, x, **options)
+        return outputs if options.get("mutable", False) is False else outputs[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class _LinenTrain:
-    module: Any
-    train_argument: str | None
-    mutable: tuple[str, ...]
+    module: Static
+    keywords: Keywords
     rngs: tuple[str, ...]
 
     def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
+        from flax.core.scope import union_filters
+
         keys = {name: jax.random.fold_in(key, i) if i else key for i, name in enumerate(self.rngs)}
-        options = _mode(self.train_argument, True)
-        logits, updated = self.module.apply(
-            {"params": params, **state}, x, mutable=list(self.mutable), rngs=keys, **options
-        )
-        return logits, {**state, **updated}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ByIdentity:
-    """A module that does not hash, such as an `nn.Sequential` of a list: equal to itself alone."""
-
-    module: Any
-
-    def apply(self, *arguments: Any, **options: Any) -> Any:
-        return self.module.apply(*arguments, **options)
-
-
-def _hashable(module: Any) -> Any:
-    try:
-        hash(module)
-    except TypeError:
-        return _ByIdentity(module)
-    return module
-
-
-_OFF_IN_TRAINING = ("deterministic", "use_running_average")
-"""Keywords of the kind that is True in evaluation."""
-_MODES = ("train", "training", "is_training", "is_train", *_OFF_IN_TRAINING)
-"""Keywords that switch training mode on or off, as they are usually called."""
-
-
-def _mode(argument: str | None, training: bool) -> dict[str, bool]:
-    """The keyword that switches training mode on or off."""
-    return {} if argument is None else {argument: training != (argument in _OFF_IN_TRAINING)}
+        options = self.keywords(training=True)
+        options["mutable"] = union_filters(options.get("mutable", False), list(state))
+        options["rngs"] = {**options.get("rngs", {}), **keys}
+        logits, updated = self.module.value.apply({"params": params, **state}, x, **options)
+        return logits, with_structure_of(state, updated)
 
 
 @checked
 def from_linen(
     module: Any,
     variables: Mapping[str, Any],
-    train_argument: str | None = "train",
+    train_argument: str | Sequence[str] | None = None,
     rngs: Sequence[str] = ("dropout",),
     task: Task = CLASSIFICATION,
+    call_arguments: Mapping[str, Any] | None = None,
 ) -> Model:
     """Adapts a Flax Linen module.
 
     Args:
       module: a `flax.linen.Module` whose `__call__(x, train=False)` returns logits.
-      variables: what `module.init` returned: a mapping with "params" and, perhaps, further collections.
-      train_argument: name of the boolean keyword that switches training mode on; None if the module has none.
-        "deterministic" and "use_running_average" are known to mean the opposite.
+      variables: what `module.init` returned: a mapping with "params" and, perhaps, further collections, of which "intermediates" is dropped.
+      train_argument: name (or names) of the boolean keyword that switches training mode. None: the one with a usual name (train, training,
+        is_training, deterministic, use_running_average), if the module takes one. `()`: the module has no such mode.
       rngs: names of the random streams that the module draws from in training.
       task: what the outputs are good for, where they are no logits.
+      call_arguments: further keywords of every call, such as a mask; also `method`, `mutable` and `rngs` of `module.apply`.
+        New values of mutable collections are dropped in evaluation.
 
     Raises:
-      ValueError: if `variables` has no "params" collection, or the module does not take `train_argument`.
+      ValueError: if `variables` has no "params" collection, the module does not take these keywords, or several (or no) keywords may be
+        that of the training mode.
     """
     if not callable(getattr(module, "apply", None)):
         raise ValueError(
@@ -153,133 +133,148 @@ def from_linen(
         raise ValueError(
             f"from_linen expected variables with a 'params' collection (what module.init returns), got {sorted(variables)}"
         )
-    train_argument = _accepted_argument(module, train_argument, "batch_stats" in variables)
-    state = {name: value for name, value in variables.items() if name != "params"}
-    module = _hashable(module)
+    state = {name: value for name, value in variables.items() if name not in ("params", "intermediates")}
+    keywords = _linen_keywords(module, train_argument, call_arguments, "batch_stats" in state)
     return Model(
-        apply=_LinenApply(module, train_argument),
-        apply_train=_LinenTrain(module, train_argument, tuple(state), tuple(rngs)),
+        apply=_LinenApply(Static(module), keywords),
+        apply_train=_LinenTrain(Static(module), keywords, tuple(rngs)),
         params=variables["params"],
         state=state,
         task=task,
     )
 
 
-def _accepted_argument(module: Any, name: str | None, must_switch: bool) -> str | None:
-    import inspect
-
+def _linen_keywords(
+    module: Any,
+    train_argument: str | Sequence[str] | None,
+    call_arguments: Mapping[str, Any] | None,
+    must_switch: bool,
+) -> Keywords:
     from flax.linen import Sequential
 
-    while isinstance(module, Sequential) and module.layers:
-        module = module.layers[0]  # to which it hands its keywords
-    call = module if inspect.isroutine(module) else type(module).__call__
+    method = (call_arguments or {}).get("method")
+    called = module
+    while method is None and isinstance(called, Sequential) and called.layers:
+        called = called.layers[0]  # to which it hands its keywords
+    if method is not None:
+        call = getattr(type(called), method) if isinstance(method, str) else method
+        name = f"{type(called).__name__}.{getattr(call, '__name__', method)}"
+    else:
+        call = called if inspect.isroutine(called) else type(called).__call__
+        name = f"{type(called).__name__}.__call__"
+    # A mode that is a field of the module is not given again.
     parameters = inspect.signature(call).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if name is None or name in parameters or takes_any:
-        return name
-    if name == "train" and not must_switch and not set(_MODES) & set(parameters):
-        return None
-    raise ValueError(
-        f"{type(module).__name__}.__call__ takes {[p for p in parameters if p != 'self']}, not {name!r}: "
-        "pass train_argument=<the keyword that switches training mode on>, or None if it has no such mode"
-    )
+    fields = [n for n, p in parameters.items() if p.default is None and getattr(called, n, None) is not None]
+    others = ("method", "mutable", "rngs")
+    keywords = call_keywords(name, call, train_argument, call_arguments, fields, others)
+    any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if train_argument is None and not keywords.modes and not fields and (any_keyword or must_switch):
+        raise ValueError(
+            f"{name} takes {[p for p in parameters if p != 'self']}, none of which is known to switch training mode: pass "
+            "train_argument=<the keyword that does>, or () if there is none"
+        )
+    return keywords
 
 
 @dataclasses.dataclass(frozen=True)
 class _NnxApply:
-    graphdef: Any
-    train_argument: str | None
+    graphdef: Static
+    keywords: Keywords
 
     def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
         from flax import nnx
 
-        module = nnx.merge(self.graphdef, params, state["rest"], copy=True)
-        return module(x, **_mode(self.train_argument, False))
+        module = nnx.merge(self.graphdef.value, params, state["rest"], copy=True)
+        return module(x, **self.keywords(training=False))
 
 
 @dataclasses.dataclass(frozen=True)
 class _NnxTrain:
-    graphdef: Any
-    train_argument: str | None
+    graphdef: Static
+    keywords: Keywords
 
     def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
         from flax import nnx
 
-        module = nnx.merge(self.graphdef, params, state["rest"], copy=True)
+        module = nnx.merge(self.graphdef.value, params, state["rest"], copy=True)
         default, dropout = jax.random.split(key)
         nnx.reseed(module, default=default, dropout=dropout)
-        logits = module(x, **_mode(self.train_argument, True))
-        return logits, {"rest": nnx.state(module, nnx.Not(nnx.Param))}
+        logits = module(x, **self.keywords(training=True))
+        return logits, with_structure_of(state, {"rest": nnx.state(module, nnx.Not(nnx.Param))})
 
 
 @checked
-def from_nnx(module: Any, train_argument: str | None = None, task: Task = CLASSIFICATION) -> Model:
+def from_nnx(
+    module: Any,
+    train_argument: str | Sequence[str] | None = None,
+    task: Task = CLASSIFICATION,
+    call_arguments: Mapping[str, Any] | None = None,
+) -> Model:
     """Adapts a Flax NNX module whose `__call__(x)` returns logits.
 
-    Its `nnx.Param` leaves become `params`; every other variable becomes `state`. The module itself is not changed.
+    Its `nnx.Param` leaves become `params`; every other variable becomes `state`, except `nnx.Intermediate`, which is dropped. The module
+    itself is not changed.
 
     Args:
       module: a `flax.nnx.Module`.
-      train_argument: name of a boolean keyword of `__call__` that switches training mode on, as for `from_linen`; None: the mode is that
-        of the layers themselves, as `module.train()` and `module.eval()` set it.
+      train_argument: name (or names) of the boolean keyword of `__call__` that switches training mode. None: the one with a usual name, as
+        for `from_linen`, if the module takes one. The mode of layers is switched as well, as `module.train()` and `module.eval()` do.
       task: what the outputs are good for, where they are no logits.
+      call_arguments: further keywords of every call, such as a mask.
 
     Raises:
-      ValueError: if the module holds no `nnx.Param`, does not take `train_argument`, or takes such a keyword that was not named.
+      ValueError: if the module holds no `nnx.Param`, does not take these keywords, or several keywords may be that of the training mode.
     """
     from flax import nnx
 
-    _check_keyword(module, train_argument)
+    if not isinstance(module, nnx.Pytree):
+        raise ValueError(
+            f"from_nnx expected a flax.nnx.Module, got {type(module).__name__}: Linen modules go to from_linen with their variables, "
+            "functions to from_function"
+        )
+    call = type(module).__call__
+    # None as its default leaves the mode to the layer.
+    layers = [n for n, p in inspect.signature(call).parameters.items() if p.default is None]
+    name = f"{type(module).__name__}.__call__"
+    keywords = call_keywords(name, call, train_argument, call_arguments, layers)
     evaluation = nnx.view(module, deterministic=True, use_running_average=True, raise_if_not_found=False)
     training = nnx.view(module, deterministic=False, use_running_average=False, raise_if_not_found=False)
-    graphdef, params, rest = nnx.split(evaluation, nnx.Param, ...)
-    train_graphdef, _, _ = nnx.split(training, nnx.Param, ...)
+    graphs = []
+    for view in (training, evaluation):
+        nnx.pop(view, nnx.Intermediate)
+        graphdef, params, rest = nnx.split(view, nnx.Param, ...)
+        graphs.append(Static(graphdef))
     if not jax.tree.leaves(params):
         raise ValueError(f"from_nnx found no nnx.Param in {type(module).__name__}: nothing there to prune")
-    apply, apply_train = _NnxApply(graphdef, train_argument), _NnxTrain(train_graphdef, train_argument)
+    apply, apply_train = _NnxApply(graphs[1], keywords), _NnxTrain(graphs[0], keywords)
     return Model(apply, apply_train, params, {"rest": rest}, task)
-
-
-def _check_keyword(module: Any, train_argument: str | None) -> None:
-    """Raises ValueError unless `train_argument` is the keyword of an NNX module that switches training mode on, or there is none."""
-    import inspect
-
-    parameters = inspect.signature(type(module).__call__).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    # None as its default leaves the mode to the layer.
-    modes = [name for name in _MODES if name in parameters and parameters[name].default is not None]
-    if train_argument is None and modes:
-        raise ValueError(
-            f"{type(module).__name__}.__call__ takes {modes[0]!r}, which would stay as it is in training: pass "
-            f"train_argument={modes[0]!r}"
-        )
-    if train_argument is not None and train_argument not in parameters and not takes_any:
-        raise ValueError(
-            f"{type(module).__name__}.__call__ takes {[p for p in parameters if p != 'self']}, not {train_argument!r}: pass "
-            "train_argument=<the keyword that switches training mode on>, or leave it out"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _FunctionApply:
-    function: Callable[..., jax.Array]
+    function: Static
     stateful: bool
 
     def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
-        return self.function(params, state, x) if self.stateful else self.function(params, x)
+        apply = self.function.value
+        return apply(params, state, x) if self.stateful else apply(params, x)
 
 
 @dataclasses.dataclass(frozen=True)
 class _FunctionTrain:
     apply: _FunctionApply
-    train: Callable[..., Any] | None
+    train: Static
 
     def __call__(self, params: Params, state: State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, State]:
-        if self.train is None:
+        train = self.train.value
+        if train is None:
             return self.apply(params, state, x), state
-        if self.apply.stateful:
-            return self.train(params, state, x, key)
-        return self.train(params, x, key), state
+        if not self.apply.stateful:
+            return train(params, x, key), state
+        outputs, after = train(params, state, x, key)
+        if difference := other_arrays(state, after):
+            raise ValueError(f"apply_train must return a state of the arrays that it was given: {difference}")
+        return outputs, with_structure_of(state, after)
 
 
 @checked
@@ -312,7 +307,6 @@ def from_function(
         raise ValueError(
             f"from_function expected a function `apply(params, x)` first, got {type(apply).__name__}"
         )
-    evaluate = _FunctionApply(apply, state is not None)
-    return Model(
-        evaluate, _FunctionTrain(evaluate, apply_train), params, {} if state is None else state, task
-    )
+    evaluate = _FunctionApply(Static(apply), state is not None)
+    train = _FunctionTrain(evaluate, Static(apply_train))
+    return Model(evaluate, train, params, {} if state is None else state, task)

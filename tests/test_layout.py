@@ -19,6 +19,7 @@ ORDER = (
     "digest",
     "files",
     "task",
+    "calling",
     "model",
     "inputs",
     "tracing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.core import freeze
 from flax.errors import InvalidRngError
 
 import sculpt
@@ -71,11 +73,9 @@ class Switched(nnx.Module):
 
 
 def test_the_keyword_of_an_nnx_module_switches_its_mode() -> None:
-    with pytest.raises(ValueError, match=r"Switched.__call__ takes 'train', .* pass train_argument='train'"):
-        sculpt.from_nnx(Switched(nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"takes \['x', 'train'\], not 'training'"):
+    with pytest.raises(ValueError, match=r"Switched.__call__ takes \['x', 'train'\], not 'training'"):
         sculpt.from_nnx(Switched(nnx.Rngs(0)), train_argument="training")
-    model, x = sculpt.from_nnx(Switched(nnx.Rngs(0)), train_argument="train"), jnp.ones((4, 8))
+    model, x = sculpt.from_nnx(Switched(nnx.Rngs(0))), jnp.ones((4, 8))
     _, state = model.apply_train(model.params, model.state, x, jax.random.key(0))
     before, after = (jax.tree.leaves(tree)[0] for tree in (model.state, state))
     assert float(jnp.abs(after - before).max()) > 0.01
@@ -125,29 +125,18 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no nnx\.Param"):
         sculpt.from_nnx(Empty())
 
-    class Deterministic(nn.Module):
-        @nn.compact
-        def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-            return nn.Dense(5)(x)
-
-    module = Deterministic()
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 3)))
-    with pytest.raises(ValueError, match="train_argument="):
-        sculpt.from_linen(module, variables)
-    assert sculpt.from_linen(module, variables, train_argument=None)(jnp.zeros((2, 3))).shape == (2, 5)
-
 
 def test_a_training_mode_that_cannot_be_switched_on_is_refused() -> None:
     class Network(nn.Module):
         @nn.compact
-        def __call__(self, x: jax.Array, is_train: bool = False) -> jax.Array:
-            return nn.BatchNorm(use_running_average=not is_train)(nn.Dense(5)(x))
+        def __call__(self, x: jax.Array, learning: bool = False) -> jax.Array:
+            return nn.BatchNorm(use_running_average=not learning)(nn.Dense(5)(x))
 
     module = Network()
     variables = module.init(jax.random.key(0), jnp.zeros((1, 3)))
     with pytest.raises(ValueError, match="pass train_argument="):
         sculpt.from_linen(module, variables)
-    assert sculpt.from_linen(module, variables, "is_train").state
+    assert sculpt.from_linen(module, variables, "learning").state
 
 
 def test_switches_that_are_off_in_training_and_other_random_streams() -> None:
@@ -211,3 +200,178 @@ def test_example_inputs_that_do_not_fit_are_named() -> None:
     )
     assert [group.size for group in sculpt.trace(scaled, jnp.zeros((1, 3))).groups] == [4]
     assert sculpt.make_space(sculpt.trace(scaled, jnp.zeros((1, 3))), families="channels").num_sites == 1
+
+
+class Unhashable(nnx.Module):
+    """An NNX module with a dict and a list among its static attributes."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.options, self.widths = {"scale": 2.0}, [8, 6, 5]
+        self.first, self.last = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(self.first(x) * self.options["scale"])
+
+
+class UnhashableLinen(nn.Module):
+    """A Linen module of a dict of a list."""
+
+    options: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(5)(nn.Dense(self.options["widths"][0])(x))
+
+
+@dataclasses.dataclass
+class UnhashableFunction:
+    """Compares by value, and so does not hash."""
+
+    options: dict[str, float]
+
+    def __call__(self, params: Any, x: jax.Array) -> jax.Array:
+        return (x @ params["a"]) @ params["b"] * self.options["scale"]
+
+    def train(self, params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        return self(params, x)
+
+
+def _unhashable(name: str) -> sculpt.model.Model:
+    if name == "nnx":
+        return sculpt.from_nnx(Unhashable(nnx.Rngs(0)))
+    if name == "linen":
+        module = UnhashableLinen({"widths": [6]})
+        return sculpt.from_linen(module, module.init(jax.random.key(0), jnp.zeros((1, 8))))
+    function = UnhashableFunction({"scale": 2.0})
+    return sculpt.from_function(
+        function, {"a": jnp.ones((8, 6)), "b": jnp.ones((6, 5))}, apply_train=function.train
+    )
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen", "function"])
+def test_modules_that_do_not_hash(name: str) -> None:
+    model, x = _unhashable(name), jnp.ones((2, 8))
+    run = jax.jit(lambda m, x: m.apply_train(m.params, m.state, x, jax.random.key(0))[0] - m(x))
+    np.testing.assert_allclose(run(model, x), 0.0, atol=1e-5)
+    run(model.replace(params=jax.tree.map(jnp.zeros_like, model.params)), x)
+    assert getattr(run, "_cache_size")() == 1  # noqa: B009
+    assert [group.size for group in sculpt.trace(model, x).groups] == [6]
+
+
+class Deterministic(nn.Module):
+    """A Linen module of one input, a mask, and a keyword of training that is off there."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: Any = None, deterministic: bool = True) -> jax.Array:
+        x = nn.Dropout(0.5, deterministic=deterministic)(nn.Dense(4)(x))
+        return x if mask is None else jnp.where(jnp.asarray(mask)[None], x, 0.0)
+
+    def twice(self, x: jax.Array, training: bool = False) -> jax.Array:
+        return 2.0 * self(x, deterministic=not training)
+
+
+def test_the_keyword_of_the_training_mode_and_fixed_keywords_of_a_linen_call() -> None:
+    x, key = jnp.ones((2, 3)), jax.random.key(1)
+    module = Deterministic()
+    variables = module.init(jax.random.key(0), x)
+    plain = sculpt.from_linen(module, variables)
+    assert not jnp.array_equal(plain.apply_train(plain.params, plain.state, x, key)[0], plain(x))
+    masked = sculpt.from_linen(module, variables, call_arguments={"mask": np.asarray([1, 1, 0, 0])})
+    assert not masked(x)[:, 2:].any() and jnp.array_equal(masked(x)[:, :2], plain(x)[:, :2])
+    twice = sculpt.from_linen(module, variables, call_arguments={"method": "twice"})
+    assert jnp.array_equal(twice(x), 2.0 * plain(x))
+    assert not jnp.array_equal(twice.apply_train(twice.params, twice.state, x, key)[0], twice(x))
+    fixed = sculpt.from_linen(module, variables, call_arguments={"deterministic": True})
+    assert jnp.array_equal(fixed.apply_train(fixed.params, fixed.state, x, key)[0], fixed(x))
+    mutable = sculpt.from_linen(module, variables, call_arguments={"mutable": ["cache"]})
+    assert jnp.array_equal(mutable(x), plain(x)) and mutable(x).shape == (2, 4)
+    with pytest.raises(
+        ValueError, match=r"takes \['x', 'mask', 'deterministic'\], not 'maks' of .*did you mean 'mask'"
+    ):
+        sculpt.from_linen(module, variables, call_arguments={"maks": None})
+
+
+def test_adapters_ask_where_several_keywords_or_none_may_switch_the_mode() -> None:
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool = False, deterministic: bool = True) -> jax.Array:
+            return nn.Dropout(0.5, deterministic=deterministic and not train)(nn.Dense(4)(x))
+
+    class AnyKeyword(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, **options: bool) -> jax.Array:
+            return Both()(x, **options)
+
+    x = jnp.ones((2, 3))
+    variables = Both().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"takes 'train' and 'deterministic': pass train_argument="):
+        sculpt.from_linen(Both(), variables)
+    for names in ("train", ("train", "deterministic")):
+        model = sculpt.from_linen(Both(), variables, names)
+        assert not jnp.array_equal(model.apply_train(model.params, {}, x, jax.random.key(0))[0], model(x))
+    variables = AnyKeyword().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"none of which is known .* or \(\) if there is none"):
+        sculpt.from_linen(AnyKeyword(), variables)
+    assert sculpt.from_linen(AnyKeyword(), variables, ())(x).shape == (2, 4)
+
+
+class Sowing(nn.Module):
+    """Sows in two collections, one before and one after "batch_stats" by name."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.relu(nn.Dense(6)(x))
+        for collection in ("aux", "intermediates", "losses"):
+            self.sow(collection, "hidden", x)
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x))
+
+
+class SowingNnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(5, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.first(x))
+        self.sow(nnx.Intermediate, "hidden", x)
+        return self.last(self.norm(x))
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+@pytest.mark.parametrize("name", ["linen", "frozen", "nnx"])
+def test_a_state_that_grows_in_training_keeps_its_structure(name: str) -> None:
+    x, key = jnp.ones((4, 5)), jax.random.key(0)
+    if name == "nnx":
+        module = SowingNnx(nnx.Rngs(0))
+        module(x)
+        model = sculpt.from_nnx(module)
+    else:
+        variables = jax.jit(Sowing().init)(key, jnp.ones((1, 5)))
+        model = sculpt.from_linen(Sowing(), variables if name == "linen" else freeze(variables))
+        assert sorted(model.state) == ["aux", "batch_stats", "losses"]
+    shapes = jax.tree.map(jnp.shape, model.state)
+    state, train = model.state, jax.jit(model.apply_train)
+    for _ in range(2):
+        _, state = train(model.params, state, x, key)
+        assert jax.tree.structure(state) == jax.tree.structure(model.state)
+        assert jax.tree.map(jnp.shape, state) == shapes
+    norm = jax.tree.leaves(state["rest"]["norm"] if name == "nnx" else state["batch_stats"])
+    assert all(jnp.abs(leaf - start).max() > 0.001 for leaf, start in zip(norm, (0.0, 1.0)))
+    traced = sculpt.trace(model, x)
+    assert [group.size for group in traced.groups] == [6]
+    space = sculpt.make_space(traced, "channels")
+    policy = space.num_options - 1
+    masks = sculpt.make_masks(space, model.params, policy)
+    small = sculpt.compact(sculpt.apply_masks(model, masks), space, policy, check=False, masks=masks)
+    jax.eval_shape(small.apply_train, small.params, small.state, x, key)
+
+
+def test_a_function_that_returns_another_state_is_refused_by_name() -> None:
+    def train(params: Any, state: Any, x: jax.Array, key: jax.Array) -> Any:
+        return x @ params, {**state, "seen": x}
+
+    model = sculpt.from_function(lambda p, s, x: x @ p, jnp.ones((3, 5)), {"count": 0.0}, train)
+    with pytest.raises(
+        ValueError, match=r"a state of the arrays that it was given: with \['seen'\] \[2, 3\]"
+    ):
+        model.apply_train(model.params, model.state, jnp.ones((2, 3)), jax.random.key(0))
