@@ -13,34 +13,91 @@ from sculpt.model import Model
 from sculpt.task import CLASSIFICATION
 
 
-def check_images(model: Model, images: Any, traced: jax.ShapeDtypeStruct | None = None) -> jax.Array:
-    """Images `[n, ...]` as the network takes them: float32, or whole numbers (such as tokens) as they are.
+def number_of(images: Any) -> int:
+    """How many examples there are in inputs of a network: an array `[n, ...]` or a pytree of them.
+
+    Raises:
+      ValueError: if arrays are of different n, or there is a scalar or no array at all.
+    """
+    shapes = [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(images)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(f"expected inputs [n, ...], every array with the same n, got {as_text(images)}")
+    return sizes.pop()  # type: ignore[return-value]
+
+
+def rows(images: Any, index: Any) -> Any:
+    """The examples of inputs at an index or slice."""
+    return jax.tree.map(lambda array: array[index], images)
+
+
+def as_text(images: Any) -> str:
+    """Dtypes and shapes of inputs, by path where there are several."""
+    parts = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(images):
+        shape = ", ".join(map(str, np.shape(leaf)))
+        dtype = jax.dtypes.result_type(leaf)
+        parts.append(f"{jax.tree_util.keystr(path)} {dtype}[{shape}]".removeprefix(" "))
+    return ", ".join(parts) or "nothing"
+
+
+def check_batch_axis(batch_axis: int | None) -> None:
+    """Raises ValueError unless examples of a traced network are along axis 0 of its inputs."""
+    if batch_axis != 0:
+        raise ValueError(
+            f"expected a network of examples along axis 0 of its inputs, this one was traced with batch_axis={batch_axis}: score one that "
+            "takes them so, such as jax.vmap of it"
+        )
+
+
+def arrays_of(images: Any) -> Any:
+    """Inputs as they are, or as one array where they are sequences of numbers."""
+    return images if all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(images)) else np.asarray(images)
+
+
+def check_images(model: Model, images: Any, traced: Any = None) -> Any:
+    """Inputs as the network takes them: an array `[n, ...]` or a pytree of them, float32, or other numbers (such as tokens) as they are.
 
     Args:
       model: the network.
       images: what was given.
-      traced: what the network was traced with, `[batch, ...]`; None: not known. Whole numbers are then for networks that take nothing else.
+      traced: what the network was traced with, `[batch, ...]` each; None: not known. Whole numbers are then for networks that take nothing else.
 
     Raises:
-      ValueError: for another shape, whole numbers instead of floating-point ones or the other way round, or no image at all.
+      ValueError: for another structure or shape, whole numbers instead of floating-point ones or the other way round, or no example at all.
     """
-    shape, dtype = np.shape(images), jax.dtypes.result_type(images)
-    wanted = shape[1:] if traced is None else tuple(traced.shape[1:])
-    if len(shape) < 1 or shape[1:] != wanted or shape[0] < 1:
-        raise ValueError(f"expected images [{', '.join(['n', *map(str, wanted)])}], got {list(shape)}")
-    floating = jnp.issubdtype(dtype, jnp.floating)
-    if traced is None:
-        takes_floats = floating or _takes_floats(model, shape)
-    else:
-        takes_floats = jnp.issubdtype(traced.dtype, jnp.floating)
-    if takes_floats and not floating:
-        raise ValueError(
-            f"expected normalised floating-point images, got {dtype}{list(shape)}: normalise them first (splits.normalise, "
-            "sculpt.nets.preprocess)"
+    images = arrays_of(images)
+    if traced is not None:
+        expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(("n", *x.shape[1:]), x.dtype), traced)  # type: ignore[arg-type]
+        fits = jax.tree.structure(images) == jax.tree.structure(traced) and all(
+            np.shape(x)[1:] == tuple(t.shape[1:]) and np.ndim(x) == len(t.shape)
+            for x, t in zip(jax.tree.leaves(images), jax.tree.leaves(traced))
         )
-    if floating and not takes_floats:
-        raise ValueError(f"expected inputs of whole numbers, as the network was traced with, got {dtype}")
-    return jnp.asarray(images, jnp.float32) if floating else jnp.asarray(images)
+        if not fits:
+            raise ValueError(f"expected images {as_text(expected)}, got {as_text(images)}")
+    if number_of(images) < 1:
+        raise ValueError(f"expected images of one example or more, got {as_text(images)}")
+    single = jax.tree_util.all_leaves([images])
+    kinds = [None] * len(jax.tree.leaves(images)) if traced is None else jax.tree.leaves(traced)
+    checked = []
+    for x, kind in zip(jax.tree.leaves(images), kinds, strict=True):
+        dtype = jax.dtypes.result_type(x)
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        if kind is not None:
+            takes_floats = jnp.issubdtype(kind.dtype, jnp.floating)
+        else:
+            takes_floats = floating or (single and _takes_floats(model, np.shape(x)))
+        if takes_floats and not floating:
+            raise ValueError(
+                f"expected normalised floating-point images, got {as_text(images)}: normalise them first (splits.normalise, "
+                "sculpt.nets.preprocess)"
+            )
+        if floating and not takes_floats:
+            raise ValueError(
+                f"expected inputs of whole numbers, as the network was traced with, got {as_text(images)}"
+            )
+        checked.append(jnp.asarray(x, jnp.float32) if floating else jnp.asarray(x))
+    return jax.tree.unflatten(jax.tree.structure(images), checked)
 
 
 def _takes_floats(model: Model, shape: tuple[int, ...]) -> bool:
@@ -52,7 +109,7 @@ def _takes_floats(model: Model, shape: tuple[int, ...]) -> bool:
 
 
 def check_labels(model: Model, images: Any, labels: Any) -> jax.Array:
-    """Labels `[n, ...]`, those of a classifier as int32; `images` is an array or its shape, `[n, ...]`.
+    """Labels `[n, ...]`, those of a classifier as int32; `images` are arrays or their shapes, `[n, ...]`.
 
     Raises:
       ValueError: unless the model takes the images, and its task takes what it gives and these labels: of a classifier logits
@@ -61,10 +118,10 @@ def check_labels(model: Model, images: Any, labels: Any) -> jax.Array:
     try:
         outputs = jax.eval_shape(model.apply, model.params, model.state, images)
     except Exception as error:  # each framework has its own
-        raise ValueError(f"the model does not take images {list(images.shape)}: {error}") from error
+        raise ValueError(f"the model does not take images {as_text(images)}: {error}") from error
+    number, shape = number_of(images), np.shape(labels)
     if model.task == CLASSIFICATION:
-        return _check_classes(outputs, labels, images.shape[0])
-    number, shape = images.shape[0], np.shape(labels)
+        return _check_classes(outputs, labels, number)
     if shape[:1] != (number,):
         raise ValueError(f"expected labels [{number}, ...], one for each image, got {list(shape)}")
     labels = jnp.asarray(labels)

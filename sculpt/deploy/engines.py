@@ -20,7 +20,8 @@ import numpy as np
 from sculpt.deploy.agreement import check_logits_of, model_logits
 from sculpt.deploy.environment import check_threads, cores, required
 from sculpt.deploy.litert_export import interpreted, litert_program, require_litert
-from sculpt.deploy.onnx_export import IMAGES, LOGITS, export_onnx
+from sculpt.deploy.onnx_export import LOGITS, export_onnx, named_inputs
+from sculpt.inputs import as_text
 from sculpt.model import Model
 
 Call = Callable[[], Any]
@@ -44,12 +45,12 @@ class Engine(Protocol):
         """Raises ValueError, which names the extra, if the engine is not installed."""
         ...
 
-    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+    def prepare(self, model: Model, x: Any, threads: int) -> Call:
         """Compiles a model.
 
         Args:
           model: the model.
-          x: float32 images `[batch, ...]`.
+          x: float32 images `[batch, ...]`, or a pytree of arrays.
           threads: how many the engine may use.
 
         Raises:
@@ -67,15 +68,13 @@ class Xla:
     def require(self) -> None:
         pass
 
-    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+    def prepare(self, model: Model, x: Any, threads: int) -> Call:
         # Its pool of threads is as large as the cores that it once saw; `confined` is what holds it.
         images, params, state = jax.device_put((x, model.params, model.state))
         try:
             lowered = jax.jit(model.apply).lower(params, state, images)
         except TypeError as error:  # where shapes do not fit
-            raise ValueError(
-                f"the model does not take the input {x.dtype}{list(x.shape)}: {error}"
-            ) from error
+            raise ValueError(f"the model does not take the input {as_text(x)}: {error}") from error
         program = lowered.compile()
         return lambda: program(params, state, images)
 
@@ -90,7 +89,7 @@ class OnnxRuntime:
         required("onnx", "onnx")
         required("onnxruntime", "onnx")
 
-    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+    def prepare(self, model: Model, x: Any, threads: int) -> Call:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -102,7 +101,8 @@ class OnnxRuntime:
             session = onnxruntime.InferenceSession(
                 file.read_bytes(), options, providers=["CPUExecutionProvider"]
             )
-        return lambda: session.run([LOGITS], {IMAGES: x})[0]
+        feed = named_inputs(x)
+        return lambda: session.run([LOGITS], feed)[0]
 
 
 class OpenVino:
@@ -117,7 +117,7 @@ class OpenVino:
         for module in ("openvino", "onnx", "onnxruntime"):
             required(module, "openvino")
 
-    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+    def prepare(self, model: Model, x: Any, threads: int) -> Call:
         openvino: Any = importlib.import_module("openvino")
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
@@ -126,11 +126,12 @@ class OpenVino:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
         }
+        feed = named_inputs(x)
         with _onnx_file(model, x) as file:
             graph = openvino.Core().read_model(file)
-            graph.reshape(list(x.shape))
+            graph.reshape({name: list(array.shape) for name, array in feed.items()})
             request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
-        return lambda: request.infer([x], share_inputs=True, share_outputs=True)[0]
+        return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
 
 
 class LiteRt:
@@ -142,7 +143,7 @@ class LiteRt:
     def require(self) -> None:
         require_litert()
 
-    def prepare(self, model: Model, x: np.ndarray, threads: int) -> Call:
+    def prepare(self, model: Model, x: Any, threads: int) -> Call:
         return interpreted(litert_program(model, x), x, threads)
 
 
@@ -167,7 +168,7 @@ def engine_of(name: str) -> Engine:
     return ENGINES[name]
 
 
-def prepared(name: str, model: Model, x: np.ndarray, threads: int) -> Call:
+def prepared(name: str, model: Model, x: Any, threads: int) -> Call:
     """A model compiled by the engine of that name, its logits compared with those of the model.
 
     Raises:
@@ -180,7 +181,7 @@ def prepared(name: str, model: Model, x: np.ndarray, threads: int) -> Call:
 
 
 @contextlib.contextmanager
-def _onnx_file(model: Model, x: np.ndarray) -> Iterator[Path]:
+def _onnx_file(model: Model, x: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         export_onnx(model, file, x)

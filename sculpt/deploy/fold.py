@@ -20,6 +20,7 @@ from sculpt.deploy.chains import Chain, find_chains, folded_arrays
 from sculpt.deploy.dead_branches import without_dead_branches
 from sculpt.deploy.joined import before_joins
 from sculpt.deploy.open_batch import batch_size, flatten_model
+from sculpt.inputs import arrays_of
 from sculpt.model import Model, Params, State
 from sculpt.tracing.execute import as_written, execute, execute_at
 from sculpt.tracing.program import Equation, Literal, Operand, Program, inlined, live_equations
@@ -35,6 +36,8 @@ class FoldedProgram:
     """The first inputs of the program."""
     names: tuple[str, ...]
     """Of the arrays: the paths of the weights that they come from."""
+    inputs: Any
+    """Shapes and dtypes of the images, an array or a pytree of them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,11 +48,13 @@ class FoldedFunction:
     """Takes the arrays, then images of an open batch size where the model's own code allows it."""
     names: tuple[str, ...]
     """Of the arrays."""
+    inputs: Any
+    """Shapes and dtypes of the images, an array or a pytree of them."""
 
-    def __call__(self, params: Params, state: State, x: jax.Array) -> jax.Array:
-        size = batch_size("the folded model", self.program.avals[self.program.inputs[-1]], x)
+    def __call__(self, params: Params, state: State, x: Any) -> jax.Array:
+        size = batch_size("the folded model", self.inputs, x)
         arrays = [params[name] if name in params else state[name] for name in self.names]
-        (result,) = execute_at(self.program, size, [*arrays, x])
+        (result,) = execute_at(self.program, size, [*arrays, *jax.tree.leaves(x)])
         return result
 
 
@@ -69,7 +74,7 @@ def fold(model: Model, example_input: Any) -> Model:
 
     Args:
       model: the model.
-      example_input: array or `ShapeDtypeStruct` `[batch, ...]`. Other batch sizes work too where the model's own code allows
+      example_input: array or `ShapeDtypeStruct` `[batch, ...]`, or a pytree of them. Other batch sizes work too where the model's own code allows
         an open one.
 
     Returns:
@@ -83,7 +88,8 @@ def fold(model: Model, example_input: Any) -> Model:
     arrays = dict(zip(folded.names, folded.arrays))
     trained = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
     rest = {name: a for name, a in arrays.items() if name not in trained}
-    return Model(FoldedFunction(folded.program, folded.names), _no_training, trained, rest, model.task)
+    apply = FoldedFunction(folded.program, folded.names, folded.inputs)
+    return Model(apply, _no_training, trained, rest, model.task)
 
 
 def fold_program(model: Model, example_input: Any) -> FoldedProgram:
@@ -124,7 +130,9 @@ def fold_program(model: Model, example_input: Any) -> FoldedProgram:
             called[chain.shift] = "/".join([*called[chain.kernel].split("/")[:-1], "bias"])
     unique = _unique([called[value] for value in arrays])
     rewritten = _rewritten(program, constants, chains, tuple(arrays), literals)
-    return FoldedProgram(rewritten, tuple(map(jnp.asarray, arrays.values())), unique)
+    avals = [program.avals[value] for value in program.inputs[len(leaves) :]]
+    inputs = jax.tree.unflatten(jax.tree.structure(arrays_of(example_input)), avals)
+    return FoldedProgram(rewritten, tuple(map(jnp.asarray, arrays.values())), unique, inputs)
 
 
 def _is_number(array: jax.Array) -> bool:

@@ -37,7 +37,7 @@ class Latency:
     threads: int
     """CPU cores that it had."""
     precision: str
-    """Dtype of the images; engines other than XLA compute in it throughout."""
+    """Dtype of the images, of several inputs the first of floating-point numbers; engines other than XLA compute in it throughout."""
     device: str
     """Where it was measured."""
     versions: dict[str, str]
@@ -54,7 +54,7 @@ def measure_latency(
 
     Args:
       model: the model.
-      example_input: `[batch, ...]`, what the model takes.
+      example_input: `[batch, ...]`, what the model takes: an array or a pytree of them.
       repeats: number of samples.
       engine: as in `compare_latency`.
       threads: as in `compare_latency`.
@@ -80,7 +80,7 @@ def compare_latency(
 
     Args:
       models: name -> model.
-      example_input: `[batch, ...]`, what every model takes.
+      example_input: `[batch, ...]`, what every model takes: an array or a pytree of them.
       repeats: number of samples of each.
       engine: "xla" (JAX, on its default device), or "onnxruntime", "openvino" or "litert" on the CPU, in float32; each is checked to give
         the model's logits before it is timed.
@@ -105,12 +105,13 @@ def compare_latency(
         calls = {name: prepared(engine, model, x, threads) for name, model in models.items()}
         samples = _samples(calls, repeats)
     device = device_name() if engine == "xla" else device_name("cpu")
+    arrays = jax.tree.leaves(x)
+    precision = next((a for a in arrays if np.issubdtype(a.dtype, np.inexact)), arrays[0]).dtype.name
     found = {}
     for name, values in samples.items():
         low, median, high = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
-        precision = np.dtype(x.dtype).name
         found[name] = Latency(
-            median, (low, high), len(values), len(x), engine, threads, precision, device, about
+            median, (low, high), len(values), len(arrays[0]), engine, threads, precision, device, about
         )
     return found
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from sculpt.deploy.engines import Call, Engine
 from sculpt.deploy.open_batch import example_batch
+from sculpt.inputs import as_text, check_batch_axis
 from sculpt.model import Model, from_function
 from sculpt.pruning.filter_groups import bind_in_groups
 from sculpt.pruning.rewrite import bind
@@ -23,18 +24,22 @@ Layer = tuple[Equation, list[tuple[int, ...]], dict[str, Any]]
 """A contraction, the shapes of its operands, and its static parameters."""
 
 
-def traced_example(trace: Trace, example_input: Any) -> np.ndarray:
-    """A batch of what the network was traced with.
+def traced_example(trace: Trace, example_input: Any) -> Any:
+    """A batch of what the network was traced with, an array or a pytree of them.
 
     Raises:
-      ValueError: if the input is of another shape or dtype.
+      ValueError: if the input is of another structure, shape or dtype.
     """
+    check_batch_axis(trace.batch_axis)
     x = example_batch(example_input)
-    shape, dtype = trace.input_shape, trace.input_dtype
-    if x.shape[1:] != shape or x.dtype != dtype:
+    expected = jax.tree.map(lambda t: jax.ShapeDtypeStruct(("batch", *t.shape[1:]), t.dtype), trace.inputs)  # type: ignore[arg-type]
+    fits = jax.tree.structure(x) == jax.tree.structure(expected) and all(
+        a.shape[1:] == t.shape[1:] and a.dtype == t.dtype
+        for a, t in zip(jax.tree.leaves(x), jax.tree.leaves(expected))
+    )
+    if not fits or len({len(a) for a in jax.tree.leaves(x)}) > 1:
         raise ValueError(
-            f"expected an example input {dtype}[batch, {', '.join(map(str, shape))}], as the network was traced with, got "
-            f"{x.dtype}{list(x.shape)}"
+            f"expected an example input {as_text(expected)}, as the network was traced with, got {as_text(x)}"
         )
     return x
 

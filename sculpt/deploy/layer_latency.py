@@ -26,6 +26,7 @@ from sculpt.deploy.layer_grid import Part
 from sculpt.deploy.layer_points import layers_of
 from sculpt.deploy.layer_sizes import find_parts
 from sculpt.deploy.params import load_metadata, load_params, save_params
+from sculpt.inputs import number_of
 from sculpt.model import Model
 from sculpt.pruning import (
     Lookup,
@@ -139,13 +140,14 @@ def measure_layers(
     check_threads(threads)
     fitting_leaves(space.trace, model.params)
     x = traced_example(space.trace, example_input)
-    parts = find_parts(space, len(x), all_sizes)
+    batch = number_of(x)
+    parts = find_parts(space, batch, all_sizes)
     if all(part.grouped is None and len(part.points) == 1 for part in parts):
         raise ValueError(
             f"no option of the families {', '.join(space.families)} makes a layer smaller, zeros stay in place: add channels, rect or "
             "rect_grouped for a budget of latency"
         )
-    seconds = _measured(model, space, parts, len(x), engine_of(engine), threads, repeats, on_progress)
+    seconds = _measured(model, space, parts, batch, engine_of(engine), threads, repeats, on_progress)
     tables = [part.table(found) for part, found in zip(parts, seconds, strict=True)]
     layers = _lookup(space, parts, tables)
     policies = _drawn(space, model, layers, networks, key)
@@ -169,7 +171,7 @@ def measure_layers(
         )
     resource = dataclasses.replace(
         layers,
-        name=f"latency ({engine}, batch {len(x)})",
+        name=f"latency ({engine}, batch {batch})",
         total=total,
         fixed=float(fixed) / total,
         values=(layers.values * (slope / total)).astype(np.float32),
@@ -178,7 +180,7 @@ def measure_layers(
     return LayerLatency(
         resource,
         engine,
-        len(x),
+        batch,
         threads,
         all_sizes,
         _options_of(space),

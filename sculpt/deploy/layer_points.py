@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from sculpt.deploy.layer_alone import Layer
@@ -14,6 +15,7 @@ from sculpt.pruning.filter_groups import in_groups, mask_groups
 from sculpt.pruning.rewrite import REWRITES, Sizes
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.program import Equation, Literal
+from sculpt.tracing.trace import TRACED_BATCH
 
 
 def layers_of(space: Space, choices: Sequence[Choice], part: Part, batch: int) -> Iterator[Layer]:
@@ -51,9 +53,10 @@ class _SizesAtPoint(Sizes):
         flow = space.trace.flow
         super().__init__(flow, flow.program, {})
         self._batch = batch
-        images = flow.terms[flow.program.inputs[-1]][0]
-        self._images, self._traced_batch = set(flow.axes.atoms(images)), flow.axes.size(images)
-        if not self._images:
+        images = flow.program.inputs[-len(jax.tree.leaves(space.trace.inputs)) :]
+        # The atoms of the batch of each input.
+        self._images = [set(flow.axes.atoms(flow.terms[value][0])) for value in images]
+        if not all(self._images):
             raise ValueError(
                 "latencies of layers are measured for a batch of any size, and this network takes its batch apart, image by image: "
                 "choose another resource"
@@ -70,8 +73,9 @@ class _SizesAtPoint(Sizes):
 
     def count(self, axis: Axis, dense: int) -> int:
         count = super().count(axis, dense)
-        if self._images.issubset(self.flow.axes.atoms(axis)):
-            return count * self._batch // self._traced_batch
+        atoms = self.flow.axes.atoms(axis)
+        if any(batch.issubset(atoms) for batch in self._images):
+            return count * self._batch // TRACED_BATCH
         return count
 
     def units(self, axis: Axis) -> np.ndarray:

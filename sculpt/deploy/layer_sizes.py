@@ -20,6 +20,7 @@ from sculpt.deploy.layer_grid import Dimension, Part
 from sculpt.pruning import Space
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.program import CONTRACTIONS, Equation, Literal, Program
+from sculpt.tracing.trace import TRACED_BATCH
 
 _LEVELS = 8
 """Sizes along a dimension, at the most, at which a layer is measured."""
@@ -45,7 +46,6 @@ def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
         for site in space.sites
         if site.family == "rect_grouped"
     }
-    images = flow.terms[flow.program.inputs[-1]][0]
     parts = []
     for eqn in flow.program.equations:
         if eqn.name not in CONTRACTIONS or flow.program.is_table(eqn) or eqn.name == "ragged_dot_general":
@@ -55,7 +55,7 @@ def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
         sizes = [dimension.regular for dimension in dimensions]
         levels, corrections = tuple(_evenly(found, _LEVELS) for found in sizes), []
         points = math.prod(map(len, levels))
-        work = float(points) * _macs(flow.program, eqn) * batch / flow.axes.size(images)
+        work = float(points) * _macs(flow.program, eqn) * batch / TRACED_BATCH
         if len(sizes) > 2 and (not all_sizes or work > _WORK or points > _POINTS):
             levels = tuple(_evenly(found, _FEWER_LEVELS) for found in sizes)
             corrections = [finer] if (finer := _finer(sizes)) else []

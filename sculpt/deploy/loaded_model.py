@@ -15,7 +15,7 @@ from sculpt.deploy.open_batch import batch_size
 from sculpt.model import Params, State
 from sculpt.tracing.execute import execute_at
 from sculpt.tracing.program import Program
-from sculpt.tracing.trace import leaf_paths
+from sculpt.tracing.trace import leaf_parts, leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class LoadedFunction:
     """Of (parameters, state)."""
     order: tuple[int, ...] = dataclasses.field(compare=False, repr=False)
     """For every array that the program takes, which leaf of (parameters, state) it is."""
+    inputs: tuple[tuple[str | int, ...], ...] = dataclasses.field(compare=False, repr=False)
+    """The paths of the images: `((),)` for one array."""
 
-    def run(
-        self, params: Params, state: State, x: jax.Array, *key: jax.Array, observe: Any = None
-    ) -> list[Any]:
+    def run(self, params: Params, state: State, x: Any, *key: jax.Array, observe: Any = None) -> list[Any]:
         leaves, structure = jax.tree.flatten((params, state))
         if structure != self.structure:
             expected = leaf_paths(jax.tree.unflatten(self.structure, range(self.structure.num_leaves)))
@@ -48,8 +48,16 @@ class LoadedFunction:
                 found = f"{jax.dtypes.result_type(array)}{list(np.shape(array))}"
                 path = leaf_paths((params, state))[leaf].partition("/")[2] or "parameters"
                 raise ValueError(f"the model takes {shaped(aval)} for {path}, got {found}")
-        size = batch_size("the model", avals[len(arrays)], x)
-        return execute_at(self.program, size, [*arrays, x, *key], observe)
+        named = dict(zip(leaf_parts(x), jax.tree.leaves(x)))
+        expected = dict(zip(self.inputs, avals[len(arrays) :]))
+        size = batch_size("the model", _by_path(expected), _by_path(named))
+        images = [named[path] for path in self.inputs]
+        return execute_at(self.program, size, [*arrays, *images, *key], observe)
+
+
+def _by_path(arrays: dict[tuple[str | int, ...], Any]) -> Any:
+    """One array, or several by path, whatever mappings and sequences they came in."""
+    return arrays[()] if list(arrays) == [()] else {"/".join(map(str, path)): a for path, a in arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)

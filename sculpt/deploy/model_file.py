@@ -24,8 +24,10 @@ from sculpt.deploy.open_batch import flatten_model, flatten_open
 from sculpt.deploy.params import load_checksum, load_params, save_params
 from sculpt.deploy.program_json import Encoder, decode_program
 from sculpt.files import written_whole
+from sculpt.inputs import arrays_of
 from sculpt.model import Model, Params, State
-from sculpt.pruning.compact import drawn, max_difference
+from sculpt.pruning.compact import max_difference
+from sculpt.pruning.random_inputs import draw_inputs
 from sculpt.tracing.program import Equation, Program, with_known_sizes
 from sculpt.tracing.trace import leaf_parts, shapes_of
 
@@ -50,14 +52,14 @@ def save_model(model: Model, path: str | Path, example_input: Any) -> None:
     Args:
       model: the model.
       path: NAME, with one of the endings or without; its folder is made if need be.
-      example_input: array or `ShapeDtypeStruct` `[batch, ...]` that the model takes.
+      example_input: array or `ShapeDtypeStruct` `[batch, ...]` that the model takes, or a pytree of them.
 
     Raises:
       ValueError: if the model does not take the input, returns other than one array, has an operation that cannot be written (the message
         names it and its line), or the rebuilt model's outputs differ; nothing is written then.
     """
     arrays_path, json_path = _paths(path)
-    x = shapes_of(example_input)
+    example_input = arrays_of(example_input)
     document, constants = _document(model, example_input)
     arrays = {
         "params": _tree(document["params"], jax.tree.leaves(model.params)),
@@ -65,7 +67,8 @@ def save_model(model: Model, path: str | Path, example_input: Any) -> None:
         "constants": constants,
     }
     rebuilt = _rebuilt(json.loads(json.dumps(document)), lambda template: arrays)
-    given = jnp.asarray(example_input) if not isinstance(example_input, jax.ShapeDtypeStruct) else drawn(x)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example_input))
+    given = draw_inputs(shapes_of(example_input)) if abstract else jax.tree.map(jnp.asarray, example_input)
     difference = max_difference(model, rebuilt, given)
     if not difference <= TOLERANCE:
         raise ValueError(
@@ -154,7 +157,7 @@ def _document(model: Model, example_input: Any) -> tuple[dict[str, Any], dict[st
         "version": VERSION,
         "jax": jax.__version__,
         "sculpt": versions()["sculpt"],
-        "example": shaped(shapes_of(example_input)),
+        **_example(example_input),
         "description": list(model.describe()),
         "params": leaf_parts(model.params),
         "state": leaf_parts(model.state),
@@ -164,6 +167,14 @@ def _document(model: Model, example_input: Any) -> tuple[dict[str, Any], dict[st
         "no_training": reason,
     }
     return document, encoder.constants
+
+
+def _example(example_input: Any) -> dict[str, Any]:
+    """Shape and dtype of the input; of several their paths too."""
+    parts, leaves = leaf_parts(example_input), jax.tree.leaves(shapes_of(example_input))
+    if parts == [()]:
+        return {"example": shaped(leaves[0])}
+    return {"example": [shaped(leaf) for leaf in leaves], "inputs": parts}
 
 
 def _training_program(model: Model, example_input: Any) -> Program:
@@ -195,9 +206,10 @@ def _rebuilt(document: Mapping[str, Any], read: Callable[[Any], Any]) -> Model:
     constants = {name: jax.ShapeDtypeStruct(*decode_shaped(s)) for name, s in document["constants"].items()}
     paths = [tuple(map(tuple, document[kind])) for kind in ("params", "state")]
     values, inputs = document["evaluation"]["values"], document["evaluation"]["inputs"]
-    if len(inputs) != len(paths[0]) + len(paths[1]) + 1:
+    images = tuple(map(tuple, document.get("inputs", [()])))
+    if len(inputs) != len(paths[0]) + len(paths[1]) + len(images):
         raise ValueError(f"{len(inputs)} inputs of a program for {len(paths[0]) + len(paths[1])} arrays")
-    expected = [jax.ShapeDtypeStruct(*decode_shaped(values[i])) for i in inputs[:-1]]
+    expected = [jax.ShapeDtypeStruct(*decode_shaped(values[i])) for i in inputs[: -len(images)]]
     template = {
         "params": _tree(paths[0], expected[: len(paths[0])]),
         "state": _tree(paths[1], expected[len(paths[0]) :]),
@@ -211,22 +223,25 @@ def _rebuilt(document: Mapping[str, Any], read: Callable[[Any], Any]) -> Model:
     leaf_of = {place: leaf for leaf, place in enumerate(jax.tree.leaves(placed))}
     order = tuple(leaf_of[place] for place in places)
     structure, digest = jax.tree.structure((params, state)), _digest(document, arrays["constants"])
-    example = jax.ShapeDtypeStruct(*decode_shaped(document["example"]))
+    shapes = document["example"] if "inputs" in document else [document["example"]]
+    example = _tree(images, [jax.ShapeDtypeStruct(*decode_shaped(text)) for text in shapes])
 
     program = decode_program(document["evaluation"], arrays["constants"])
-    apply = LoadedApply(digest, program, structure, order, tuple(map(str, document["description"])))
+    rows = tuple(map(str, document["description"]))
+    apply = LoadedApply(digest, program, structure, order, images, rows)
     _check(apply, params, state, example)
     if document["training"] is None:
         return Model(apply, NoTraining(str(document["no_training"])), params, state)
-    train = LoadedTrain(digest, decode_program(document["training"], arrays["constants"]), structure, order)
+    training = decode_program(document["training"], arrays["constants"])
+    train = LoadedTrain(digest, training, structure, order, images)
     key = train.program.avals[train.program.inputs[-1]]
     _check(train, params, state, example, jax.ShapeDtypeStruct(key.shape, key.dtype))
     return Model(apply, train, params, state)
 
 
-def _check(function: LoadedFunction, params: Params, state: State, *rest: jax.ShapeDtypeStruct) -> None:
+def _check(function: LoadedFunction, params: Params, state: State, *rest: Any) -> None:
     """Runs a function on shapes alone and compares those of every operation with what the program says."""
-    program = with_known_sizes(function.program, rest[0].shape[0])
+    program = with_known_sizes(function.program, jax.tree.leaves(rest[0])[0].shape[0])
 
     def compare(eqn: Equation, results: Sequence[Any]) -> None:
         for value, result in zip(eqn.outputs, results, strict=True):
@@ -264,7 +279,8 @@ def _tree(paths: Sequence[Sequence[str | int]], leaves: Sequence[Any]) -> Any:
 
 
 def _digest(document: Mapping[str, Any], constants: Mapping[str, Any]) -> str:
-    said = {name: document[name] for name in ("params", "state", "evaluation", "training")}
+    parts = ("params", "state", "inputs", "evaluation", "training")
+    said = {name: document[name] for name in parts if name in document}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(constants):
         array = constants[name]

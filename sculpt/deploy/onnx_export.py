@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
@@ -25,8 +26,9 @@ from sculpt.deploy.agreement import TOLERANCE, difference, model_logits
 from sculpt.deploy.environment import required, versions
 from sculpt.deploy.fold import FoldedProgram, fold_program
 from sculpt.deploy.onnx_writer import Unsupported, Writer, write_equation
-from sculpt.deploy.open_batch import example_batch
+from sculpt.deploy.open_batch import example_batch, input_names
 from sculpt.files import written_whole
+from sculpt.inputs import as_text, rows
 from sculpt.model import Model
 from sculpt.tracing.program import CONTRACTIONS, Literal
 
@@ -44,14 +46,15 @@ def export_onnx(
 ) -> None:
     """Writes a model as an ONNX file.
 
-    Weights are inside, BatchNorm is folded into them. The input is called "images", the output "logits"; the batch size stays
-    open where the model's own code allows it, and is that of `example_input` otherwise. Convolutions are written channels first,
-    with transposes at the borders only. The same model gives the same bytes.
+    Weights are inside, BatchNorm is folded into them. The input is called "images", each of several by its path ("tokens", "images/0");
+    the output "logits". The batch size stays open where the model's own code allows it, and is that of `example_input` otherwise.
+    Convolutions are written channels first, with transposes at the borders only. The same model gives the same bytes.
 
     Args:
       model: the model, dense or compact, of float32 arrays.
       path: the file; its folder is made if need be.
-      example_input: float32 array `[batch, ...]` that the model takes; the file is compared with the model on it.
+      example_input: array `[batch, ...]` that the model takes, or a pytree of arrays; the file is compared with the model on it.
+        Images are float32; integers and booleans, such as tokens and masks, stay what they are.
       opset: version of ONNX's operators, 17 or newer.
       layout: "NHWC" for images as the model takes them; "NCHW" for channels first, which spares a transpose.
 
@@ -65,14 +68,14 @@ def export_onnx(
     if not _OLDEST <= opset <= newest:
         raise ValueError(f"opset must be from {_OLDEST} to {newest} (of the installed onnx), got {opset}")
     x = example_batch(example_input)
-    if layout not in LAYOUTS or (layout == "NCHW" and x.ndim != 4):
+    if layout not in LAYOUTS or (layout == "NCHW" and np.ndim(x) != 4):
         raise ValueError(
             f"layout must be one of {', '.join(LAYOUTS)}, the latter for images [batch, height, width, channels]; got {layout!r} for "
-            f"an input {list(x.shape)}"
+            f"an input {as_text(x)}"
         )
-    order = (0, 3, 1, 2) if layout == "NCHW" else tuple(range(x.ndim))
+    order = (0, 3, 1, 2) if layout == "NCHW" else None
     writer = write_program(fold_program(model, x), opset, order)
-    message = _message(writer, order)
+    message = _message(writer)
     try:
         onnx.checker.check_model(message, full_check=True)
     # The checker's exceptions have no common base but Exception.
@@ -85,19 +88,26 @@ def export_onnx(
         _compare(model, temporary, x, order, _is_open(writer))
 
 
-def write_program(folded: FoldedProgram, opset: int, order: tuple[int, ...]) -> Writer:
-    """The graph of a folded program.
+def named_inputs(x: Any) -> dict[str, np.ndarray]:
+    """The inputs of an ONNX file by name."""
+    return dict(zip(input_names(x, IMAGES), jax.tree.leaves(x), strict=True))
+
+
+def write_program(folded: FoldedProgram, opset: int, order: tuple[int, ...] | None) -> Writer:
+    """The graph of a folded program; None: it holds the axes of its inputs as the model does.
 
     Raises:
       ValueError: if an operation has no ONNX, or a value is of other than float32, integers and booleans.
     """
     program = folded.program
-    image = program.avals[program.inputs[-1]]
-    if image.dtype != jnp.float32:
+    images = jax.tree.leaves(folded.inputs)
+    if any(x.dtype != jnp.float32 and not _is_discrete(x.dtype) for x in images):
         raise ValueError(
-            f"export_onnx takes models of float32 images, this one takes {image.dtype}{list(image.shape)}"
+            f"export_onnx takes models of float32 images, integers and booleans, this one takes {as_text(folded.inputs)}"
         )
-    writer = Writer(program, folded.arrays, folded.names, opset, (IMAGES, LOGITS), order)
+    names = input_names(folded.inputs, IMAGES)
+    orders = [order or tuple(range(len(x.shape))) for x in images]
+    writer = Writer(program, folded.arrays, folded.names, opset, dict(zip(names, orders)), LOGITS)
     labels = dict(zip(program.inputs, folded.names))
     layer = "the input"
     for eqn in program.equations:
@@ -128,11 +138,15 @@ def write_program(folded: FoldedProgram, opset: int, order: tuple[int, ...]) -> 
     return writer
 
 
+def _is_discrete(dtype: Any) -> bool:
+    return dtype == np.bool_ or jnp.issubdtype(dtype, jnp.integer)
+
+
 def _is_open(writer: Writer) -> bool:
     return export.is_symbolic_dim(writer.program.shape(writer.program.inputs[-1])[0])
 
 
-def _message(writer: Writer, order: Sequence[int]) -> Any:
+def _message(writer: Writer) -> Any:
     from onnx import TensorProto, helper, numpy_helper
 
     size = sum(array.nbytes for array in writer.arrays.values())
@@ -141,7 +155,8 @@ def _message(writer: Writer, order: Sequence[int]) -> Any:
             f"the weights take {size / 1e9:.2f} GB, a file of ONNX at most 2.1: export_stablehlo takes them"
         )
     program = writer.program
-    shape = program.shape(program.inputs[-1])
+    inputs = [writer.tensor(value) for value in program.inputs[-len(writer.inputs) :]]
+    dtypes = [program.avals[value].dtype for value in program.inputs[-len(writer.inputs) :]]
     nodes = []
     for node in writer.nodes:
         attributes: dict[str, Any] = {
@@ -155,7 +170,12 @@ def _message(writer: Writer, order: Sequence[int]) -> Any:
     graph = helper.make_graph(
         nodes,
         "model",
-        [helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, [_size(shape[d]) for d in order])],
+        [
+            helper.make_tensor_value_info(
+                x.name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [_size(x.shape[d]) for d in x.order]
+            )
+            for x, dtype in zip(inputs, dtypes)
+        ],
         [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [_size(n) for n in result])],
         [numpy_helper.from_array(array, name) for name, array in writer.arrays.items()],
     )
@@ -173,23 +193,25 @@ def _size(size: Any) -> Any:
     return str(size) if export.is_symbolic_dim(size) else size
 
 
-def _compare(model: Model, file: Path, x: np.ndarray, order: Sequence[int], any_batch: bool) -> None:
+def _compare(model: Model, file: Path, x: Any, order: Sequence[int] | None, any_batch: bool) -> None:
     """Raises ValueError unless onnxruntime gives the model's logits, for another batch size too where that is open."""
     run = _session(file)
 
-    def differs(images: np.ndarray, expected: np.ndarray) -> float:
-        return difference(run(np.ascontiguousarray(images.transpose(order))), expected)
+    def differs(images: Any, expected: np.ndarray) -> float:
+        turned = jax.tree.map(
+            lambda a: np.ascontiguousarray(a if order is None else a.transpose(order)), images
+        )
+        return difference(run(turned), expected)
 
-    expected = model_logits(model, x)
-    found = {len(x): differs(x, expected)}
+    expected, number = model_logits(model, x), len(jax.tree.leaves(x)[0])
+    found = {number: differs(x, expected)}
     if any_batch:
         # Images rarely know of each other: the logits of other batches are known without compiling for them. Where they are not, the
         # model is asked.
-        chosen = [*range(1, len(x))] or [0, 0]
-        by_parts = differs(x[chosen], expected[chosen])
-        found[len(chosen)] = (
-            by_parts if by_parts <= TOLERANCE else differs(x[chosen], model_logits(model, x[chosen]))
-        )
+        chosen = [*range(1, number)] or [0, 0]
+        part = rows(x, chosen)
+        by_parts = differs(part, expected[chosen])
+        found[len(chosen)] = by_parts if by_parts <= TOLERANCE else differs(part, model_logits(model, part))
     for batch, value in found.items():
         if not value <= TOLERANCE:
             raise ValueError(
@@ -198,7 +220,7 @@ def _compare(model: Model, file: Path, x: np.ndarray, order: Sequence[int], any_
             )
 
 
-def _session(file: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _session(file: Path) -> Callable[[Any], np.ndarray]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -210,4 +232,4 @@ def _session(file: Path) -> Callable[[np.ndarray], np.ndarray]:
     # onnxruntime's exceptions have no common base but Exception.
     except Exception as error:
         raise ValueError(f"onnxruntime does not load the ONNX file: {error}") from error
-    return lambda images: np.asarray(session.run([LOGITS], {IMAGES: images})[0])
+    return lambda images: np.asarray(session.run([LOGITS], named_inputs(images))[0])

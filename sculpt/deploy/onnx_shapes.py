@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax import export
 
@@ -219,7 +220,7 @@ def _gather(writer: Writer, eqn: Equation) -> list[Tensor]:
     x, indices = (writer.tensor(o) for o in eqn.inputs)
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if indices.array is None:
-        raise Unsupported("places that the images say")
+        return [_looked_up(writer, eqn, x, indices)]
     if numbers.operand_batching_dims:
         raise Unsupported("a choice for each of a batch")
     places = indices.array
@@ -246,6 +247,25 @@ def _gather(writer: Writer, eqn: Equation) -> list[Tensor]:
     known = sorted(source)
     x = x.relabelled([left.index(source[d]) for d in known])
     return [unsqueezed(writer, x, known, rank)]
+
+
+def _looked_up(writer: Writer, eqn: Equation, x: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a table at places that the inputs say, such as embeddings of tokens."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    axes = numbers.start_index_map
+    whole = len(axes) == 1 and all(n == (1 if d == axes[0] else x.shape[d]) for d, n in enumerate(sizes))
+    if not whole or numbers.collapsed_slice_dims != axes or numbers.operand_batching_dims:
+        raise Unsupported("places that the images say, other than whole rows along one axis")
+    axis, shape = axes[0], writer.program.shape(eqn.outputs[0])
+    places = squeezed(writer, indices, [indices.rank - 1])
+    name = writer.held(places)
+    if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+        limits = [writer.constant(np.asarray(n, writer.dtype(eqn.inputs[1]))) for n in (0, x.shape[axis] - 1)]
+        name = writer.node("Min", [writer.node("Max", [name, limits[0]]), limits[1]])
+    offsets = numbers.offset_dims
+    picked = [d for d in range(len(shape)) if d not in offsets]
+    order = (*offsets[:axis], *picked, *offsets[axis:])
+    return Tensor(writer.node("Gather", [writer.held(x), name], axis=axis), order, shape)
 
 
 def _one_axis(places: np.ndarray) -> tuple[int | None, np.ndarray]:

@@ -78,12 +78,12 @@ class Writer:
     """A graph under construction.
 
     Args:
-      program: takes arrays, then images.
+      program: takes arrays, then images (one array or several).
       arrays: the arrays.
       labels: their names.
       opset: version of ONNX's operators.
-      ends: names of the graph's input and of its output, which nothing else may have.
-      layout: order in which the graph's input holds the axes of the images.
+      inputs: by the name of each of the graph's inputs, the order in which it holds the axes of those images.
+      result: name of the graph's output.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Writer:
         arrays: Sequence[Any],
         labels: Sequence[str],
         opset: int,
-        ends: tuple[str, str],
-        layout: tuple[int, ...],
+        inputs: Mapping[str, tuple[int, ...]],
+        result: str,
     ) -> None:
         self.program = program
         self.opset = opset
-        self.image, self._result = ends
+        self.inputs, self._result = dict(inputs), result
         self.nodes: list[Node] = []
         self.arrays: dict[str, np.ndarray] = {}
         """By name."""
@@ -113,11 +113,12 @@ class Writer:
         for operand in (*(i for eqn in program.equations for i in eqn.inputs), *program.outputs):
             if not isinstance(operand, Literal):
                 self.readers[operand] = self.readers.get(operand, 0) + 1
-        *values, images = program.inputs
+        values, images = program.inputs[: -len(inputs)], program.inputs[-len(inputs) :]
         for value, array, label in zip(values, arrays, labels, strict=True):
             array = np.asarray(array)
             self._tensors[value] = Tensor(None, tuple(range(array.ndim)), array.shape, array, label)
-        self._tensors[images] = Tensor(self.image, layout, program.shape(images))
+        for value, (name, layout) in zip(images, inputs.items(), strict=True):
+            self._tensors[value] = Tensor(name, layout, program.shape(value))
 
     def tensor(self, operand: Operand) -> Tensor:
         """The tensor of an operand."""
@@ -170,7 +171,11 @@ class Writer:
     def _fresh(self, stem: str) -> str:
         self._counts[stem] = self._counts.get(stem, 0) + 1
         name = f"{stem}_{self._counts[stem]}"
-        return self._fresh(stem) if name in self.arrays else name
+        return self._fresh(stem) if name in self.arrays or self._is_end(name) else name
+
+    def _is_end(self, name: str) -> bool:
+        """Whether it is the name of an input or of the output of the graph, which nothing else may have."""
+        return name in self.inputs or name == self._result
 
     def constant(self, array: Any, label: str = "constant") -> str:
         """The name of an array; equal ones are kept once."""
@@ -178,7 +183,7 @@ class Writer:
         digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
         if digest not in self._digests:
             name, number = label, 1
-            while name in self.arrays or name in self._producers or name in (self.image, self._result):
+            while name in self.arrays or name in self._producers or self._is_end(name):
                 number += 1
                 name = f"{label}.{number}"
             self.arrays[name] = array
@@ -237,7 +242,10 @@ class Writer:
     def _batch(self) -> str:
         """The name of the number of images, a list of one integer."""
         images = self._tensors[self.program.inputs[-1]]
-        return self.node("Gather", [self.node("Shape", [self.image]), self.integers(images.place(0))], axis=0)
+        assert images.name is not None
+        return self.node(
+            "Gather", [self.node("Shape", [images.name]), self.integers(images.place(0))], axis=0
+        )
 
     def finish(self) -> None:
         """Gives the result its name and drops what nobody reads."""

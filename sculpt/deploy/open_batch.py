@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from sculpt.inputs import arrays_of, as_text
 from sculpt.model import Model
 from sculpt.tracing.program import ImpureProgram, Program, flatten, with_derivatives
-from sculpt.tracing.trace import shapes_of
+from sculpt.tracing.trace import leaf_paths, shapes_of
 
 BATCH = "batch"
 """Name of the open size."""
@@ -23,22 +24,26 @@ def open_batch() -> Any:
     return export.symbolic_shape(BATCH)[0]
 
 
-def example_batch(example_input: Any) -> np.ndarray:
-    """An example input on the host, in the dtype that JAX computes in: float32 where NumPy has float64.
+def example_batch(example_input: Any) -> Any:
+    """An example input on the host, an array or a pytree of them, in the dtypes that JAX computes in: float32 where NumPy has float64.
 
     Raises:
       ValueError: if it is no batch of one image or more.
     """
-    x = np.asarray(example_input)
+    x = jax.tree.map(np.asarray, arrays_of(example_input))
     _check_batch(x)
-    return x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+    return jax.tree.map(lambda a: a.astype(jax.dtypes.canonicalize_dtype(a.dtype)), x)
 
 
 def _check_batch(x: Any) -> None:
-    if not x.shape or x.shape[0] == 0:
-        raise ValueError(
-            f"expected an example input [batch, ...] of one image or more, got {x.dtype}{list(x.shape)}"
-        )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+    if not shapes or not all(shapes) or any(shape[0] == 0 for shape in shapes):
+        raise ValueError(f"expected an example input [batch, ...] of one image or more, got {as_text(x)}")
+
+
+def input_names(x: Any, single: str) -> tuple[str, ...]:
+    """What inputs are called in a file: `single` where there is one array, else their paths."""
+    return (single,) if jax.tree_util.all_leaves([x]) else tuple(leaf_paths(x))
 
 
 def flatten_open(
@@ -54,20 +59,17 @@ def flatten_open(
     Args:
       function: `apply` or `apply_train` of a model.
       before: its first arguments, pytrees of arrays or `ShapeDtypeStruct`s.
-      example_input: array or `ShapeDtypeStruct` `[batch, ...]`.
+      example_input: array or `ShapeDtypeStruct` `[batch, ...]`, or a pytree of them. Where they are of different batch sizes none is open.
       after: its last arguments.
       derivatives: note the derivatives of functions with rules of their own (`with_derivatives`): for a program to be trained.
 
     Raises:
       ValueError: if the example is no such array, or the function does not take it.
     """
-    x = shapes_of(example_input)
-    if not hasattr(x, "shape"):
-        raise ValueError("expected an example input [batch, ...], one array")
+    x = shapes_of(arrays_of(example_input))
     _check_batch(x)
     problems = []
-    for size in (open_batch(), x.shape[0]):
-        images = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+    for images in (*with_open_batch(x), x):
         # What an open batch size trips over is up to the model's code: any exception may come out of it.
         try:
             program = flatten(function, *map(shapes_of, before), images, *after)
@@ -76,7 +78,15 @@ def flatten_open(
             raise
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
-    raise ValueError(f"the model does not take the example input {x.dtype}{list(x.shape)}: {problems[-1]}")
+    raise ValueError(f"the model does not take the example input {as_text(x)}: {problems[-1]}")
+
+
+def with_open_batch(x: Any) -> tuple[Any, ...]:
+    """The shapes of an example input with an open batch size; nothing where arrays are of different batch sizes."""
+    if len({leaf.shape[0] for leaf in jax.tree.leaves(x)}) > 1:
+        return ()
+    size = open_batch()
+    return (jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), x),)
 
 
 def flatten_model(model: Model, example_input: Any, derivatives: bool = False) -> Program:
@@ -93,19 +103,24 @@ def flatten_model(model: Model, example_input: Any, derivatives: bool = False) -
 
 
 def batch_size(who: str, expected: Any, x: Any) -> Any:
-    """The batch size of images `x`, which may be symbolic.
+    """The batch size of inputs `x`, an array or a pytree of them, which may be symbolic.
 
     Args:
       who: "the folded model" or the like.
-      expected: shape and dtype of the images of a program.
-      x: the images.
+      expected: shapes and dtypes of the inputs of a program.
+      x: the inputs.
 
     Raises:
-      ValueError: if they are of another shape or dtype.
+      ValueError: if they are of another structure, shape or dtype.
     """
-    shape, dtype = jnp.shape(x), jax.dtypes.result_type(x)
-    size = shape[0] if export.is_symbolic_dim(expected.shape[0]) and shape else expected.shape[0]
-    if shape != (size, *expected.shape[1:]) or dtype != expected.dtype:
-        wanted = f"{expected.dtype}[{', '.join(map(str, expected.shape))}]"
-        raise ValueError(f"{who} takes {wanted}, got {dtype}{list(shape)}")
+    leaves, wanted = jax.tree.leaves(x), jax.tree.leaves(expected)
+    first = jnp.shape(leaves[0])[:1] if leaves else ()
+    size = first[0] if export.is_symbolic_dim(wanted[0].shape[0]) and first else wanted[0].shape[0]
+    fits = jax.tree.structure(x) == jax.tree.structure(expected) and all(
+        jnp.shape(leaf) == (size if export.is_symbolic_dim(e.shape[0]) else e.shape[0], *e.shape[1:])
+        and jax.dtypes.result_type(leaf) == e.dtype
+        for leaf, e in zip(leaves, wanted)
+    )
+    if not fits:
+        raise ValueError(f"{who} takes {as_text(expected)}, got {as_text(x)}")
     return size

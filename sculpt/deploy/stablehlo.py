@@ -12,9 +12,11 @@ import numpy as np
 from jax import export
 
 from sculpt.arguments import checked
-from sculpt.deploy.open_batch import example_batch, flatten_model, open_batch
+from sculpt.deploy.open_batch import batch_size, example_batch, flatten_model, with_open_batch
 from sculpt.files import written_whole
+from sculpt.inputs import as_text
 from sculpt.model import Model
+from sculpt.tracing.trace import shapes_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5
@@ -35,21 +37,29 @@ class ExportedModel:
         return size if isinstance(size, int) else None
 
     @property
+    def inputs(self) -> Any:
+        """Shapes and dtypes of what it takes, an array or a pytree of them."""
+        arguments, _ = jax.tree.unflatten(self.program.in_tree, self.program.in_avals)
+        return arguments[0]
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image."""
+        """Shape of one image.
+
+        Raises:
+          ValueError: if the program takes several arrays.
+        """
+        if len(self.program.in_avals) != 1:
+            raise ValueError(f"expected a program of one input array, this one takes {as_text(self.inputs)}")
         return tuple(self.program.in_avals[0].shape[1:])
 
     def __call__(self, x: Any) -> jax.Array:
-        """Logits `[batch, classes]` of `x` `[batch, ...]`.
+        """Logits `[batch, classes]` of `x` `[batch, ...]`, an array or a pytree of them.
 
         Raises:
-          ValueError: if `x` has another shape or dtype than the program takes.
+          ValueError: if `x` has another structure, shape or dtype than the program takes.
         """
-        shape, dtype = tuple(np.shape(x)), jax.dtypes.result_type(x)
-        expected = self.program.in_avals[0]
-        if shape[1:] != self.input_shape or dtype != expected.dtype or self.batch not in (None, *shape[:1]):
-            want = f"{expected.dtype}[{', '.join(map(str, expected.shape))}]"
-            raise ValueError(f"the exported program takes {want}, got {dtype}{list(shape)}")
+        batch_size("the exported program", self.inputs, x)
         return self.program.call(x)
 
 
@@ -66,7 +76,7 @@ def export_stablehlo(
     Args:
       model: the model, dense or compact.
       path: the file; its folder is made if need be.
-      example_input: array `[batch, ...]` that the model takes.
+      example_input: array `[batch, ...]` that the model takes, or a pytree of them.
       fixed_batch: whether the program takes the batch size of `example_input` only.
 
     Returns:
@@ -75,7 +85,7 @@ def export_stablehlo(
     Raises:
       ValueError: if the model cannot be exported, or the reloaded program's logits differ; no file is left then.
     """
-    x = jnp.asarray(example_batch(example_input))
+    x = jax.tree.map(jnp.asarray, example_batch(example_input))
     flatten_model(model, x)  # or an error that says what is wrong with the model
     with written_whole(path) as temporary:
         temporary.write_bytes(_export(model, x, fixed_batch).serialize())
@@ -90,11 +100,10 @@ def export_stablehlo(
     return loaded
 
 
-def _export(model: Model, x: jax.Array, fixed_batch: bool) -> export.Exported:
+def _export(model: Model, x: Any, fixed_batch: bool) -> export.Exported:
     program = jax.jit(lambda images: model.apply(model.params, model.state, images))
     problems = []
-    for size in (x.shape[0],) if fixed_batch else (open_batch(), x.shape[0]):
-        argument = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+    for argument in (*(() if fixed_batch else with_open_batch(x)), shapes_of(x)):
         # What an open batch size trips over is up to the model's code: any exception may come out of it.
         try:
             return export.export(program, platforms=PLATFORMS)(argument)

@@ -108,10 +108,10 @@ def layer_macs(space: Space, policy: Any) -> np.ndarray:
 
 
 @checked
-def count_cost(model: Model, example_input: Any) -> tuple[int, int]:
+def count_cost(model: Model, example_input: Any, batch_axis: int | None = 0) -> tuple[int, int]:
     """Exact multiply-accumulates per image and number of parameters of a model as it stands.
 
-    Counted on the model's own program: what a compacted model really does. Nothing is run.
+    Counted on the model's own program: what a compacted model really does. Nothing is run. `batch_axis` as for `sculpt.trace`.
     """
-    traced = trace(model, example_input)
+    traced = trace(model, example_input, batch_axis)
     return traced.macs, traced.num_params

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, did_you_mean
-from sculpt.inputs import check_labels
+from sculpt.inputs import arrays_of, as_text, check_batch_axis, check_labels, number_of
 from sculpt.model import Model
 from sculpt.pruning.importance_activation import activation_scores
 from sculpt.pruning.importance_taylor import taylor_scores
@@ -95,7 +95,7 @@ def importance(
       model: the dense model.
       trace: what `sculpt.trace` found in it.
       kind: one of the above.
-      images: `[n, ...]`, normalised as the model expects; a few hundred of the training split do.
+      images: `[n, ...]`, normalised as the model expects, or a pytree of arrays as in the trace; a few hundred of the training split do.
       labels: integers `[n]`, or what the model's task takes.
       key: a key such as `jax.random.key(0)`.
       images_per_batch: images that are run at a time. It bounds memory; `taylor` is a mean over such batches.
@@ -155,18 +155,24 @@ def _weight_scores(trace: Trace, kind: str, leaves: list[Any]) -> list[jax.Array
 
 
 def _fitting_images(trace: Trace, images: Any) -> Any:
-    """Images in the dtype that the network was traced with."""
-    expected = trace.program.avals[trace.program.inputs[-1]]
-    shape, dtype = np.shape(images), jax.dtypes.result_type(images)
-    if len(shape) != len(expected.shape) or shape[1:] != tuple(expected.shape[1:]) or shape[0] < 1:
-        wanted = ", ".join(map(str, expected.shape[1:]))
+    """Images in the dtypes that the network was traced with."""
+    check_batch_axis(trace.batch_axis)
+    images = arrays_of(images)
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(("n", *x.shape[1:]), x.dtype), trace.inputs)
+    pairs = list(zip(jax.tree.leaves(images), jax.tree.leaves(expected)))
+    fits = jax.tree.structure(images) == jax.tree.structure(expected) and all(
+        np.ndim(x) == len(wanted.shape) and np.shape(x)[1:] == wanted.shape[1:] for x, wanted in pairs
+    )
+    if not fits or number_of(images) < 1:
         raise ValueError(
-            f"importance expected images [n, {wanted}], as in the trace, got {list(shape)}; "
+            f"importance expected images {as_text(expected)}, as in the trace, got {as_text(images)}; "
             "reshape them or trace the model with images like these"
         )
-    if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(expected.dtype, jnp.floating):
-        raise ValueError(
-            f"importance expected images like the {expected.dtype} ones of the trace, got {dtype}: "
-            "normalise them first (splits.normalise, sculpt.nets.preprocess)"
-        )
-    return jnp.asarray(images, expected.dtype)
+    for x, wanted in pairs:
+        dtype = jax.dtypes.result_type(x)
+        if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(wanted.dtype, jnp.floating):
+            raise ValueError(
+                f"importance expected images like the {wanted.dtype} ones of the trace, got {dtype}: "
+                "normalise them first (splits.normalise, sculpt.nets.preprocess)"
+            )
+    return jax.tree.map(lambda x, wanted: jnp.asarray(x, wanted.dtype), images, expected)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.inputs import number_of, rows
 from sculpt.pruning.importance_units import share, sum_by_unit
 from sculpt.pruning.importance_weights import unit_l1
 from sculpt.tracing import Layer, Trace
@@ -34,10 +35,10 @@ def activation_scores(
     Args:
       leaves: the parameter leaves.
       state: the model's state.
-      images: `[n, ...]` in the dtype that the model takes.
+      images: `[n, ...]` in the dtype that the model takes, or a pytree of arrays.
       images_per_batch: images that are run at a time; bounds memory, and does not change the result.
     """
-    n, (kernels, squares) = len(images), ({}, {})
+    n, (kernels, squares) = number_of(images), ({}, {})
     arrays = [*leaves, *jax.tree.leaves(state)]
     # The program was traced for two images, so it is mapped over pairs; a last odd image is paired with itself.
     pairs = np.arange(n + n % 2, dtype=np.int32).clip(max=n - 1).reshape(-1, 2)
@@ -46,18 +47,18 @@ def activation_scores(
     for start in range(0, len(pairs), size):
         index = np.arange(start, start + size)
         weight = np.where(index < len(pairs), weights[index % len(pairs)], np.float32(0))
-        kernels, found = _observe(trace, arrays, images[pairs[index % len(pairs)]], weight)
+        kernels, found = _observe(trace, arrays, rows(images, pairs[index % len(pairs)]), weight)
         squares = {i: squares[i] + s for i, s in found.items()} if squares else found
     return _unit_scores(trace, list(leaves), kernels, squares)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(trace: Trace, arrays: list[Any], pairs: jax.Array, weights: jax.Array) -> tuple[Arrays, Arrays]:
+def _observe(trace: Trace, arrays: list[Any], pairs: Any, weights: jax.Array) -> tuple[Arrays, Arrays]:
     """The kernel of every observed layer, and the weighted sum of squares of its input (see `_input_squares`)."""
     wanted = _observable(trace)
 
-    def one(pair: jax.Array) -> tuple[Arrays, Arrays]:
-        return _run(trace.program, [*arrays, pair], wanted)[1:]
+    def one(pair: Any) -> tuple[Arrays, Arrays]:
+        return _run(trace.program, [*arrays, *jax.tree.leaves(pair)], wanted)[1:]
 
     kernels, squares = jax.vmap(one, out_axes=(None, 0))(pairs)
     return kernels, {i: jnp.tensordot(weights, s, 1) for i, s in squares.items()}

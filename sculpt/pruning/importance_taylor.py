@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.inputs import rows
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.importance_units import slot_labels, sum_by_unit
 from sculpt.task import Task
@@ -27,7 +28,7 @@ def taylor_scores(
     not scaled to count alike. A kernel whose input and output are both of the group counts once for either.
 
     Args:
-      images: `[n, ...]` in the dtype that the model takes.
+      images: `[n, ...]` in the dtype that the model takes, or a pytree of arrays.
       labels: integers `[n]`, or what the model's task takes.
       images_per_batch: size of a micro-batch, which bounds memory and says what b is; the last may be smaller and weighs
         as many images as it has.
@@ -45,7 +46,7 @@ def taylor_scores(
             trace,
             model.params,
             model.state,
-            images[index % n],
+            rows(images, index % n),
             labels[index % n],
             real,
         )
@@ -61,7 +62,7 @@ def _batch_scores(
     trace: Trace,
     params: Any,
     state: Any,
-    images: jax.Array,
+    images: Any,
     labels: jax.Array,
     real: jax.Array,
 ) -> list[jax.Array]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
 from sculpt.arguments import checked, is_whole
-from sculpt.inputs import check_images, check_labels
+from sculpt.inputs import arrays_of, check_images, check_labels, number_of, rows
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import check_policies, mask_params, masks_from_choices
 from sculpt.pruning.space import Space
@@ -51,7 +50,7 @@ def _repaired(problem: Problem, masks: Any) -> Any:
     if problem.wanted is None:
         return mask_params(problem.params, masks)
     assert problem.calibration is not None
-    images = problem.calibration[0]
+    images = rows(problem.calibration, 0)
     network = linear_network(problem.apply, problem.params, problem.state, images, BRIEF.rows)
     params, _ = fit_params(
         network, problem.params, masks, problem.state, images, problem.wanted, RIDGE, BRIEF.steps
@@ -73,7 +72,7 @@ def score_params(problem: Problem, params: Any) -> Scores:
         state = batch_statistics(train, params, state, problem.calibration, spread)
 
     def one_batch(
-        totals: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array, jax.Array]
+        totals: tuple[jax.Array, jax.Array], batch: tuple[Any, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         images, labels, real = batch
         scores, losses = problem.task.measure(apply(params, state, images), labels)
@@ -204,7 +203,8 @@ def evaluate_policies(
       model: the dense network.
       space: sites and patterns.
       policies: integers `[n, sites]`.
-      images: floating-point `[m, ...]`, normalised as the model expects; or whole numbers, such as tokens, where it takes those.
+      images: floating-point `[m, ...]`, normalised as the model expects; or whole numbers, such as tokens, where it takes those; or a
+        pytree of such arrays.
       labels: integers `[m]`, or what the model's task takes.
       calibration: images `[k, ...]` to take BatchNorm statistics from, for each policy anew, in whole batches of 64
         where there are more (the rest is left out); None keeps the model's
@@ -239,7 +239,7 @@ def evaluate(
 
     Args:
       model: the network.
-      images: `[m, ...]`, normalised, or what `normalise` takes.
+      images: `[m, ...]`, normalised, or what `normalise` takes; a pytree of arrays where the network takes one.
       labels: integers `[m]`, or what the model's task takes.
       images_per_batch: how many are on the device at a time.
       normalise: what is done to the images of a batch first, such as `splits.normalise`; None: nothing.
@@ -251,16 +251,15 @@ def evaluate(
     if not is_whole(images_per_batch, 1):
         raise ValueError(f"images_per_batch must be a whole number of at least 1, got {images_per_batch!r}")
     prepared = normalise or (lambda block: block)
-    number = np.shape(images)[0]
-    if not number:
-        raise ValueError(f"expected images [n, ...] with n >= 1, got {list(np.shape(images))}")
-    first = check_images(model, prepared(images[:1]))
-    example = jax.ShapeDtypeStruct((number, *first.shape[1:]), first.dtype)
+    images = arrays_of(images)
+    number = number_of(images)
+    first = check_images(model, prepared(rows(images, slice(1))))
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype), first)
     labels = check_labels(model, example, labels)
     score = loss = 0.0
     for start in range(0, number, images_per_batch):
         block = slice(start, start + images_per_batch)
-        x = jnp.asarray(prepared(images[block]), first.dtype)
+        x = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), prepared(rows(images, block)), first)
         totals = _totals(model.apply, model.task, model.params, model.state, x, labels[block])
         score, loss = score + totals[0], loss + totals[1]
     return Scores(jnp.asarray(score / number), jnp.asarray(loss / number))
@@ -268,7 +267,7 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _totals(
-    apply: ApplyFn, task: Task, params: Any, state: Any, images: jax.Array, labels: jax.Array
+    apply: ApplyFn, task: Task, params: Any, state: Any, images: Any, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     scores, losses = task.measure(lowered(apply)(params, state, images), labels)
     return scores.sum(), losses.sum()

@@ -284,7 +284,7 @@ def _about(problem: Problem) -> dict[str, Any]:
 
     real = np.asarray(problem.real).reshape(-1)
     labels = np.asarray(problem.labels).reshape(-1, *problem.labels.shape[2:])
-    images = np.asarray(problem.images).reshape(-1, *problem.images.shape[2:])
+    images = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[real], jax.device_get(problem.images))
     sites = [
         [site.name, site.family, *(option.label for option in site.options)] for site in problem.space.sites
     ]
@@ -294,11 +294,11 @@ def _about(problem: Problem) -> dict[str, Any]:
         "images": int(real.sum()),
         "calibration images": 0
         if problem.calibration is None
-        else int(np.prod(problem.calibration.shape[:2])),
+        else int(np.prod(jax.tree.leaves(problem.calibration)[0].shape[:2])),
         **({} if problem.wanted is None else {"repair": "reconstruct"}),
         "precision": problem.plan.precision,
         "network sha256": digest_of((problem.params, problem.state)),
-        "data sha256": digest_of((images[real], labels[real], problem.calibration)),
+        "data sha256": digest_of((images, labels[real], problem.calibration)),
         "choices sha256": digest_of(problem.choices),
         "program sha256": hashlib.sha256(outline(problem.space.trace.program).encode()).hexdigest(),
         "sites sha256": hashlib.sha256(json.dumps(sites).encode()).hexdigest(),
@@ -308,7 +308,9 @@ def _about(problem: Problem) -> dict[str, Any]:
 def _task_digest(problem: Problem) -> str:
     model = Model(problem.apply, problem.apply_train, problem.params, problem.state, problem.task)
     digest = hashlib.sha256()
-    images, labels = (jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (problem.images, problem.labels))
+    images, labels = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (problem.images, problem.labels)
+    )
     add_task(digest, model, images, labels)
     return digest.hexdigest()
 

@@ -122,8 +122,8 @@ class LinearNetwork:
     """By `id(equation)`, in the order of the program."""
 
 
-def find_linear_layers(program: Program, leaves: Sequence[Leaf], rows: int) -> LinearNetwork:
-    """What can be fitted, on at most `rows` places of each layer, drawn once and for all.
+def find_linear_layers(program: Program, leaves: Sequence[Leaf], rows: int, inputs: int = 1) -> LinearNetwork:
+    """What can be fitted, on at most `rows` places of each layer, drawn once and for all. The last `inputs` of the program are images.
 
     Not layers inside loops, convolutions in groups, and kernels that are read more than once, are computed from other parameters, or
     have more than 8,388,608 weights.
@@ -140,7 +140,7 @@ def find_linear_layers(program: Program, leaves: Sequence[Leaf], rows: int) -> L
                 readers.setdefault(value, []).append(eqn)
     finder = _Finder(program, leaves, rows, views, readers)
     top = {id(eqn) for eqn in program.equations}
-    found = find_layers(axis_flow(program), leaves, program.inputs[-1:])[0]
+    found = find_layers(axis_flow(program), leaves, program.inputs[-inputs:])[0]
     layers = {
         id(layer.equation): linear
         for layer in found

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sculpt.inputs import number_of
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import evaluate_policies
@@ -57,4 +58,4 @@ def precision_gap(
         float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0.0))
         for a, b in ((found.accuracy, exact.accuracy), (found.loss, exact.loss))
     )
-    return PrecisionGap(accuracy, loss, len(found.accuracy), len(images))
+    return PrecisionGap(accuracy, loss, len(found.accuracy), number_of(images))

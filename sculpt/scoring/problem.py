@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sculpt.inputs import check_images, check_labels
+from sculpt.inputs import check_batch_axis, check_images, check_labels, number_of
 from sculpt.model import ApplyFn, Model, TrainFn
 from sculpt.pruning.patterns import Choice
 from sculpt.pruning.space import Space, make_choices
@@ -38,14 +38,15 @@ class Problem:
     params: Any
     state: Any
     choices: tuple[Choice, ...]
-    images: jax.Array
-    """float32 `[batches, batch, ...]`, or of the dtype of the network's inputs, padded to whole batches."""
+    images: Any
+    """float32 `[batches, batch, ...]`, or of the dtype of the network's inputs, padded to whole batches; a pytree of such arrays where
+    the network takes one."""
     labels: jax.Array
     """`[batches, batch, ...]`, of classifiers int32."""
     real: jax.Array
     """Boolean `[batches, batch]`: False on padding."""
-    calibration: jax.Array | None
-    """float32 `[batches, batch, ...]`, or None for the running statistics. The batch is that of `into_batches` whatever
+    calibration: Any
+    """Like `images`, float32 `[batches, batch, ...]`, or None for the running statistics. The batch is that of `into_batches` whatever
     the plan says, because statistics depend on it; all are one batch where layers are fitted."""
     wanted: tuple[jax.Array, ...] | None
     """float32 `[rows, outputs]` of each layer that is to be fitted: what the dense network gives. None: statistics are recalibrated."""
@@ -83,16 +84,18 @@ def make_problem(
         raise ValueError(f"repair must be one of {', '.join(get_args(Repair))}, got {repair!r}")
     if repair == "reconstruct" and calibration is None:
         raise ValueError("repair='reconstruct' needs calibration images to fit layers on, got none")
-    images = check_images(model, images, space.trace.image)
+    check_batch_axis(space.trace.batch_axis)
+    images = check_images(model, images, space.trace.inputs)
     labels = check_labels(model, images, labels)
-    batch = min(plan.images_per_batch, -(-images.shape[0] // plan.image_shards))
-    missing = -images.shape[0] % (batch * plan.image_shards)
+    number = number_of(images)
+    batch = min(plan.images_per_batch, -(-number // plan.image_shards))
+    missing = -number % (batch * plan.image_shards)
     in_batches = functools.partial(_in_batches, batch=batch, missing=missing)
     if calibration is not None:
-        calibration = check_images(model, calibration, space.trace.image)
+        calibration = check_images(model, calibration, space.trace.inputs)
         if repair == "reconstruct":
             wanted = plan.place(_wanted(model.apply, model.params, model.state, calibration))
-            calibration = calibration[None]
+            calibration = jax.tree.map(lambda x: x[None], calibration)
         else:
             calibration = into_batches(calibration)
     return Problem(
@@ -103,13 +106,13 @@ def make_problem(
         plan=plan,
         spread_calibration=calibration is not None
         and wanted is None
-        and len(calibration) % plan.image_shards == 0,
+        and number_of(calibration) % plan.image_shards == 0,
         params=plan.place(model.params),
         state=plan.place(model.state),
         choices=plan.place(make_choices(space, model.params)),
-        images=plan.place(in_batches(images)),
+        images=plan.place(jax.tree.map(in_batches, images)),
         labels=plan.place(in_batches(labels)),
-        real=plan.place(in_batches(jnp.ones(len(images), bool))),
+        real=plan.place(in_batches(jnp.ones(number, bool))),
         calibration=plan.place(calibration),
         wanted=wanted,
     )
@@ -122,6 +125,6 @@ def _in_batches(array: jax.Array, batch: int, missing: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _wanted(apply: ApplyFn, params: Any, state: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+def _wanted(apply: ApplyFn, params: Any, state: Any, images: Any) -> tuple[jax.Array, ...]:
     network = linear_network(apply, params, state, images, BRIEF.rows)
     return tuple(dense_rows(network, params, state, images))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_whole
+from sculpt.inputs import number_of, rows
 from sculpt.model import Model
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space
@@ -104,12 +105,13 @@ def race_policies(
     ):
         if not is_whole(value, least):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    number, total = len(policies), len(images)
+    number, total = len(policies), number_of(images)
     sizes = _sizes(min(first_images, total), total, factor)
     # What a policy costs beside its score images: a training-mode pass over the calibration images, or one and about another of fits.
     fixed = 0
     if calibration is not None:
-        fixed = 2 * len(calibration) if repair == "reconstruct" else images_used(len(calibration))
+        count = number_of(calibration)
+        fixed = 2 * count if repair == "reconstruct" else images_used(count)
     drawn = np.asarray(jax.random.permutation(key, number))[: min(sample, number)]
     accuracy, loss = np.zeros(number, np.float32), np.zeros(number, np.float32)
     seen = np.zeros(number, np.int64)
@@ -117,7 +119,9 @@ def race_policies(
     for size in sizes:
         # The sample is scored in every rung, so that its last scores are its full ones.
         scored = np.unique(np.concatenate([running, drawn]))
-        problem = make_problem(model, space, images[:size], labels[:size], calibration, plan, repair)
+        problem = make_problem(
+            model, space, rows(images, slice(size)), labels[:size], calibration, plan, repair
+        )
         scores = jax.device_get(score_batch(problem, jnp.asarray(policies[scored])))
         accuracy[scored], loss[scored], seen[scored] = scores.accuracy, scores.loss, size
         passes += len(scored) * (size + fixed)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.arguments import checked, is_whole
-from sculpt.inputs import check_images
+from sculpt.inputs import arrays_of, check_images, number_of, rows
 from sculpt.model import Model, State, TrainFn
 from sculpt.scoring.lowering import lowered
 from sculpt.tracing.program import flatten
@@ -18,7 +18,7 @@ _IMAGES_PER_BATCH = 64
 
 
 def batch_statistics(
-    apply_train: TrainFn, params: Any, state: State, images: jax.Array, axis: str | None = None
+    apply_train: TrainFn, params: Any, state: State, images: Any, axis: str | None = None
 ) -> State:
     """The state that training on `images` for ever would lead to.
 
@@ -28,11 +28,11 @@ def batch_statistics(
     hands on unchanged (frozen statistics, constants), stay as they are and are read as they are.
 
     Args:
-      images: float32 `[batches, batch, ...]`, normalised. Statistics are averaged over the batches.
+      images: `[batches, batch, ...]`, normalised, or a pytree of such arrays. Statistics are averaged over the batches.
       axis: name of the mapped axis over whose devices the batches are spread, as many on each; None: all are here.
     """
     leaves, treedef = jax.tree.flatten(state)
-    unchanged = _unchanged(apply_train, params, state, images[0])
+    unchanged = _unchanged(apply_train, params, state, rows(images, 0))
     floating = [
         jnp.issubdtype(leaf.dtype, jnp.floating) and not same for leaf, same in zip(leaves, unchanged)
     ]
@@ -40,20 +40,20 @@ def batch_statistics(
         return state
     zeros = [jnp.zeros_like(leaf) for leaf, moves in zip(leaves, floating) if moves]
 
-    def new_leaves(old: list[jax.Array], x: jax.Array) -> list[jax.Array]:
+    def new_leaves(old: list[jax.Array], x: Any) -> list[jax.Array]:
         values = iter(old)
         merged = [next(values) if moves else leaf for leaf, moves in zip(leaves, floating)]
         _, new_state = apply_train(params, jax.tree.unflatten(treedef, merged), x, jax.random.key(0))
         return [leaf for leaf, moves in zip(jax.tree.leaves(new_state), floating) if moves]
 
-    def one_batch(total: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    def one_batch(total: list[jax.Array], x: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         value, momentum = jax.jvp(
             functools.partial(new_leaves, x=x), (zeros,), ([jnp.ones_like(z) for z in zeros],)
         )
         return [t + v for t, v in zip(total, value)], momentum
 
     totals, momenta = jax.lax.scan(one_batch, zeros, images)
-    count = images.shape[0]
+    count = number_of(images)
     if axis is not None:
         totals, count = jax.lax.psum(totals, axis), count * jax.lax.axis_size(axis)
     statistics = []
@@ -65,7 +65,7 @@ def batch_statistics(
     return jax.tree.unflatten(treedef, [next(values) if m else v for v, m in zip(leaves, floating)])
 
 
-def _unchanged(apply_train: TrainFn, params: Any, state: State, x: jax.Array) -> list[bool]:
+def _unchanged(apply_train: TrainFn, params: Any, state: State, x: Any) -> list[bool]:
     """Which leaves of the state training returns as they came."""
     program = flatten(lambda s, p, x, k: apply_train(p, s, x, k)[1], state, params, x, jax.random.key(0))
     inputs = program.inputs[: len(jax.tree.leaves(state))]
@@ -73,7 +73,7 @@ def _unchanged(apply_train: TrainFn, params: Any, state: State, x: jax.Array) ->
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _recalibrated(apply_train: TrainFn, params: Any, state: State, images: jax.Array) -> State:
+def _recalibrated(apply_train: TrainFn, params: Any, state: State, images: Any) -> State:
     return batch_statistics(lowered(apply_train), params, state, images)
 
 
@@ -82,7 +82,8 @@ def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_B
     """A copy of `model` with BatchNorm statistics of these images instead of its running ones.
 
     Args:
-      images: `[n, ...]`, normalised as the model expects; what does not fill a batch is left out.
+      images: `[n, ...]`, normalised as the model expects, or a pytree of arrays where the network takes one; what does not fill a batch is
+        left out.
 
     Raises:
       ValueError: if there is no image, the images are pixels that nobody normalised, or `images_per_batch` is not a whole number of at
@@ -90,8 +91,9 @@ def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_B
     """
     if not is_whole(images_per_batch, 1):
         raise ValueError(f"images_per_batch must be a whole number of at least 1, got {images_per_batch!r}")
+    images = arrays_of(images)
     check_images(model, images)
-    batches = into_batches(jnp.asarray(images), images_per_batch)
+    batches = into_batches(jax.tree.map(jnp.asarray, images), images_per_batch)
     return model.replace(state=_recalibrated(model.apply_train, model.params, model.state, batches))
 
 
@@ -100,14 +102,14 @@ def has_statistics(model: Model) -> bool:
     return any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(model.state))
 
 
-def into_batches(images: jax.Array, images_per_batch: int = _IMAGES_PER_BATCH) -> jax.Array:
-    """Whole batches `[batches, batch, ...]` of images `[n, ...]`; one smaller batch if n is below the batch size."""
-    n = images.shape[0]
+def into_batches(images: Any, images_per_batch: int = _IMAGES_PER_BATCH) -> Any:
+    """Whole batches `[batches, batch, ...]` of images `[n, ...]`, or of a pytree; one smaller batch if n is below the batch size."""
+    n = number_of(images)
     if n < 1:
         raise ValueError("expected at least one calibration image, got none")
     size = min(images_per_batch, n)
     count = images_used(n, images_per_batch) // size
-    return images[: count * size].reshape(count, size, *images.shape[1:])
+    return jax.tree.map(lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), images)
 
 
 def images_used(n: int, images_per_batch: int = _IMAGES_PER_BATCH) -> int:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_real
-from sculpt.inputs import check_images
+from sculpt.inputs import arrays_of, as_text, check_images
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import apply_masks, check_masks, mask_params
 from sculpt.scoring.linear_layers import LinearLayer, LinearNetwork, find_linear_layers
@@ -62,7 +62,8 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) 
     Args:
       model: the dense network.
       masks: what `make_masks` returned: booleans like `model.params`.
-      images: `[n, ...]`, normalised as the model expects; a few hundred of the train split. Labels are not needed.
+      images: `[n, ...]`, normalised as the model expects, or a pytree of arrays where the network takes one; a few hundred of the train
+        split. Labels are not needed.
       ridge: how strongly weights are held where they were, in parts of the mean square of a layer's inputs; above 0.
 
     Returns:
@@ -75,16 +76,13 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) 
     if not is_real(ridge) or not ridge > 0:
         raise ValueError(f"ridge must be a number above 0, got {ridge!r}")
     check_masks(model, masks)
-    if not jax.tree_util.all_leaves([images]):
-        raise ValueError(
-            f"expected images [n, ...] as one array, got {type(images).__name__}: networks of several inputs cannot be reconstructed"
-        )
+    images = arrays_of(images)
     check_images(model, images)
-    x = jnp.asarray(images)
+    x = jax.tree.map(jnp.asarray, images)
     try:
         jax.eval_shape(model.apply, model.params, model.state, x)
     except Exception as error:  # each framework has its own
-        raise ValueError(f"the model does not take images {x.dtype}{list(x.shape)}: {error}") from error
+        raise ValueError(f"the model does not take images {as_text(x)}: {error}") from error
     params, finite = _reconstructed(
         model.apply, FULL, model.params, model.state, masks, x, jnp.asarray(ridge, jnp.float32)
     )
@@ -97,7 +95,7 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _reconstructed(
-    apply: ApplyFn, effort: Effort, params: Any, state: Any, masks: Any, images: jax.Array, ridge: jax.Array
+    apply: ApplyFn, effort: Effort, params: Any, state: Any, masks: Any, images: Any, ridge: jax.Array
 ) -> tuple[Any, list[jax.Array]]:
     network = linear_network(apply, params, state, images, effort.rows)
     wanted = dense_rows(network, params, state, images)
@@ -109,10 +107,10 @@ def linear_network(apply: ApplyFn, params: Any, state: Any, images: Any, rows: i
     params, state = shapes_of((params, state))
     # Whatever is computed again in the backward pass, or has a derivative of its own, is evaluated as it is written.
     program = inlined(flatten(apply, params, state, shapes_of(images)))
-    return find_linear_layers(program, leaves_of(params), rows)
+    return find_linear_layers(program, leaves_of(params), rows, len(jax.tree.leaves(images)))
 
 
-def dense_rows(network: LinearNetwork, params: Any, state: Any, images: jax.Array) -> list[jax.Array]:
+def dense_rows(network: LinearNetwork, params: Any, state: Any, images: Any) -> list[jax.Array]:
     """What each layer gives in the dense network: float32 `[rows, outputs]` each. Pure."""
     found = []
 
@@ -128,7 +126,7 @@ def fit_params(
     params: Any,
     masks: Any,
     state: Any,
-    images: jax.Array,
+    images: Any,
     wanted: Sequence[jax.Array],
     ridge: jax.Array | float,
     steps: int,
@@ -219,14 +217,16 @@ def _run(
     network: LinearNetwork,
     leaves: list[Any],
     state: Any,
-    images: jax.Array,
+    images: Any,
     visit: Callable[[LinearLayer, jax.Array, jax.Array, list[Any]], None],
 ) -> None:
     """Runs the program on these leaves of the parameters. `visit` is shown each layer, what it reads and what it gives, and may put
     other leaves in their place, with which the layer is then computed again."""
     program = network.program
     values: dict[int, Any] = dict(program.constants)
-    values.update(zip(program.inputs[len(leaves) :], [*jax.tree.leaves(state), images], strict=True))
+    values.update(
+        zip(program.inputs[len(leaves) :], [*jax.tree.leaves(state), *jax.tree.leaves(images)], strict=True)
+    )
 
     def read(operand: Operand) -> Any:
         if isinstance(operand, Literal):

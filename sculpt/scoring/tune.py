@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sculpt.arguments import checked
 from sculpt.files import written_whole
+from sculpt.inputs import number_of
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import _scored
@@ -144,7 +145,7 @@ def tune_plan(
 
     def attempt(plan: EvaluationPlan) -> Trial:
         # A batch larger than all images is all images.
-        plan = dataclasses.replace(plan, images_per_batch=min(plan.images_per_batch, len(images)))
+        plan = dataclasses.replace(plan, images_per_batch=min(plan.images_per_batch, number_of(images)))
         for trial in trials:
             if trial.plan == plan:
                 return trial
@@ -266,7 +267,10 @@ def _key(
         (eqn.name, [program.shape(o) for o in (*eqn.inputs, *eqn.outputs)]) for eqn in program.equations
     ]
     devices = [(device.platform, device.device_kind) for device in jax.devices()]
-    shapes = [None if x is None else tuple(jnp.shape(x)) for x in (images, calibration)]
+    shapes = [
+        None if x is None else [tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(x)]
+        for x in (images, calibration)
+    ]
     cores = os.cpu_count()
     about = (
         equations,

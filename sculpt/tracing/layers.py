@@ -96,11 +96,12 @@ RENAMING = ("convert_element_type", "copy", "transpose", "reshape", "squeeze", "
 
 
 def find_layers(
-    flow: Flow, leaves: Sequence[Leaf], images: Sequence[int]
+    flow: Flow, leaves: Sequence[Leaf], images: Sequence[int], batch_axis: int | None = 0
 ) -> tuple[tuple[Layer, ...], tuple[Product, ...]]:
-    """Lists layers and products in program order; axis 0 of the program's inputs `images` is their batch."""
+    """Lists layers and products in program order; `batch_axis` of the program's inputs `images` is their batch, None: they have none."""
     program = flow.program
-    finder = _Finder(leaves, tuple(flow.terms[i][0] for i in images))
+    terms = [] if batch_axis is None else [flow.terms[i] for i in images]
+    finder = _Finder(leaves, tuple(term[batch_axis] for term in terms if len(term) > batch_axis))  # type: ignore[operator]
     views = {
         value: _View(i, tuple(range(len(leaves[i].shape))), True)
         for i, value in enumerate(program.inputs[: len(leaves)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +24,9 @@ from sculpt.tracing.flow import Flow, because
 from sculpt.tracing.layers import Layer, Leaf, Monomials, Product, find_layers, product
 from sculpt.tracing.program import ImpureProgram, Program, flatten
 from sculpt.tracing.zeros import find_unsound
+
+TRACED_BATCH = 2
+"""Examples that a network is traced for, where it takes any number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,9 @@ class Trace:
     """Matrix products and convolutions without a kernel of their own: of activations with each other, or with a part that was cut out of
     a parameter."""
     inputs: Any
-    """Tree of `ShapeDtypeStruct` `[2, ...]`: what the network was traced on; most take one array."""
+    """Tree of `ShapeDtypeStruct`, of size 2 along `batch_axis`: what the network was traced on; most take one array."""
+    batch_axis: int | None
+    """The axis of the inputs along which there may be any number of examples; None: there is no such axis."""
     program: Program
     flow: Flow
     """Axes of every value of `program`."""
@@ -105,7 +112,7 @@ class Trace:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of the dense network for one image."""
+        """Multiply-accumulates of the dense network for one example along `batch_axis`, or for one call where that is None."""
         return sum(operation.macs for operation in (*self.layers, *self.products))
 
     @property
@@ -153,28 +160,25 @@ def shapes_of(tree: Any) -> Any:
 
 
 @checked
-def trace(model: Model, example_input: Any) -> Trace:
+def trace(model: Model, example_input: Any, batch_axis: int | None = 0) -> Trace:
     """Finds what can be pruned in a model, from the jaxpr of its evaluation function; never runs the network.
 
     Args:
       model: the model; its arrays may be `jax.ShapeDtypeStruct`s.
       example_input: array or `ShapeDtypeStruct` `[batch, ...]`, or a pytree of them where `model.apply` takes one as its `x`;
-        only shapes past the batch and dtypes matter.
+        only shapes without the batch and dtypes matter.
+      batch_axis: axis of the inputs along which there may be any number of examples: 1 for sequences `[time, batch, ...]`, None if there is
+        none, as in a network of fixed nodes. MACs are per example along that axis, or per call. A network that does not take two
+        examples is traced as if None were given, with a warning.
 
     Raises:
-      ValueError: if no operation of the network reads a parameter, the input holds a scalar, or there are mutable arrays (`jax.Ref`).
+      ValueError: if no operation of the network reads a parameter, the input holds a scalar, there are mutable arrays (`jax.Ref`), or
+        `batch_axis` is another number.
     """
-    inputs = jax.tree.map(_two_of, example_input)
+    if batch_axis not in (0, 1, None):
+        raise ValueError(f"batch_axis must be 0, 1 or None, got {batch_axis!r}")
     params, state = shapes_of(model.params), shapes_of(model.state)
-    try:
-        program = flatten(model.apply, params, state, inputs)
-    except ImpureProgram:
-        raise
-    except Exception as error:  # each framework has its own
-        shapes = ", ".join(
-            f"{x.dtype}{['batch', *x.shape[1:]]}".replace("'", "") for x in jax.tree.leaves(inputs)
-        )
-        raise ValueError(f"the model does not take the example input {shapes}: {error}") from error
+    program, inputs, batch_axis = _evaluation_program(model, (params, state), example_input, batch_axis)
     leaves = leaves_of(params)
     read = {o for eqn in program.equations for o in eqn.inputs if isinstance(o, int)}
     if not read & set(program.inputs[: len(leaves)]):
@@ -195,7 +199,7 @@ def trace(model: Model, example_input: Any) -> Trace:
         _follow_training(flow, model, (params, state, inputs), weights, others, read)
     for atom, reason in find_unsound(flow, weights).unsound.items():
         flow.axes.freeze(((atom,),), reason)
-    layers, products = find_layers(flow, leaves, images)
+    layers, products = find_layers(flow, leaves, images, batch_axis)
     groups = tuple(_groups(flow, leaves, layers))
     monomials = tuple(
         tuple(product([flow.axes.monomials(a) for a in flow.terms[program.inputs[leaf.index]]]))
@@ -208,20 +212,61 @@ def trace(model: Model, example_input: Any) -> Trace:
         layers=layers,
         products=products,
         inputs=inputs,
+        batch_axis=batch_axis,
         program=program,
         flow=flow,
         leaf_monomials=monomials,
     )
 
 
-def _two_of(example: Any) -> jax.ShapeDtypeStruct:
-    """Two images, so that the batch is told from axes of size one."""
+def _evaluation_program(
+    model: Model, arrays: tuple[Any, Any], example_input: Any, batch_axis: int | None
+) -> tuple[Program, Any, int | None]:
+    """The program for two examples, the inputs that it takes, and the axis of the examples; for inputs of the given shapes, and None, if
+    the network does not take two."""
+    given = jax.tree.map(_shape_of, example_input)
+    inputs = given if batch_axis is None else jax.tree.map(lambda x: _two_of(x, batch_axis), example_input)
+    try:
+        return flatten(model.apply, *arrays, inputs), inputs, batch_axis
+    except ImpureProgram:
+        raise
+    except Exception as error:  # each framework has its own
+        program = None
+        if inputs != given:
+            with contextlib.suppress(Exception):
+                program = flatten(model.apply, *arrays, given)
+        if program is None:
+            shapes = ", ".join(
+                f"{x.dtype}{['batch' if d == batch_axis else n for d, n in enumerate(x.shape)]}".replace(
+                    "'", ""
+                )
+                for x in jax.tree.leaves(inputs)
+            )
+            raise ValueError(f"the model does not take the example input {shapes}: {error}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    warnings.warn(
+        f"the network does not take two examples along axis {batch_axis} of its inputs ({reason}): traced for inputs of the given "
+        "shapes, MACs are per call; pass batch_axis=None if that is right",
+        stacklevel=4,
+    )
+    return program, given, None
+
+
+def _shape_of(example: Any) -> jax.ShapeDtypeStruct:
     array = example if hasattr(example, "dtype") else np.asarray(example)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _two_of(example: Any, axis: int) -> jax.ShapeDtypeStruct:
+    """Two examples, so that the batch is told from axes of size one; arrays without that axis stay as they are."""
+    array = _shape_of(example)
     if not array.shape:
         raise ValueError(
             f"trace expected an example input [batch, ...], an array or jax.ShapeDtypeStruct(shape, dtype), got {example!r}"
         )
-    return jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype)
+    if len(array.shape) <= axis:
+        return array
+    return jax.ShapeDtypeStruct((*array.shape[:axis], TRACED_BATCH, *array.shape[axis + 1 :]), array.dtype)
 
 
 def _freeze_random(flow: Flow) -> None:

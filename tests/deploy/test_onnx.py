@@ -348,7 +348,7 @@ REFUSED: dict[str, tuple[Function, Any, str]] = {
     "operation": (lambda p, x: jnp.sort(x @ p["w"], axis=1), VECTORS, r"cannot write sort at test_onnx.py:\d+ .*, at or after layer w: .*export_stablehlo"),
     "loop": (lambda p, x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y), x), VECTORS, "cannot write scan at .*, at or after the input"),
     "half": (lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32), VECTORS, "float32, but convert_element_type at .* gives bfloat16"),
-    "tokens": (lambda p, x: p["w"][x], jnp.zeros((2, 3), jnp.int32), r"float32 images, this one takes int32\[batch, 3\]"),
+    "narrow": (lambda p, x: x.astype(jnp.float32) @ p["w"], VECTORS.astype(jnp.float16), r"float32 images, .*this one takes float16\[batch, 6, 5\]"),
     "result": (lambda p, x: (x @ p["w"]).argmax(-1), VECTORS, "result is float32, this one gives int32"),
     "places": (lambda p, x: jnp.take_along_axis(x, x.argmax(1, keepdims=True), axis=1), VECTORS, "gather at .*: places that the images say"),
     "batch": (lambda p, x: (x[:, None] * x[None]).reshape(x.shape[0], x.shape[0], 30), VECTORS, "several open sizes"),

@@ -249,10 +249,10 @@ def test_own_scores_may_be_negative_and_equal() -> None:
         ({"kind": "random"}, "'random' needs key, got no key"),
         (
             {"kind": "activation", "images": IMAGES[0]},
-            r"images \[n, 8, 8, 3\], as in the trace, got \[8, 8, 3\]",
+            r"images float32\[n, 8, 8, 3\], as in the trace, got float32\[8, 8, 3\]",
         ),
-        ({"kind": "activation", "images": IMAGES[:, :4]}, r"images \[n, 8, 8, 3\].*got \[7, 4, 8, 3\]"),
-        ({"kind": "activation", "images": IMAGES[:0]}, r"got \[0, 8, 8, 3\]"),
+        ({"kind": "activation", "images": IMAGES[:, :4]}, r"images float32\[n, 8, 8, 3\].*got float32\[7, 4, 8, 3\]"),
+        ({"kind": "activation", "images": IMAGES[:0]}, r"got float32\[0, 8, 8, 3\]"),
         (
             {"kind": "activation", "images": np.zeros((2, 8, 8, 3), np.uint8)},
             "got uint8: normalise them first",

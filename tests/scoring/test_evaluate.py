@@ -206,7 +206,7 @@ def test_labels_that_the_model_has_no_class_for_are_refused() -> None:
 
 
 def test_images_that_the_model_does_not_take_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"does not take images \[2, 8, 8, 7\]"):
+    with pytest.raises(ValueError, match=r"does not take images float32\[2, 8, 8, 7\]"):
         sculpt.evaluate(network("plain"), jnp.zeros((2, 8, 8, 7)), np.zeros(2, np.int32))
     with pytest.raises(ValueError, match="normalised floating-point images, got uint8"):
         sculpt.recalibrate(network("plain"), np.zeros((2, 8, 8, 3), np.uint8))
