@@ -21,9 +21,6 @@ from tests.networks import slow_but
 
 CIFAR = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 REFUSED = {
-    "tied_embedding": "takes models of float32 images, this one takes int32",
-    "llama": "takes models of float32 images, this one takes int32",
-    "tied_layers": "takes models of float32 images, this one takes int32",
     "routed_experts": "cannot write top_k at .*, at or after layer router",
     "lstm": "cannot write scan at .*, at or after layer Dense_0",
     "gru": "cannot write scan",
