@@ -172,9 +172,9 @@ def _message(writer: Writer) -> Any:
         "model",
         [
             helper.make_tensor_value_info(
-                x.name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [_size(x.shape[d]) for d in x.order]
+                name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [_size(x.shape[d]) for d in x.order]
             )
-            for x, dtype in zip(inputs, dtypes)
+            for name, x, dtype in zip(writer.inputs, inputs, dtypes)
         ],
         [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [_size(n) for n in result])],
         [numpy_helper.from_array(array, name) for name, array in writer.arrays.items()],
