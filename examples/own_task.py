@@ -40,7 +40,7 @@ policy = sculpt.search(model, space, splits, config, key).policy
 masks = sculpt.make_masks(space, model.params, policy)
 pruned = sculpt.apply_masks(model, masks)
 
-optimizer = optax.chain(optax.sgd(0.05, momentum=0.9), sculpt.hold_zeros(masks))
+optimizer = sculpt.hold_zeros(masks, optax.sgd(0.05, momentum=0.9))
 params, state = pruned.params, optimizer.init(pruned.params)
 
 

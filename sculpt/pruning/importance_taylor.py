@@ -71,11 +71,13 @@ def _batch_scores(
         return jnp.where(real, losses, 0.0).sum() / real.sum().astype(jnp.float32)
 
     gradients = jax.tree.leaves(jax.grad(loss)(params))
-    changes = [
-        jnp.abs(w.astype(jnp.float32) * g.astype(jnp.float32))
-        for w, g in zip(jax.tree.leaves(params), gradients)
-    ]
-    return sum_over_slots(trace, changes)
+    return sum_over_slots(trace, list(map(_change, jax.tree.leaves(params), gradients)))
+
+
+def _change(weight: jax.Array, gradient: jax.Array) -> jax.Array:
+    # A weight that is zero already changes nothing, also where its gradient is NaN, as that of a norm at zero.
+    change = jnp.abs(weight.astype(jnp.float32) * gradient.astype(jnp.float32))
+    return jnp.where(weight == 0, 0.0, change)
 
 
 def sum_over_slots(trace: Trace, entries: Sequence[jax.Array]) -> list[jax.Array]:

@@ -104,6 +104,17 @@ def test_taylor_is_the_mean_over_batches_of_weight_times_gradient() -> None:
     close(found, expected)
 
 
+def test_taylor_scores_units_that_are_zero_as_zero_where_their_gradient_is_undefined() -> None:
+    def function(params: Any, x: jax.Array) -> jax.Array:
+        kernel = params["a"] / (jnp.linalg.norm(params["a"], axis=0, keepdims=True) + 1e-6)
+        return jax.nn.relu(x @ kernel + params["bias"][None]) @ params["b"]
+
+    params = {**MLP, "a": MLP["a"] * (np.arange(4) > 0), "bias": MLP["bias"] * (np.arange(4) > 0)}
+    params["b"] = MLP["b"] * (np.arange(4) > 0)[:, None]
+    found = scores_of(function, params, "taylor", POINTS, labels=np.asarray([0, 4, 2, 2, 1]))["a"]
+    assert found[0] == 0 and (found[1:] > 0).any()
+
+
 @pytest.mark.slow
 def test_taylor_runs_in_evaluation_mode_over_all_arrays_of_the_group() -> None:
     from tests.networks import network, traced

@@ -64,3 +64,59 @@ def test_what_does_not_fit_is_refused() -> None:
         sculpt.hold_zeros(jax.tree.map(lambda x: x.astype(float), MASKS)).init(PARAMS)
     with pytest.raises(ValueError, match="needs the parameters"):
         held.update(PARAMS, held.init(PARAMS))
+
+
+def _normalised(params: Any) -> jax.Array:
+    """A loss whose gradient is NaN at columns of zeros."""
+    kernel = params["kernel"] / (jnp.linalg.norm(params["kernel"], axis=0, keepdims=True) + 1e-6)
+    return jnp.square(kernel.sum(0) + params["bias"] - 2.0).sum()
+
+
+COLUMNS = {"kernel": np.ones((3, 4), bool) & (np.arange(4) > 1), "bias": np.arange(4) > 1}
+CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+
+
+def test_gradients_at_pruned_weights_stay_out_of_the_optimizer() -> None:
+    pruned = jax.tree.map(lambda w, m: jnp.where(m, w, 0.0), PARAMS, COLUMNS)
+    held = sculpt.hold_zeros(COLUMNS, CLIPPED)
+    gradients = jax.grad(_normalised)(pruned)
+    assert np.isnan(gradients["kernel"][:, :2]).all()
+    updates, _ = jax.jit(held.update)(gradients, held.init(pruned), pruned)
+
+    # The same step of the network without its pruned columns.
+    small = jax.tree.map(lambda w: w[..., 2:], PARAMS)
+    wanted, _ = CLIPPED.update(jax.grad(_normalised)(small), CLIPPED.init(small), small)
+    for leaf, update in updates.items():
+        np.testing.assert_allclose(update[..., 2:], wanted[leaf], atol=1e-6)
+        assert not np.asarray(update[..., :2]).any()
+
+
+def test_pruned_weights_do_not_count_in_what_the_optimizer_does_with_weights() -> None:
+    # LARS scales each array's update by the norm of its weights.
+    updates = jax.tree.map(jnp.ones_like, PARAMS)
+    held = sculpt.hold_zeros(COLUMNS, optax.scale_by_trust_ratio())
+    found, _ = held.update(updates, held.init(PARAMS), PARAMS)
+    zeroed = jax.tree.map(lambda w, m: jnp.where(m, w, 0.0), PARAMS, COLUMNS)
+    wanted, _ = held.update(updates, held.init(zeroed), zeroed)
+    np.testing.assert_allclose(found["kernel"][:, 2:], wanted["kernel"][:, 2:])
+    np.testing.assert_array_equal(found["kernel"][:, :2], -PARAMS["kernel"][:, :2])
+
+
+def test_a_last_link_skips_steps_that_are_not_finite_and_counts_them() -> None:
+    optimizer = optax.chain(CLIPPED, sculpt.hold_zeros(COLUMNS))
+    params = jax.tree.map(lambda w, m: jnp.where(m, w, 0.0), PARAMS, COLUMNS)
+    state = optimizer.init(params)
+    with pytest.warns(RuntimeWarning, match=r"hold_zeros\(masks, inner=optax.chain"):
+        updates, state = optimizer.update(jax.grad(_normalised)(params), state, params)
+    updates, state = jax.jit(optimizer.update)(jax.grad(_normalised)(params), state, params)
+    assert all(not np.asarray(update).any() for update in updates.values())
+    assert int(optax.tree_utils.tree_get(state, "skipped")) == 2
+
+
+def test_arguments_of_the_inner_optimizer_go_through() -> None:
+    inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    held = sculpt.hold_zeros(COLUMNS, inner)
+    with jax.numpy_dtype_promotion("standard"):
+        held.update(PARAMS, held.init(PARAMS), PARAMS, value=jnp.float32(1.0))
+    with pytest.raises(ValueError, match="inner must be an optax optimizer"):
+        sculpt.hold_zeros(COLUMNS, 0.1)  # type: ignore[arg-type]
