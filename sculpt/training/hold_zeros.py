@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from sculpt.model import Params
 from sculpt.pruning.masks import check_mask_tree, mask_params
@@ -79,7 +80,7 @@ def _last_link() -> optax.GradientTransformationExtraArgs:
         updates: optax.Updates, state: HoldZerosState, _: Params | None = None, **__: Any
     ) -> tuple[optax.Updates, HoldZerosState]:
         sound = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]).all()
-        if not isinstance(sound, jax.core.Tracer) and not sound:
+        if not isinstance(sound, Tracer) and not sound:
             warnings.warn(
                 "hold_zeros got updates that are not finite and changed no weight that stays; where gradients are not finite at "
                 "pruned weights only, pass the whole optimizer: sculpt.hold_zeros(masks, inner=optax.chain(...))",

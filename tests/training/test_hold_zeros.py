@@ -85,7 +85,7 @@ def test_gradients_at_pruned_weights_stay_out_of_the_optimizer() -> None:
 
     # The same step of the network without its pruned columns.
     small = jax.tree.map(lambda w: w[..., 2:], PARAMS)
-    wanted, _ = CLIPPED.update(jax.grad(_normalised)(small), CLIPPED.init(small), small)
+    wanted: Any = CLIPPED.update(jax.grad(_normalised)(small), CLIPPED.init(small), small)[0]
     for leaf, update in updates.items():
         np.testing.assert_allclose(update[..., 2:], wanted[leaf], atol=1e-6)
         assert not np.asarray(update[..., :2]).any()
@@ -95,9 +95,9 @@ def test_pruned_weights_do_not_count_in_what_the_optimizer_does_with_weights() -
     # LARS scales each array's update by the norm of its weights.
     updates = jax.tree.map(jnp.ones_like, PARAMS)
     held = sculpt.hold_zeros(COLUMNS, optax.scale_by_trust_ratio())
-    found, _ = held.update(updates, held.init(PARAMS), PARAMS)
+    found: Any = held.update(updates, held.init(PARAMS), PARAMS)[0]
     zeroed = jax.tree.map(lambda w, m: jnp.where(m, w, 0.0), PARAMS, COLUMNS)
-    wanted, _ = held.update(updates, held.init(zeroed), zeroed)
+    wanted: Any = held.update(updates, held.init(zeroed), zeroed)[0]
     np.testing.assert_allclose(found["kernel"][:, 2:], wanted["kernel"][:, 2:])
     np.testing.assert_array_equal(found["kernel"][:, :2], -PARAMS["kernel"][:, :2])
 
