@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sculpt.arguments import check_argument, is_real, is_whole, without_numpy
+from sculpt.arguments import check_argument, checked_fields, is_real, is_whole, without_numpy
 from sculpt.model import Model
 from sculpt.scoring.problem import Repair
 from sculpt.scoring.recalibrate import has_statistics
@@ -52,6 +52,7 @@ def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"SearchConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
     """The size of the agent.
@@ -106,6 +107,7 @@ _OPTIONAL = ("final_entropy", "kl_limit")
 _PARTS = {"reward": RewardConfig, "rerank_finetune": FinetuneConfig, "agent": AgentConfig}
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
     """What to search for, how long, and how.

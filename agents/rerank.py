@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -39,13 +40,17 @@ class Referee:
     """The same for every candidate: all of them see the same batches."""
 
     def judge(self, policy: np.ndarray) -> float:
-        """Validation accuracy in [0, 1] of `network(policy)`. One whose reconstruction or fine-tuning diverges counts as 0."""
+        """Validation accuracy in [0, 1] of `network(policy)`. A network whose reconstruction or fine-tuning diverges, or whose outputs are not
+        finite, counts as 0."""
         try:
             tuned = self.network(policy)
         except (NotFinite, TrainingDiverged):
             return 0.0
         split = self.splits.validation
-        return float(evaluate(tuned, split.images, split.labels, normalise=self.splits.normalise).accuracy)
+        accuracy = float(
+            evaluate(tuned, split.images, split.labels, normalise=self.splits.normalise).accuracy
+        )
+        return accuracy if math.isfinite(accuracy) else 0.0
 
     def network(self, policy: np.ndarray) -> Model:
         """The network under `policy` int32 `[sites]`, after fine-tuning (or with `rerank` 0, before any).

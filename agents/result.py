@@ -64,9 +64,9 @@ class SearchResult:
     seconds: float
     """Wall time of the updates, compilation included, re-rank not; summed over resumed runs."""
     rerank_seconds: float
-    """Wall time of the re-rank's fine-tuning and scoring; likewise."""
+    """Wall time of the re-rank's fine-tuning and scoring; likewise. 0 without a re-rank."""
     policies_per_second: float
-    """Evaluations per second, repeats included; the first block of updates, which compiles, is left out if it can be."""
+    """`evaluations / seconds`: repeats, which cost nothing, and compilation included."""
     method: str
     """Which method proposed the policies."""
     agent: Params | None = dataclasses.field(repr=False)
@@ -105,7 +105,6 @@ def make_result(
     history: tuple[Metrics, ...],
     seconds: float,
     rerank_seconds: float,
-    policies_per_second: float,
 ) -> SearchResult:
     """The result of a finished search whose `state` is the host's, the `listed` policies having the validation accuracies `judged`."""
     best = int(np.argmax(judged))  # the earlier, that is the better scored, where they tie
@@ -124,7 +123,7 @@ def make_result(
         unique_evaluations=int(archive.count),
         seconds=seconds,
         rerank_seconds=rerank_seconds,
-        policies_per_second=policies_per_second,
+        policies_per_second=int(archive.total) / max(seconds, 1e-9),
         method=config.method,
         agent=portable(state.agent) if config.method == "agent" else None,
     )

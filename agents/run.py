@@ -31,7 +31,7 @@ from sculpt.agents.update import (
 from sculpt.model import Model, Params
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
-from sculpt.scoring.evaluate import score_policies
+from sculpt.scoring.evaluate import evaluate, score_policies
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import make_problem
 from sculpt.scoring.recalibrate import check_calibration_images
@@ -122,12 +122,6 @@ class Run:
         """The history's row of one update."""
         return {**metrics_of(metrics, index), "seconds": float(self.seconds[index])}
 
-    def speed(self) -> float:
-        """Evaluations per second, without the first block if there is another."""
-        skip = self.config.checkpoint_every if self.config.updates > self.config.checkpoint_every else 0
-        timed = self.seconds[skip:]
-        return self.config.policies_per_update * len(timed) / max(float(timed.sum()), 1e-9)
-
 
 def settled(config: SearchConfig, space: Space, agent: Params | None) -> SearchConfig:
     """The settings of a search of this space, with what an `agent` taught elsewhere decides.
@@ -163,7 +157,7 @@ def set_up(
     """The program of a search, its arrays (images are drawn by `key`), and the images to calibrate on.
 
     Raises:
-      ValueError: if the train split is too small, or what the re-rank would refuse after the search: settings of its fine-tuning.
+      ValueError: if the train split is too small, the dense network is not finite, or what the re-rank would refuse after the search: settings of its fine-tuning.
     """
     if config.repair_of(model) == "recalibrate":
         check_calibration_images(config.calibration_images)
@@ -175,6 +169,11 @@ def set_up(
         sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
     images, labels, calibration = draw_images(splits, config, key)
     problem = make_problem(model, space, images, labels, calibration, plan, config.repair_of(model))
+    if not np.isfinite(evaluate(model, images[:64], labels[:64]).loss):
+        raise ValueError(
+            "outputs of the dense network are not finite on images of the train split: look at what the network computes, and how images "
+            "are normalised"
+        )
     env = EnvParams(problem, jnp.asarray(config.budgets, jnp.float32))
     task = plan.place(Task(env, sites, fixed_policy(config.method, space, model.params, config.budget)))
     static = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)

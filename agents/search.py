@@ -64,7 +64,7 @@ def search(
         begins with it, and with what the energy tells (`config.warm_start`), as those did.
 
     Raises:
-      ValueError: if a budget cannot be reached, the train split is too small, `agent` is of another size than `config.agent`, or
+      ValueError: if a budget cannot be reached, the dense network is not finite, the train split is too small, `agent` is of another size than `config.agent`, or
         `directory` holds another search or is given on several hosts.
     """
     if directory is not None and jax.process_count() > 1:
@@ -114,8 +114,7 @@ def search(
         run.judged[: len(listed.policies)],
         tuple(run.row(state.metrics, i) for i in range(config.updates)),
         float(run.seconds.sum()),
-        float(run.judging.sum()),
-        run.speed(),
+        float(run.judging.sum()) if config.rerank else 0.0,
     )
 
 

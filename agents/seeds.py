@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 
@@ -80,19 +81,14 @@ def search_seeds(
         policy.tobytes(): referee.judge(policy)
         for policy in np.unique(np.concatenate([listed.policies for listed in lists]), axis=0)
     }
-    judging = time.perf_counter() - clock
-    warm = seconds[1:] if len(seconds) > 1 else seconds  # the first update compiles
-    speed = seeds * config.policies_per_update * len(warm) / max(warm.sum(), 1e-9)
+    judging = time.perf_counter() - clock if config.rerank else 0.0
     results = []
     for state, listed in zip(finished, lists):
         rows = (metrics_of(state.metrics, turn) for turn in range(config.updates))
         history = tuple({**row, "seconds": float(took)} for row, took in zip(rows, seconds))
         verdicts = np.asarray([judged[policy.tobytes()] for policy in listed.policies])
-        results.append(
-            make_result(
-                config, space, state, listed, verdicts, history, float(seconds.sum()), judging, float(speed)
-            )
-        )
+        found = make_result(config, space, state, listed, verdicts, history, float(seconds.sum()), judging)
+        results.append(dataclasses.replace(found, policies_per_second=seeds * found.policies_per_second))
     return tuple(results)
 
 

@@ -141,7 +141,9 @@ def update(program: Program, task: Task, state: SearchState, key: jax.Array) -> 
     """
     after, measured = _update(program, task, state, key)
     row = state.update
-    metrics = {name: rows.at[row].set(measured[name]) for name, rows in state.metrics.items()}
+    metrics = {
+        name: rows.at[row].set(measured[name].astype(rows.dtype)) for name, rows in state.metrics.items()
+    }
     return dataclasses.replace(after, metrics=metrics)
 
 

@@ -9,13 +9,14 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 _MADE_BY = {
     "Model": "sculpt.from_linen, sculpt.from_nnx or sculpt.from_function",
     "Trace": "sculpt.trace",
@@ -27,19 +28,46 @@ _MADE_BY = {
 """Name of a class -> what makes one, where that is not the class itself."""
 
 
+class UnknownArgument(TypeError, ValueError):
+    """A keyword that nothing is called."""
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Has a function check its arguments by their annotations, as `check_argument` does."""
+    """Has a function check its arguments by their annotations, as `check_argument` does, and its keywords."""
     names = tuple(inspect.signature(function).parameters)
     # Not before the first call: then everything that annotations name is there.
     kinds = functools.cache(lambda: get_type_hints(function))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_keywords(function.__name__, kwargs, names)
         for name, value in (*zip(names, args), *kwargs.items()):
             check_argument(name, value, kinds().get(name))
         return function(*args, **kwargs)
 
     return call
+
+
+def checked_fields(settings: type[T]) -> type[T]:
+    """Has the constructor of a dataclass check its keywords."""
+    construct = settings.__init__
+    names = tuple(inspect.signature(construct).parameters)[1:]
+
+    @functools.wraps(construct)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_keywords(settings.__name__, kwargs, names)
+        construct(self, *args, **kwargs)
+
+    settings.__init__ = init
+    return settings
+
+
+def check_keywords(name: str, keywords: Iterable[str], known: Sequence[str]) -> None:
+    """Raises UnknownArgument (a TypeError and a ValueError) for a keyword that is none of those of the function `name`."""
+    for keyword in keywords:
+        if keyword not in known:
+            hint = did_you_mean(keyword, known) or f", expected {', '.join(known)}"
+            raise UnknownArgument(f"{name} has no argument {keyword!r}{hint}")
 
 
 def check_argument(name: str, value: Any, kind: Any) -> None:

@@ -56,7 +56,8 @@ def arrays_of(images: Any) -> Any:
 
 
 def check_images(model: Model, images: Any, traced: Any = None) -> Any:
-    """Inputs as the network takes them: an array `[n, ...]` or a pytree of them, float32, or other numbers (such as tokens) as they are.
+    """Inputs as the network takes them: an array `[n, ...]` or a pytree of them. Floating-point numbers come in the dtype that it was traced
+    with, else in float32 if it takes that; whole numbers, such as tokens, as they are.
 
     Args:
       model: the network.
@@ -96,8 +97,52 @@ def check_images(model: Model, images: Any, traced: Any = None) -> Any:
             raise ValueError(
                 f"expected inputs of whole numbers, as the network was traced with, got {as_text(images)}"
             )
-        checked.append(jnp.asarray(x, jnp.float32) if floating else jnp.asarray(x))
+        if not floating:
+            checked.append(jnp.asarray(x))
+        elif kind is not None:
+            checked.append(jnp.asarray(x, kind.dtype))
+        else:
+            narrow = single and dtype != jnp.float32 and not _takes_floats(model, np.shape(x))
+            checked.append(jnp.asarray(x) if narrow else jnp.asarray(x, jnp.float32))
     return jax.tree.unflatten(jax.tree.structure(images), checked)
+
+
+def check_finite(model: Model) -> None:
+    """Raises ValueError where a parameter is NaN or infinite, or a number of the state is NaN.
+
+    Outputs need not show it: XLA on CPUs makes zeros of NaN at a rectifier. Traced and abstract arrays pass.
+    """
+    for part, tree, unsound in (
+        ("parameter", model.params, lambda library, x: ~library.isfinite(x)),
+        ("array of the state", model.state, lambda library, x: library.isnan(x)),
+    ):
+        for path, array in jax.tree.leaves_with_path(tree):
+            if isinstance(array, (Tracer, jax.ShapeDtypeStruct)):
+                continue
+            if not jnp.issubdtype(jax.dtypes.result_type(array), jnp.inexact):
+                continue
+            # What lies on a CPU is looked at in place, without a program for every shape.
+            in_place = jax.default_backend() == "cpu" and getattr(array, "is_fully_addressable", True)
+            with jax.ensure_compile_time_eval():  # arrays that a traced function closes over are known
+                bad = np.asarray(unsound(np if in_place else jnp, array))
+            if bad.any():
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(
+                    f"the {part} {name!r} has {int(bad.sum()):,} of {bad.size:,} numbers that are not finite: load or train the "
+                    "network again (a constant with infinite numbers, such as an attention mask, can be in the state)"
+                )
+
+
+def check_finite_images(images: Any) -> None:
+    """Raises ValueError where inputs, arrays `[n, ...]`, have numbers that are NaN or infinite. Traced ones pass."""
+    for array in jax.tree.leaves(images):
+        if isinstance(array, Tracer) or not jnp.issubdtype(jax.dtypes.result_type(array), jnp.inexact):
+            continue
+        if not (finite := np.isfinite(array)).all():
+            bad = np.flatnonzero(~finite.reshape(len(finite), -1).all(axis=1))
+            raise ValueError(
+                f"{len(bad)} of {len(finite)} images have numbers that are NaN or infinite, the first is number {bad[0]}: leave them out"
+            )
 
 
 def _takes_floats(model: Model, shape: tuple[int, ...]) -> bool:
@@ -154,12 +199,13 @@ def _check_classes(outputs: Any, labels: Any, number: int) -> jax.Array:
         )
     if isinstance(labels, Tracer):
         return jnp.asarray(labels, jnp.int32)
-    low, high = int(np.min(labels)), int(np.max(labels))
+    labels = np.asarray(labels)
+    low, high = int(labels.min()), int(labels.max())
     if high >= classes or (low < 0 and len(wanted) == 1):
         none = ", or -1 where there is none" if len(wanted) > 1 else ""
         raise ValueError(
             f"expected labels from 0 to {classes - 1} for a model of {classes} classes{none}, got {low} to {high}"
         )
-    if not (np.asarray(labels).reshape(len(labels), -1) >= 0).any(axis=1).all():
+    if not (labels.reshape(len(labels), -1) >= 0).any(axis=1).all():
         raise ValueError("expected at least one label of 0 or more in every example, some have none")
     return jnp.asarray(labels, jnp.int32)

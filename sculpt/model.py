@@ -102,7 +102,7 @@ class _LinenTrain:
 @checked
 def from_linen(
     module: Any,
-    variables: Mapping[str, Any],
+    variables: Mapping[str, Any] | None = None,
     train_argument: str | Sequence[str] | None = None,
     rngs: Sequence[str] = ("dropout",),
     task: Task = CLASSIFICATION,
@@ -124,14 +124,15 @@ def from_linen(
       ValueError: if `variables` has no "params" collection, the module does not take these keywords, or several (or no) keywords may be
         that of the training mode.
     """
-    if not callable(getattr(module, "apply", None)):
+    if _is_nnx(module) or not callable(getattr(module, "apply", None)):
         raise ValueError(
             f"from_linen expected a flax.linen.Module, got {type(module).__name__}: NNX modules go to from_nnx, functions to "
             "from_function"
         )
-    if "params" not in variables:
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
-            f"from_linen expected variables with a 'params' collection (what module.init returns), got {sorted(variables)}"
+            f"from_linen expected variables with a 'params' collection (what module.init returns), got {got}"
         )
     state = {name: value for name, value in variables.items() if name not in ("params", "intermediates")}
     keywords = _linen_keywords(module, train_argument, call_arguments, "batch_stats" in state)
@@ -142,6 +143,12 @@ def from_linen(
         state=state,
         task=task,
     )
+
+
+def _is_nnx(module: Any) -> bool:
+    from flax import nnx
+
+    return isinstance(module, getattr(nnx, "Pytree", nnx.Module))
 
 
 def _linen_keywords(
@@ -227,11 +234,12 @@ def from_nnx(
     """
     from flax import nnx
 
-    if not isinstance(module, nnx.Pytree):
-        raise ValueError(
-            f"from_nnx expected a flax.nnx.Module, got {type(module).__name__}: Linen modules go to from_linen with their variables, "
-            "functions to from_function"
+    if not _is_nnx(module):
+        linen = hasattr(module, "init") and hasattr(module, "apply")
+        other = (
+            "Linen modules go to from_linen(module, variables)" if linen else "functions go to from_function"
         )
+        raise ValueError(f"from_nnx expected a flax.nnx.Module, got {type(module).__name__}: {other}")
     call = type(module).__call__
     # None as its default leaves the mode to the layer.
     layers = [n for n, p in inspect.signature(call).parameters.items() if p.default is None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 from typing import Any, get_args, get_type_hints
 
@@ -75,3 +76,34 @@ def test_a_module_is_no_model() -> None:
 def test_suggestions() -> None:
     assert did_you_mean("CIFAR_10", ["cifar10", "digits"]) == "; did you mean 'cifar10'?"
     assert did_you_mean("nothing", ["cifar10", "digits"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sculpt.SearchConfig(bugdet=0.5), "SearchConfig has no argument 'bugdet'; did you mean 'budget'?"),
+        (lambda: sculpt.FinetuneConfig(epoch=1), "'epoch'; did you mean 'epochs'?"),
+        (lambda: dataclasses.replace(sculpt.EvaluationPlan(), precison="float32"), "did you mean 'precision'?"),
+        (lambda: sculpt.evaluate(None, None, None, normalize=abs), "evaluate has no argument 'normalize'; did you mean 'normalise'?"),
+        (lambda: sculpt.RewardConfig(xyz=1), "'xyz', expected kind, weight, rate"),
+    ],
+)  # fmt: skip
+def test_misspelt_keywords_get_suggestions(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as told:
+        call()
+    assert isinstance(told.value, TypeError)
+
+
+def test_modules_of_the_other_flax_are_pointed_to_their_adapter() -> None:
+    from flax import linen, nnx
+
+    with pytest.raises(ValueError, match=r"got Dense: Linen modules go to from_linen\(module, variables\)"):
+        sculpt.from_nnx(linen.Dense(2))
+    with pytest.raises(ValueError, match="got function: functions go to from_function"):
+        sculpt.from_nnx(lambda x: x)
+    module = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    for variables in ({}, {"params": {}}, None):
+        with pytest.raises(ValueError, match="got Linear: NNX modules go to from_nnx"):
+            sculpt.from_linen(module, variables)
+    with pytest.raises(ValueError, match=r"'params' collection .* got NoneType"):
+        sculpt.from_linen(linen.Dense(2))

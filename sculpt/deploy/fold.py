@@ -78,18 +78,23 @@ def fold(model: Model, example_input: Any) -> Model:
         an open one.
 
     Returns:
-      A model whose `params` is a dictionary from paths ("conv1/kernel", "conv1/bias") to arrays; arrays of other than floating-point
-      numbers are its `state`.
+      A model whose `params` is a dictionary from paths ("conv1/kernel", "conv1/bias") to arrays; arrays of other than finite
+      floating-point numbers are its `state`.
 
     Raises:
       ValueError: if the model does not take the input, or returns other than one array.
     """
     folded = fold_program(model, example_input)
     arrays = dict(zip(folded.names, folded.arrays))
-    trained = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    trained = {name: a for name, a in arrays.items() if _is_trained(a)}
     rest = {name: a for name, a in arrays.items() if name not in trained}
     apply = FoldedFunction(folded.program, folded.names, folded.inputs)
     return Model(apply, _no_training, trained, rest, model.task)
+
+
+def _is_trained(array: jax.Array) -> bool:
+    # Infinite numbers are those of a constant, such as an attention mask.
+    return jnp.issubdtype(array.dtype, jnp.floating) and bool(jnp.isfinite(array).all())
 
 
 def fold_program(model: Model, example_input: Any) -> FoldedProgram:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from sculpt.inputs import arrays_of, as_text
+from sculpt.inputs import arrays_of, as_text, check_finite
 from sculpt.model import Model
 from sculpt.tracing.program import ImpureProgram, Program, flatten, with_derivatives
 from sculpt.tracing.trace import leaf_paths, shapes_of
@@ -93,8 +93,9 @@ def flatten_model(model: Model, example_input: Any, derivatives: bool = False) -
     """The program of a model's evaluation function, as `flatten_open` gives it.
 
     Raises:
-      ValueError: if the model does not take the input, or returns other than one array.
+      ValueError: if the model does not take the input, returns other than one array, or has arrays that are not finite.
     """
+    check_finite(model)
     arrays = (model.params, model.state)
     program = flatten_open(model.apply, arrays, example_input, derivatives=derivatives)
     if len(program.outputs) != 1:

@@ -126,9 +126,11 @@ def measure(p: Pipeline) -> dict[str, Any]:
     }
 
 
-def _accuracy(model: Model, split: Split, normalise: Callable[[Any], Any]) -> float:
-    """A share of whole images, free of float32 rounding."""
+def _accuracy(model: Model, split: Split, normalise: Callable[[Any], Any]) -> float | None:
+    """A share of whole images, free of float32 rounding; None where outputs are not finite."""
     accuracy = float(evaluate(model, split.images, split.labels, normalise=normalise).accuracy)
+    if not math.isfinite(accuracy):
+        return None
     return round(accuracy * len(split.labels)) / len(split.labels)
 
 
@@ -288,7 +290,8 @@ def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list
     numbers = []
     for row in rows_of(record):
         test = f"{record['n_test']} test images"
-        numbers.append(Number(f"accuracy, {row.name}", f"{row.accuracy:.4f}", "measured", test))
+        accuracy = "not finite" if row.accuracy is None else f"{row.accuracy:.4f}"
+        numbers.append(Number(f"accuracy, {row.name}", accuracy, "measured", test))
         numbers.append(
             Number(f"MACs per image, {row.name}", f"{row.macs_theoretical:,}", "theoretical", "closed form")
         )
@@ -322,9 +325,8 @@ def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list
     )
     numbers.append(Number("policies per second", f"{found['policies_per_second']:.2f}", "measured", policies))
     numbers.append(Number("search", f"{found['seconds']:.1f} s", "measured", policies))
-    numbers.append(
-        Number("re-rank", f"{found['rerank_seconds']:.1f} s", "measured", "brief fine-tuning of the best")
-    )
+    if seconds := found["rerank_seconds"]:
+        numbers.append(Number("re-rank", f"{seconds:.1f} s", "measured", "brief fine-tuning of the best"))
     for row in latency_rows(p.run):
         what = f"latency, {row['network']}, {row['engine']}, threads {row['threads']}, batch {row['batch']}"
         low, high = row["quartiles_ms"]

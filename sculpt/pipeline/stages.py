@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -311,8 +312,14 @@ class Pipeline(Artefacts):
 
     def _validated(self, model: Model) -> dict[str, Any]:
         split = self.splits.validation
-        accuracy = evaluate(model, split.images, split.labels, normalise=self.splits.normalise).accuracy
-        return {"validation_accuracy": float(accuracy), "n_validation": len(split.labels)}
+        accuracy = float(
+            evaluate(model, split.images, split.labels, normalise=self.splits.normalise).accuracy
+        )
+        if not math.isfinite(accuracy):
+            raise ValueError(
+                "outputs of the network are not finite on the validation split: train it again with a lower learning rate"
+            )
+        return {"validation_accuracy": accuracy, "n_validation": len(split.labels)}
 
     def _plan(self, config: SearchConfig) -> EvaluationPlan:
         """How the search's evaluations are laid out: on CPUs by the default, which is the fastest measured; else tuned."""

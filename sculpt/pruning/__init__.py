@@ -11,7 +11,9 @@ from sculpt.pruning.budget import (
     uniform_policy,
 )
 from sculpt.pruning.compact import compact
+from sculpt.pruning.compacted_trees import compact_tree
 from sculpt.pruning.cost import Cost, cost, count_cost, layer_macs, resource_used
+from sculpt.pruning.existing_zeros import masks_from_zeros
 from sculpt.pruning.family import Family, Option, Site
 from sculpt.pruning.features import SiteFeatures, site_features, to_graph
 from sculpt.pruning.importance import KINDS, Importance, importance
@@ -39,6 +41,7 @@ __all__ = [
     "apply_masks",
     "check_budget",
     "compact",
+    "compact_tree",
     "cost",
     "count_cost",
     "energy_logits",
@@ -51,6 +54,7 @@ __all__ = [
     "make_masks",
     "make_space",
     "mask_params",
+    "masks_from_zeros",
     "permute_channels",
     "policy_from",
     "project",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.arguments import checked
+from sculpt.arguments import checked, is_real
 from sculpt.model import Params
 from sculpt.pruning.cost import resource_used
 from sculpt.pruning.space import Space, make_choices, retained_shares
@@ -36,14 +36,17 @@ jax.tree_util.register_dataclass(Projection, ["policy", "price"], [])
 def check_budget(space: Space, budget: float) -> None:
     """Raises ValueError unless some policy meets the budget (of the space's resource, used / dense)."""
     low, high = space.reachable
-    if not 0 < budget <= 1:
+    number = budget.item() if isinstance(budget, np.ndarray | jax.Array) and budget.size == 1 else budget
+    if not is_real(number) or not 0 < number <= 1:
         raise ValueError(
-            f"budget is the share of {space.resource.name} that is kept, in (0, 1]; got {budget}"
+            f"budget is the share of {space.resource.name} that is kept, a number in (0, 1]; got {budget!r}"
         )
-    if budget < low:
+    if number < low:
+        # Theoretical MACs alone count them as removed.
+        in_place = "" if space.compacts.all() or low < 1 else " (zeros that stay in place are kept)"
         raise ValueError(
             f"budget {budget} cannot be reached: with families {', '.join(space.families)} this network can keep "
-            f"{low:.4f} to {high:.4f} of its {space.resource.name}; raise the budget or add a family"
+            f"{low:.4f} to {high:.4f} of its {space.resource.name}{in_place}; raise the budget or add a family"
         )
 
 

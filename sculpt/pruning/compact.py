@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_whole
+from sculpt.inputs import check_finite
 from sculpt.model import Model, Params, State
 from sculpt.pruning.compact_plan import Plan, grouped_kernels, make_plan
 from sculpt.pruning.equal_sums import with_equal_sums
@@ -76,6 +77,10 @@ class CompactFunction:
         arguments = jax.tree.leaves((params, state, x, key))
         return jax.tree.unflatten(rewritten.out_tree, execute(rewritten.executable, arguments, _BIND))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Programs, which cannot be pickled, are rewritten again.
+        return CompactFunction, (self.function, self.plan, self.training)
+
     def rewritten(self, x: jax.Array, *key: jax.Array) -> _Rewritten:
         """The program for inputs of these shapes."""
         rest = jax.tree.map(
@@ -121,7 +126,7 @@ def compact(
       A `Model` of smaller arrays under the same tree paths; jit-, grad- and vmap-able, trainable, and traceable again.
 
     Raises:
-      ValueError: if the model does not carry the policy's zeros, `overheads` names other than kernels of `rect_grouped` or has other than
+      ValueError: if the model does not carry the policy's zeros or has arrays that are not finite, `overheads` names other than kernels of `rect_grouped` or has other than
         whole numbers and None, or (a fault of this library) the outputs differ.
     """
     overheads = dict(overheads or {})
@@ -133,6 +138,7 @@ def compact(
     for path, overhead in overheads.items():
         if overhead is not None and not is_whole(overhead, 0):
             raise ValueError(f"overheads are whole numbers of 0 or more, or None; {path} has {overhead!r}")
+    check_finite(model)
     if masks is None:
         masks = make_masks(space, model.params, policy)
     masks = jax.device_get(check_masks(model, masks))

@@ -42,10 +42,10 @@ class Plan:
 
     def slice(self, tree: tuple[Params, State]) -> tuple[Params, State]:
         leaves, treedef = jax.tree.flatten(tree)
-        return jax.tree.unflatten(treedef, map(_sliced, leaves, self.places))
+        return jax.tree.unflatten(treedef, map(sliced, leaves, self.places))
 
 
-def _sliced(leaf: ArrayLike, places: tuple[np.ndarray, ...]) -> jax.Array:
+def sliced(leaf: ArrayLike, places: tuple[np.ndarray, ...]) -> jax.Array:
     """The units that stay along every axis, on the devices that the leaf was on. On the host: on a device each shape would be compiled for."""
     if all(np.array_equal(units, np.arange(n)) for units, n in zip(places, np.shape(leaf))):
         return jnp.asarray(leaf)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, did_you_mean
-from sculpt.inputs import arrays_of, as_text, check_batch_axis, check_labels, number_of
+from sculpt.inputs import arrays_of, as_text, check_batch_axis, check_finite, check_labels, number_of
 from sculpt.model import Model
 from sculpt.pruning.importance_activation import activation_scores
 from sculpt.pruning.importance_taylor import taylor_scores
@@ -119,6 +119,7 @@ def importance(
         )
     if images_per_batch < 1:
         raise ValueError(f"images_per_batch must be at least 1, got {images_per_batch}")
+    check_finite(model)
     leaves = fitting_leaves(trace, model.params)
     if kind == "random":
         assert key is not None

@@ -25,7 +25,8 @@ from sculpt.tracing.layers import Monomials
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Space:
-    """All choices for one trace. Compares and hashes by identity: jitted code takes it as a static argument."""
+    """All choices for one trace. Compares and hashes by identity: jitted code takes it as a static argument. A copy is the space itself; it
+    can be pickled where its trace can."""
 
     trace: Trace
     families: tuple[str, ...]
@@ -54,6 +55,12 @@ class Space:
     """What channels are ranked by; None for the energy of the parameters that masks are made of."""
     excluded: tuple[Site, ...]
     """The sites that there would be without what the user excludes."""
+
+    def __copy__(self) -> Space:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Space:
+        return self
 
     def __repr__(self) -> str:
         return f"Space({self.num_sites} sites of {', '.join(self.families)}, in {self.trace})"
@@ -216,7 +223,7 @@ def with_resource(
 
     Args:
       space: the space.
-      resource: "macs", "macs_realised" (after compaction), "params", or a latency from `sculpt.measure_layers`. A sequence of
+      resource: "macs", "macs_realised" (after compaction), "params" (likewise), or a latency from `sculpt.measure_layers`. A sequence of
         these: a policy must keep the budget of every one. A mapping: each may use so many times the budget; `{"macs": 1.0, "params":
         1.5}` with a budget of 0.5 allows 0.5 of the MACs and 0.75 of the parameters.
 
@@ -243,7 +250,10 @@ def _resource(space: Space, given: Any) -> Resource:
     counted = {
         "macs": lambda: Counted("MACs", space.macs),
         "macs_realised": lambda: Counted("realised MACs", space.macs.realised(space.compacts)),
-        "params": lambda: Counted("parameters", space.params),
+        # Zeros that stay in place take as much room as other weights.
+        "params": lambda: Counted(
+            "parameters", space.params if space.compacts.all() else space.params.realised(space.compacts)
+        ),
     }
     if isinstance(given, str):
         if given not in counted:

@@ -21,8 +21,8 @@ class Row:
 
     name: str
     """"dense", "masked", "reconstructed" (where fine-tuning begins with that), "fine-tuned" or "compact"."""
-    accuracy: float
-    """Share of the test images classified correctly, in [0, 1]."""
+    accuracy: float | None
+    """Share of the test images classified correctly, in [0, 1]; None of a network whose outputs are not finite."""
     macs_theoretical: int
     """Multiply-accumulates per image, products with masked weights left out."""
     macs_realised: int
@@ -41,7 +41,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [
         (
             row.name,
-            f"{100 * row.accuracy:.2f}%",
+            "-" if row.accuracy is None else f"{100 * row.accuracy:.2f}%",
             _with_ratio(row.macs_theoretical, dense.macs_theoretical),
             _with_ratio(row.macs_realised, dense.macs_realised),
             _with_ratio(row.params, dense.params),

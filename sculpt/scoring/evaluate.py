@@ -13,7 +13,15 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
 from sculpt.arguments import checked, is_whole
-from sculpt.inputs import arrays_of, check_images, check_labels, number_of, rows
+from sculpt.inputs import (
+    arrays_of,
+    check_finite,
+    check_finite_images,
+    check_images,
+    check_labels,
+    number_of,
+    rows,
+)
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import check_policies, mask_params, masks_from_choices
 from sculpt.pruning.space import Space
@@ -30,9 +38,10 @@ class Scores:
     """How good policies are; one entry per policy."""
 
     accuracy: jax.Array
-    """float32 `[n]`: share of the images classified correctly, or mean score of the model's task, in [0, 1]."""
+    """float32 `[n]`: share of the images classified correctly, or mean score of the model's task, in [0, 1]; NaN where the loss is not
+    finite."""
     loss: jax.Array
-    """float32 `[n]`: mean cross-entropy in nats, or mean loss of the model's task."""
+    """float32 `[n]`: mean cross-entropy in nats, or mean loss of the model's task; not finite where outputs are not."""
 
 
 jax.tree_util.register_dataclass(Scores, ["accuracy", "loss"], [])
@@ -86,7 +95,12 @@ def score_params(problem: Problem, params: Any) -> Scores:
     count = problem.real.sum().astype(jnp.float32)
     if shared is not None:
         score, loss, count = jax.lax.psum((score, loss, count), shared)
-    return Scores(score / count, loss / count)
+    return _scores(score / count, loss / count)
+
+
+def _scores(accuracy: jax.Array, loss: jax.Array) -> Scores:
+    """A network whose loss is not finite has no accuracy: outputs that are NaN would be counted as wrong."""
+    return Scores(jnp.where(jnp.isfinite(loss), accuracy, jnp.nan), loss)
 
 
 def score_policies(problem: Problem, policies: jax.Array, count: jax.Array | int | None = None) -> Scores:
@@ -217,8 +231,8 @@ def evaluate_policies(
       `Scores` with `accuracy [n]` and `loss [n]`.
 
     Raises:
-      ValueError: if policies, images or labels do not fit, the plan needs more devices than there are, `repair` is unknown, or there are
-        no images to reconstruct on.
+      ValueError: if policies, images or labels do not fit, arrays of the model or images are not finite, the plan needs more devices than
+        there are, `repair` is unknown, or there are no images to reconstruct on.
     """
     policies = check_policies(space, policies)
     if policies.ndim != 2 or not len(policies):
@@ -245,11 +259,12 @@ def evaluate(
       normalise: what is done to the images of a batch first, such as `splits.normalise`; None: nothing.
 
     Raises:
-      ValueError: if images, labels, the model's outputs and its task do not fit together, or `images_per_batch` is not a whole number of
-        at least 1.
+      ValueError: if images, labels, the model's outputs and its task do not fit together, arrays of the model or images are not finite,
+        or `images_per_batch` is not a whole number of at least 1.
     """
     if not is_whole(images_per_batch, 1):
         raise ValueError(f"images_per_batch must be a whole number of at least 1, got {images_per_batch!r}")
+    check_finite(model)
     prepared = normalise or (lambda block: block)
     images = arrays_of(images)
     number = number_of(images)
@@ -259,10 +274,12 @@ def evaluate(
     score = loss = 0.0
     for start in range(0, number, images_per_batch):
         block = slice(start, start + images_per_batch)
-        x = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), prepared(rows(images, block)), first)
+        block_images = prepared(rows(images, block))
+        check_finite_images(block_images)
+        x = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), block_images, first)
         totals = _totals(model.apply, model.task, model.params, model.state, x, labels[block])
         score, loss = score + totals[0], loss + totals[1]
-    return Scores(jnp.asarray(score / number), jnp.asarray(loss / number))
+    return _scores(jnp.asarray(score / number), jnp.asarray(loss / number))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -10,12 +10,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sculpt.arguments import checked_fields
 from sculpt.scoring.lowering import Convolution, Precision
 
 POLICY_AXIS, IMAGE_AXIS = "policy", "data"
 """Axes of the mesh: policies and images are spread over them."""
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True)
 class EvaluationPlan:
     """Sizes of the pieces that one compiled evaluation works on, and how it computes them.

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sculpt.inputs import check_batch_axis, check_images, check_labels, number_of
+from sculpt.inputs import (
+    check_batch_axis,
+    check_finite,
+    check_finite_images,
+    check_images,
+    check_labels,
+    number_of,
+)
 from sculpt.model import ApplyFn, Model, TrainFn
 from sculpt.pruning.patterns import Choice
 from sculpt.pruning.space import Space, make_choices
@@ -85,7 +92,9 @@ def make_problem(
     if repair == "reconstruct" and calibration is None:
         raise ValueError("repair='reconstruct' needs calibration images to fit layers on, got none")
     check_batch_axis(space.trace.batch_axis)
+    check_finite(model)
     images = check_images(model, images, space.trace.inputs)
+    check_finite_images(images)
     labels = check_labels(model, images, labels)
     number = number_of(images)
     batch = min(plan.images_per_batch, -(-number // plan.image_shards))
@@ -93,6 +102,7 @@ def make_problem(
     in_batches = functools.partial(_in_batches, batch=batch, missing=missing)
     if calibration is not None:
         calibration = check_images(model, calibration, space.trace.inputs)
+        check_finite_images(calibration)
         if repair == "reconstruct":
             wanted = plan.place(_wanted(model.apply, model.params, model.state, calibration))
             calibration = jax.tree.map(lambda x: x[None], calibration)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.arguments import checked, is_whole
-from sculpt.inputs import arrays_of, check_images, number_of, rows
+from sculpt.inputs import check_finite, check_finite_images, check_images, number_of, rows
 from sculpt.model import Model, State, TrainFn
 from sculpt.scoring.lowering import lowered
 from sculpt.tracing.program import flatten
@@ -38,13 +38,17 @@ def batch_statistics(
     ]
     if not any(floating):
         return state
-    zeros = [jnp.zeros_like(leaf) for leaf, moves in zip(leaves, floating) if moves]
+    own = [leaf for leaf, moves in zip(leaves, floating) if moves]
+    zeros = [jnp.zeros_like(leaf) for leaf in own]
+    # Networks with statistics in half precision may return them in float32.
+    sums = [jnp.zeros(leaf.shape, _wide(leaf.dtype)) for leaf in own]
 
     def new_leaves(old: list[jax.Array], x: Any) -> list[jax.Array]:
         values = iter(old)
         merged = [next(values) if moves else leaf for leaf, moves in zip(leaves, floating)]
         _, new_state = apply_train(params, jax.tree.unflatten(treedef, merged), x, jax.random.key(0))
-        return [leaf for leaf, moves in zip(jax.tree.leaves(new_state), floating) if moves]
+        moved = [leaf for leaf, moves in zip(jax.tree.leaves(new_state), floating) if moves]
+        return [leaf.astype(total.dtype) for leaf, total in zip(moved, sums, strict=True)]
 
     def one_batch(total: list[jax.Array], x: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         value, momentum = jax.jvp(
@@ -52,17 +56,22 @@ def batch_statistics(
         )
         return [t + v for t, v in zip(total, value)], momentum
 
-    totals, momenta = jax.lax.scan(one_batch, zeros, images)
+    totals, momenta = jax.lax.scan(one_batch, sums, images)
     count = number_of(images)
     if axis is not None:
         totals, count = jax.lax.psum(totals, axis), count * jax.lax.axis_size(axis)
     statistics = []
-    for total, momentum, old in zip(totals, momenta, [v for v, m in zip(leaves, floating) if m]):
+    for total, momentum, old in zip(totals, momenta, own):
         moved = 1.0 - momentum[0]
         mean = total / count / jnp.where(moved > 1e-6, moved, 1.0)
-        statistics.append(jnp.where(moved > 1e-6, mean, old))
+        statistics.append(jnp.where(moved > 1e-6, mean.astype(old.dtype), old))
     values = iter(statistics)
     return jax.tree.unflatten(treedef, [next(values) if m else v for v, m in zip(leaves, floating)])
+
+
+def _wide(dtype: Any) -> Any:
+    """float32, or what has more bits."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def _unchanged(apply_train: TrainFn, params: Any, state: State, x: Any) -> list[bool]:
@@ -86,14 +95,16 @@ def recalibrate(model: Model, images: Any, images_per_batch: int = _IMAGES_PER_B
         left out.
 
     Raises:
-      ValueError: if there is no image, the images are pixels that nobody normalised, or `images_per_batch` is not a whole number of at
+      ValueError: if there is no image, the images are pixels that nobody normalised, parameters or images are not finite, or `images_per_batch` is not a whole number of at
         least 1.
     """
     if not is_whole(images_per_batch, 1):
         raise ValueError(f"images_per_batch must be a whole number of at least 1, got {images_per_batch!r}")
-    images = arrays_of(images)
-    check_images(model, images)
-    batches = into_batches(jax.tree.map(jnp.asarray, images), images_per_batch)
+    # Statistics that are not finite are what this mends.
+    check_finite(model.replace(state={}))
+    images = check_images(model, images)
+    check_finite_images(images)
+    batches = into_batches(images, images_per_batch)
     return model.replace(state=_recalibrated(model.apply_train, model.params, model.state, batches))
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_real
-from sculpt.inputs import arrays_of, as_text, check_images
+from sculpt.inputs import as_text, check_finite, check_finite_images, check_images
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import apply_masks, check_masks, mask_params
 from sculpt.scoring.linear_layers import LinearLayer, LinearNetwork, find_linear_layers
@@ -76,9 +76,9 @@ def reconstruct(model: Model, masks: Any, images: Any, *, ridge: float = RIDGE) 
     if not is_real(ridge) or not ridge > 0:
         raise ValueError(f"ridge must be a number above 0, got {ridge!r}")
     check_masks(model, masks)
-    images = arrays_of(images)
-    check_images(model, images)
-    x = jax.tree.map(jnp.asarray, images)
+    check_finite(model)
+    x = check_images(model, images)
+    check_finite_images(x)
     try:
         jax.eval_shape(model.apply, model.params, model.state, x)
     except Exception as error:  # each framework has its own

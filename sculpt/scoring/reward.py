@@ -13,12 +13,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sculpt.arguments import is_real
+from sculpt.arguments import checked_fields, is_real
 
 Objective = Literal["accuracy", "loss"]
 _KINDS = ("budget", "lagrangian", "schedule")
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """How accuracy and cost are weighed against each other.

@@ -59,7 +59,8 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    """What `trace` found. Compares and hashes by identity: jitted code takes it as a static argument."""
+    """What `trace` found. Compares and hashes by identity: jitted code takes it as a static argument. A copy is the trace itself; pickled,
+    it is the model's functions, which are traced again where it is loaded."""
 
     leaves: tuple[Leaf, ...]
     groups: tuple[Group, ...]
@@ -77,6 +78,17 @@ class Trace:
     """Axes of every value of `program`."""
     leaf_monomials: tuple[Monomials, ...]
     """Size of each parameter leaf as a polynomial in atom sizes."""
+    model: Model = dataclasses.field(repr=False)
+    """The model that was traced, with shapes in the place of its arrays."""
+
+    def __copy__(self) -> Trace:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Trace:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _traced_again, (self.model, self.inputs, self.batch_axis, self.leaves, self.groups)
 
     def __repr__(self) -> str:
         return (
@@ -216,6 +228,7 @@ def trace(model: Model, example_input: Any, batch_axis: int | None = 0) -> Trace
         program=program,
         flow=flow,
         leaf_monomials=monomials,
+        model=model.replace(params=params, state=state),
     )
 
 
@@ -250,6 +263,22 @@ def _evaluation_program(
         stacklevel=4,
     )
     return program, given, None
+
+
+def _traced_again(
+    model: Model, inputs: Any, batch_axis: int | None, leaves: tuple[Leaf, ...], groups: tuple[Group, ...]
+) -> Trace:
+    """A trace that was pickled; policies refer to its groups by number.
+
+    Raises:
+      ValueError: if the trace is another one now.
+    """
+    found = trace(model, inputs, batch_axis)
+    if (found.leaves, found.groups) != (leaves, groups):
+        raise ValueError(
+            "the pickled trace was made with another version of the network, of JAX or of this library: trace the model again"
+        )
+    return found
 
 
 def _shape_of(example: Any) -> jax.ShapeDtypeStruct:

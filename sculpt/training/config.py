@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from sculpt.arguments import is_real, is_whole, without_numpy
+from sculpt.arguments import checked_fields, is_real, is_whole, without_numpy
 
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["none", "shift", "crop_flip", "resized_crop"]
@@ -28,6 +28,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
 )
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     """Settings of `finetune` and `train`.

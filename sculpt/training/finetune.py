@@ -16,7 +16,7 @@ import numpy as np
 
 from sculpt.arguments import checked
 from sculpt.digest import add_arrays
-from sculpt.inputs import check_labels
+from sculpt.inputs import check_finite, check_labels
 from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks, check_masks
 from sculpt.task import CLASSIFICATION
@@ -148,7 +148,10 @@ def open_checkpoints(
 
 
 def check_request(model: Model, splits: Splits, config: FinetuneConfig, teacher: Model | None) -> None:
-    """Raises ValueError unless model, data, settings and teacher fit together."""
+    """Raises ValueError unless model, data, settings and teacher fit together, and the networks are finite."""
+    for network in (model, teacher):
+        if network is not None:
+            check_finite(network)
     _check(model, splits, config)
     _check_teacher(teacher, model, splits, config)
 

@@ -251,7 +251,10 @@ def test_own_scores_may_be_negative_and_equal() -> None:
             {"kind": "activation", "images": IMAGES[0]},
             r"images float32\[n, 8, 8, 3\], as in the trace, got float32\[8, 8, 3\]",
         ),
-        ({"kind": "activation", "images": IMAGES[:, :4]}, r"images float32\[n, 8, 8, 3\].*got float32\[7, 4, 8, 3\]"),
+        (
+            {"kind": "activation", "images": IMAGES[:, :4]},
+            r"images float32\[n, 8, 8, 3\].*got float32\[7, 4, 8, 3\]",
+        ),
         ({"kind": "activation", "images": IMAGES[:0]}, r"got float32\[0, 8, 8, 3\]"),
         (
             {"kind": "activation", "images": np.zeros((2, 8, 8, 3), np.uint8)},

@@ -174,3 +174,32 @@ def test_messages_name_the_resource() -> None:
     limited = sculpt.with_resource(space(), "params")
     with pytest.raises(ValueError, match="of its parameters; raise the budget"):
         sculpt.pruning.check_budget(limited, 1e-4)
+
+
+def test_zeros_in_place_are_no_parameters_saved() -> None:
+    entries = sculpt.make_space(traced("residual"), families=("2:4",))
+    limited = sculpt.with_resource(entries, "params")
+    assert limited.reachable == (1.0, 1.0)
+    with pytest.raises(ValueError, match=r"1\.0000 of its parameters \(zeros that stay in place are kept\)"):
+        sculpt.uniform_policy(limited, 0.7)
+    # Beside channels the budget is one of the arrays that are left.
+    mixed = sculpt.with_resource(
+        sculpt.make_space(traced("residual"), families=("channels", "2:4")), "params"
+    )
+    policy = np.asarray(mixed.num_options - 1)
+    channels = [0 if site.family == "2:4" else option for site, option in zip(mixed.sites, policy)]
+    wanted = float(sculpt.cost(mixed, channels).params_ratio)
+    assert float(sculpt.cost(mixed, policy).used) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", ["0.5", None, True, (0.5,), {"macs": 0.5}, float("nan"), np.ones(2)])
+def test_budgets_of_a_wrong_type_are_refused(budget: Any) -> None:
+    with pytest.raises(ValueError, match="budget is the share of MACs that is kept, a number in"):
+        sculpt.uniform_policy(space(), budget)
+    with pytest.raises(ValueError, match=r"SearchConfig.budget must be in \(0, 1\]"):
+        sculpt.SearchConfig(budget=budget)
+
+
+def test_budgets_may_be_scalars_of_numpy_and_jax() -> None:
+    for budget in (np.float32(0.5), np.asarray(0.5), jax.numpy.float32(0.5)):
+        sculpt.check_budget(space(), budget)

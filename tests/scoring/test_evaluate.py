@@ -235,15 +235,19 @@ def test_recalibration_leaves_frozen_statistics_and_constants_alone() -> None:
     np.testing.assert_allclose(found["mean"], ((x - 1.0) / 2.0).mean(0), rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_an_undefined_network_is_right_about_nothing() -> None:
-    model = network("plain")
-    broken = model.replace(params=jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), model.params))
-    space, labels = sculpt.make_space(traced("plain")), jnp.zeros(len(LABELS), jnp.int32)
-    policies = sculpt.random_policies(space, jax.random.key(0), 2)
-    scores = sculpt.evaluate_policies(broken, space, policies, IMAGES, labels)
-    assert np.array_equal(scores.accuracy, [0, 0]) and np.isnan(scores.loss).all()
-    assert float(sculpt.evaluate(broken, IMAGES, labels).accuracy) == 0
+def test_a_network_whose_outputs_are_not_finite_has_no_scores() -> None:
+    # Pruned to less than everything the root is of a number below zero.
+    model = sculpt.from_function(
+        lambda p, x: jnp.sqrt((x * 0 + 1) @ p["a"] @ p["b"] - 3.5),
+        {"a": jnp.ones((1, 4)), "b": jnp.ones((4, 2))},
+    )
+    images, labels = jnp.ones((6, 1)), jnp.zeros(6, jnp.int32)
+    space = sculpt.make_space(sculpt.trace(model, images))
+    scores = sculpt.evaluate_policies(model, space, [[0], [1]], images, labels)
+    assert np.isfinite(scores.accuracy[0]) and np.isfinite(scores.loss[0])
+    assert np.isnan(scores.accuracy[1]) and np.isnan(scores.loss[1])
+    pruned = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, [1]))
+    assert np.isnan(sculpt.evaluate(pruned, images, labels).accuracy)
 
 
 def test_sizes_of_a_plan_may_be_numpy_integers() -> None:
