@@ -99,7 +99,8 @@ class LinearLayer:
         extent = [(size - 1) * d + 1 for size, d in zip(self.window, dilation)]
 
         def seen(image: jax.Array, *corner: jax.Array) -> jax.Array:
-            start, sizes = (image, *corner, 0), (1, *extent, padded.shape[-1])
+            # One dtype for all, also where JAX counts in 64 bits.
+            start, sizes = (image, *corner, jnp.int32(0)), (1, *extent, padded.shape[-1])
             patch = jax.lax.dynamic_slice(padded, start, sizes)
             return jax.lax.slice(patch, (0,) * len(sizes), sizes, (1, *dilation, 1)).reshape(-1)
 

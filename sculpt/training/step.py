@@ -145,6 +145,10 @@ def learn(
         (part_loss, (part_right, state)), found = jax.value_and_grad(objective, has_aux=True)(
             train.params, state, part, part_key
         )
+        # Statistics in half precision may come back in float32.
+        state = jax.tree.map(
+            lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, train.state
+        )
         loss, right = loss + part_loss / config.accumulate, right + part_right
         gradients = found if gradients is None else jax.tree.map(jnp.add, gradients, found)
     if config.accumulate > 1:
