@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sculpt.arguments import check_argument, checked_fields, is_real, is_whole, without_numpy
+from sculpt.arguments import check_argument, checked_fields, did_you_mean, is_real, is_whole, without_numpy
 from sculpt.model import Model
 from sculpt.scoring.problem import Repair
 from sculpt.scoring.recalibrate import has_statistics
@@ -49,7 +49,8 @@ def _require_boolean(name: str, value: object) -> None:
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"SearchConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
+    message = f"SearchConfig.{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}"
+    _require(value in choices, message)
 
 
 @checked_fields

@@ -28,6 +28,7 @@ from sculpt.agents.update import (
     snapshot,
     update,
 )
+from sculpt.interrupts import check_interrupt
 from sculpt.model import Model, Params
 from sculpt.pruning import Space, check_budget
 from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
@@ -103,6 +104,7 @@ class Run:
         if start == stop:
             return None
         for _ in range(start, stop):
+            check_interrupt()
             self.state = update(self.program, self.task, self.state, key)
         self.done = stop
         return Block(start, stop, snapshot(self.state))

@@ -107,6 +107,21 @@ def is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def as_int32(array: np.ndarray, what: str) -> np.ndarray:
+    """Whole numbers as int32, none of them changed.
+
+    Raises:
+      ValueError: for a number that int32 does not hold, naming it and where it is.
+    """
+    limits = np.iinfo(np.int32)
+    wrong = np.flatnonzero((array > limits.max) | (array < limits.min))
+    if len(wrong):
+        raise ValueError(
+            f"{what} {array.reshape(-1)[wrong[0]]} at index {wrong[0]} is no number of 32 bits, expected {limits.min} to {limits.max}"
+        )
+    return array.astype(np.int32)
+
+
 def without_numpy(settings: Any) -> None:
     """Turns NumPy's numbers among the fields of a frozen dataclass, and in tuples there, into Python's, which print and hash alike."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 
 import sculpt
 from sculpt import nets
-from sculpt.cli import main
+from sculpt.cli import main, make_parser
+from sculpt.cli.console import print_any_text
 from sculpt.pipeline import TrainSettings, stages
 from sculpt.pruning import KINDS
 from sculpt.report import RunDirectory
@@ -56,6 +58,13 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--budget", "0.0001"), r"budget 0.0001 cannot be reached.*can keep 0\.\d+ to 1"),
         ((*NEW, "--budget", "0.1", "--families", "rect"), "budget 0.1 cannot be reached"),
         ((*NEW, "--method", "luck"), "method must be one of agent, table, random"),
+        (
+            (*NEW, "--method", "evolutoin"),
+            "--method must be one of .*got 'evolutoin'; did you mean 'evolution'",
+        ),
+        ((*NEW, "--importance", "enrgy"), "importance must be .*got 'enrgy'; did you mean 'energy'"),
+        ((*NEW, "--resource", "latncy"), "resource must be .*got latncy; did you mean 'latency'"),
+        ((*NEW, "--recipe", "mobil"), "recipe must be .*got 'mobil'; did you mean 'mobile'"),
         ((*NEW, "--evaluations", "0"), "error: --evaluations must be a whole number of at least 1, got 0"),
         ((*NEW, "--rerank", "-1"), "error: --rerank must be a whole number of at least 0, got -1"),
         ((*NEW, "--objective", "speed"), "objective must be one of accuracy, loss"),
@@ -109,10 +118,8 @@ NEW = ("--model", "resnet8", "--dataset", "digits")
         ((*NEW, "--bugdet=0.5"), "unrecognized arguments: --bugdet=0.5; did you mean '--budget'"),
         ((*NEW, "--evaluations", "1"), "error: --evaluations=1 is less than one update"),
         ((*NEW, "--batch-size", "2000"), "error: --batch-size is 2000, more than the 1097 images"),
-        (
-            (*NEW, "--method", "magnitude", "--evaluations", "4"),
-            "leave out --evaluations 4, which would have no effect: method magnitude proposes one policy",
-        ),
+        ((*NEW[:3], "folder"), "error: folder needs --data-dir, the folder that holds train"),
+        ((*NEW, "--skip-unreadable"), "leave out --skip-unreadable, .*digits is small"),
     ],
 )
 def test_bad_options(
@@ -312,3 +319,29 @@ def test_the_package_runs_as_a_module() -> None:
         [sys.executable, "-m", "sculpt", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"sculpt {sculpt.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("folder needs data_dir, the folder", "folder needs --data-dir, the folder"),
+        ("no file /data/data_dir/image_size.png", "no file /data/data_dir/image_size.png"),
+        ("it lacks 'data_dir'", "it lacks 'data_dir'"),
+        ("leave them out with skip_unreadable", "leave them out with --skip-unreadable"),
+        ("size must be a whole number", "--image-size must be a whole number"),
+        ("SearchConfig.score_images must be 1", "--score-images must be 1"),
+        ("is no option of this: load_layers(my_data)", "is no option of this: load_layers(my_data)"),
+    ],
+)
+def test_messages_name_options(message: str, expected: str) -> None:
+    parser = vars(make_parser().parse_args(["prune", "--run", "r"]))["parser"]
+    assert parser.in_options(message, ()) == expected
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_terminal_that_knows_ascii_only(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, stream, io.TextIOWrapper(raw, "ascii", write_through=True))
+    print_any_text()
+    print("\u2501 policies \u00d7 64", file=getattr(sys, stream))
+    assert raw.getvalue() == b"? policies ? 64\n"

@@ -18,6 +18,8 @@ ORDER = (
     "cache",
     "digest",
     "files",
+    "interrupts",
+    "rows",
     "task",
     "calling",
     "model",

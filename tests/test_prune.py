@@ -355,7 +355,7 @@ def test_lost_and_damaged_files_are_named(
     whole = (copy / "params.safetensors").read_bytes()
     (copy / "params.safetensors").write_bytes(whole[:-4])
     assert main(["prune", "--run", str(copy)]) == 2
-    assert "params.safetensors is not a readable safetensors file" in capsys.readouterr().err
+    assert "params.safetensors is damaged: it is not as `sculpt finetune` wrote it" in capsys.readouterr().err
     (copy / "params.safetensors").write_bytes(whole)
     (copy / "stages" / "search.json").write_text("{")
     (copy / "report.html").unlink()
@@ -365,7 +365,9 @@ def test_lost_and_damaged_files_are_named(
     shutil.copy(finished / "stages" / "export.json", copy / "stages")
     assert main(["report", "--run", str(copy)]) == 2
     error = capsys.readouterr().err
-    assert "search.json is damaged (it lacks 'history'); remove it to have it made again" in error
+    assert (
+        "search.json is damaged (it does not match its fingerprint); remove it to have it made again" in error
+    )
     assert error.count("\n") == 1
 
 
@@ -485,6 +487,7 @@ def test_many_policies_of_a_finished_run(
     assert "plan: 1 policies x 64 images at a time, lax convolutions in float32, 2 x 1 devices" in text
     assert f"policies in {out}: 3, 0 of them from before; 2 evaluated, 33% remembered" in text
     rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(row.pop("crc32") for row in rows)
     assert [row["policy"] for row in rows] == [[0] * len(policy), policy, policy]
     assert rows[0]["macs_ratio"] == pytest.approx(1.0, rel=1e-6) and rows[1] == rows[2] | {"index": 1}
     assert rows[0]["accuracy"] >= rows[1]["accuracy"]
@@ -565,8 +568,8 @@ def test_bad_policies_are_found_before_a_plan_is_tuned(
     fails(f"{source}, policy 0: expected policies as integers")
     source.write_text(f"{[99] * len(RunDirectory.existing(run).result()['policy'])}\n")
     fails("policy 0: site")
-    data = json.loads((run / "stages" / "data.json").read_text())
-    write_json(run / "stages" / "data.json", data | {"sha256": "of other images"})
+    directory = RunDirectory.existing(run)
+    directory.complete("data", directory.record("data") | {"sha256": "of other images"})
     fails("the data set digits is not the one that")
 
 

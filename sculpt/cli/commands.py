@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sculpt.cache import cache_folder
-from sculpt.cli.console import error_line, make_console
+from sculpt.cli.console import error_line, make_console, print_any_text
 from sculpt.cli.devices import (
     make_a_device_of_every_core,
     require_device,
@@ -16,13 +16,22 @@ from sculpt.cli.devices import (
 )
 from sculpt.cli.info import info
 from sculpt.cli.options import make_parser
+from sculpt.interrupts import EXIT_CODE, check_interrupt, deferred_interrupts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for bad input, 130 when interrupted.
 
+    The first Ctrl-C ends it after the step under way, the second at once.
+
     A mistake of the user is one line on stderr; `--debug` shows where it came from.
     """
+    print_any_text()
+    with deferred_interrupts():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = vars(make_parser().parse_args(arguments))
     command, parser, debug = (options.pop(name) for name in ("command", "parser", "debug"))
     try:
@@ -39,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _bench_latency(options)
         else:
             _run(command, options)
+        check_interrupt()
     # RuntimeError: what jax raises where a device is absent, or its memory is full.
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
@@ -48,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(error_line("interrupted; the same command resumes"), file=sys.stderr)
         wait_for_devices()
-        return 130
+        return EXIT_CODE
     return 0
 
 

@@ -32,6 +32,10 @@ _RECIPES = ("residual", "plain", "photographs", "mobile", "transformer", "small_
 _T = TypeVar("_T")
 _FIELD = re.compile(r"\b[A-Z]\w*Config\.([a-z_]+)|^([a-z_]+)(?= must be )")
 """A field of a configuration, as messages of the library name it."""
+_NAME = re.compile(r"(?<![\w./'\"-])(?:[a-z]+(?:_[a-z]+)+|size(?= must be ))(?![\w/'\"(-]|\.\w)")
+"""An argument of the library in a message, such as data_dir; no part of a path, and nothing in quotes."""
+_RENAMED = {"size": "image_size"}
+"""Argument of the library -> option, where they are called otherwise."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +66,12 @@ class Parser(argparse.ArgumentParser):
             options = [name] if name in known else of_stages
             return " or ".join(f"--{dest.replace('_', '-')}" for dest in options) or match[0]
 
-        return _FIELD.sub(option, message)
+        def renamed(match: re.Match[str]) -> str:
+            dest = _RENAMED.get(match[0], match[0])
+            # A batch of the library may be one of policies.
+            return f"--{dest.replace('_', '-')}" if dest in known - {"batch_size"} else match[0]
+
+        return _NAME.sub(renamed, _FIELD.sub(option, message))
 
 
 def make_parser() -> Parser:
@@ -141,6 +150,11 @@ def _network_options(command: argparse.ArgumentParser) -> None:
         "--stream",
         action="store_true",
         help="leave train images on disk, read them while they are used: for data larger than memory",
+    )
+    group.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that cannot be decoded, and count them",
     )
 
 

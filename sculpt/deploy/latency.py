@@ -14,6 +14,7 @@ from sculpt.arguments import check_argument, checked, is_whole
 from sculpt.deploy.engines import Call, confined, engine_of, prepared
 from sculpt.deploy.environment import cores, device_name, version, versions
 from sculpt.deploy.open_batch import example_batch
+from sculpt.interrupts import check_interrupt
 from sculpt.model import Model
 
 _SHORTEST_SAMPLE = 2e-3
@@ -131,6 +132,7 @@ def _samples(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(repeats):
+        check_interrupt()
         # Who goes first takes turns, for the caches.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             # What a call finds in the caches is its own, however many others there are.

@@ -27,6 +27,7 @@ from sculpt.deploy.layer_points import layers_of
 from sculpt.deploy.layer_sizes import find_parts
 from sculpt.deploy.params import load_metadata, load_params, save_params
 from sculpt.inputs import number_of
+from sculpt.interrupts import check_interrupt
 from sculpt.model import Model
 from sculpt.pruning import (
     Lookup,
@@ -264,6 +265,7 @@ def _measured(
     with confined(threads):
         reference = prepare_alone(next(iter(layers.values())), runner, threads)
         for done, (name, layer) in enumerate(layers.items()):
+            check_interrupt()
             on_progress(done, len(layers))
             # Its arrays are made here: those of all sizes together may be more than memory holds.
             call = prepare_alone(layer, runner, threads)
@@ -322,8 +324,9 @@ def load_layers(path: str | Path) -> LayerLatency:
     Raises:
       ValueError: if the file is absent, damaged, or another one.
     """
-    arrays = {name: np.asarray(array) for name, array in load_params(path).items()}
-    about = load_metadata(path)
+    found, about = load_params(path), load_metadata(path)
+    nested = not isinstance(found, dict) or any(isinstance(array, dict) for array in found.values())
+    arrays = {} if nested else {name: np.asarray(array) for name, array in found.items()}
 
     def read(kind: Any) -> dict[str, Any]:
         names = [field.name for field in dataclasses.fields(kind) if field.name != "resource"]
@@ -331,6 +334,9 @@ def load_layers(path: str | Path) -> LayerLatency:
             raise ValueError(
                 f"{path} is no latency of layers, it lacks {', '.join(missing)}: remove it, and measure again"
             )
-        return {name: arrays[name] if name in arrays else json.loads(about[name]) for name in names}
+        try:
+            return {name: arrays[name] if name in arrays else json.loads(about[name]) for name in names}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and measure again") from error
 
     return LayerLatency(resource=Lookup(**read(Lookup)), **read(LayerLatency))

@@ -16,7 +16,7 @@ from sculpt.deploy.environment import required
 from sculpt.deploy.fold import fold
 from sculpt.deploy.onnx_export import IMAGES, LOGITS
 from sculpt.deploy.open_batch import example_batch, input_names
-from sculpt.files import written_whole
+from sculpt.files import require_folder, written_whole
 from sculpt.model import Model
 from sculpt.tracing.trace import shapes_of
 
@@ -30,13 +30,14 @@ def export_litert(model: Model, path: str | Path, example_input: Any) -> None:
 
     Args:
       model: the model, dense or compact.
-      path: the file, `.tflite` by custom; its folder is made if need be.
+      path: the file, `.tflite` by custom; in a folder that exists.
       example_input: float32 array `[batch, ...]` that the model takes, or a pytree of arrays.
 
     Raises:
       ValueError: if the packages of the extra `litert` are missing, the converter does not take the model, or its logits differ; no file is
         left then.
     """
+    require_folder(path)
     require_litert()
     x = example_batch(example_input)
     program = litert_program(model, x)

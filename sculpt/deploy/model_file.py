@@ -23,7 +23,7 @@ from sculpt.deploy.loaded_model import LoadedApply, LoadedFunction, LoadedTrain,
 from sculpt.deploy.open_batch import flatten_model, flatten_open
 from sculpt.deploy.params import load_checksum, load_params, save_params
 from sculpt.deploy.program_json import Encoder, decode_program
-from sculpt.files import written_whole
+from sculpt.files import require_folder, written_whole
 from sculpt.inputs import arrays_of
 from sculpt.model import Model, Params, State
 from sculpt.pruning.compact import max_difference
@@ -51,7 +51,7 @@ def save_model(model: Model, path: str | Path, example_input: Any) -> None:
 
     Args:
       model: the model.
-      path: NAME, with one of the endings or without; its folder is made if need be.
+      path: NAME, with one of the endings or without; in a folder that exists.
       example_input: array or `ShapeDtypeStruct` `[batch, ...]` that the model takes, or a pytree of them.
 
     Raises:
@@ -59,6 +59,7 @@ def save_model(model: Model, path: str | Path, example_input: Any) -> None:
         names it and its line), or the rebuilt model's outputs differ; nothing is written then.
     """
     arrays_path, json_path = _paths(path)
+    require_folder(json_path)
     example_input = arrays_of(example_input)
     document, constants = _document(model, example_input)
     arrays = {

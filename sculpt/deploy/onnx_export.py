@@ -27,7 +27,7 @@ from sculpt.deploy.environment import required, versions
 from sculpt.deploy.fold import FoldedProgram, fold_program
 from sculpt.deploy.onnx_writer import Unsupported, Writer, write_equation
 from sculpt.deploy.open_batch import example_batch, input_names
-from sculpt.files import written_whole
+from sculpt.files import require_folder, written_whole
 from sculpt.inputs import as_text, rows
 from sculpt.model import Model
 from sculpt.tracing.program import CONTRACTIONS, Literal
@@ -52,7 +52,7 @@ def export_onnx(
 
     Args:
       model: the model, dense or compact, of float32 arrays.
-      path: the file; its folder is made if need be.
+      path: the file; in a folder that exists.
       example_input: array `[batch, ...]` that the model takes, or a pytree of arrays; the file is compared with the model on it.
         Images are float32; integers and booleans, such as tokens and masks, stay what they are.
       opset: version of ONNX's operators, 17 or newer.
@@ -62,6 +62,7 @@ def export_onnx(
       ValueError: if the packages of the extra `onnx` are missing, an operation has no ONNX here (it is named, with its layer), the
         model computes in other than float32, the file would pass 2 GB, or its logits differ; no file is left then.
     """
+    require_folder(path)
     onnx = required("onnx", "onnx")
     required("onnxruntime", "onnx")
     newest = onnx.defs.onnx_opset_version()

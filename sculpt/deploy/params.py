@@ -23,6 +23,8 @@ _DTYPES = (
     *("float16", "bfloat16", "float32", "float64"),
 )
 _REMEDY = "remove it, and write it again"
+_DEEPEST = 100
+"""Parts that a name has at the most, where it is read without a template."""
 _ROOT = "array"
 """Name of the array of a tree that is a single leaf."""
 
@@ -85,14 +87,17 @@ def load_params(path: str | Path, template: Any = None) -> Any:
             f"{path} holds arrays of 64 bits, which jax would cut to 32: {', '.join(wide[:3])}; "
             "switch them on with jax.config.update('jax_enable_x64', True)"
         )
-    leaves = {
-        name: jax.random.wrap_key_data(jnp.asarray(array), impl=keys[name])
-        if name in keys
-        else jnp.asarray(array)
-        for name, array in arrays.items()
-    }
+    try:
+        leaves = {
+            name: jax.random.wrap_key_data(jnp.asarray(array), impl=keys[name])
+            if name in keys
+            else jnp.asarray(array)
+            for name, array in arrays.items()
+        }
+    except Exception as error:  # JAX raises many kinds for what are no keys
+        raise ValueError(f"{path} holds random keys that JAX does not take ({error}); {_REMEDY}") from error
     if template is None:
-        return _nested(leaves)
+        return _nested(leaves, Path(path))
     names = _names(template)
     _check_like(Path(path), dict(zip(names, jax.tree.leaves(template))), leaves)
     return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in names])
@@ -121,7 +126,7 @@ def load_checksum(path: str | Path) -> str | None:
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with _opened(path) as file:
         about = _about(file, path)
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        arrays = {name: _tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
     if "sha256" in about and about["sha256"] != _digest(arrays, about["metadata"]):
         raise ValueError(f"{path} is damaged: it does not match its checksum; {_REMEDY}")
     return arrays, about
@@ -146,9 +151,12 @@ def _about(file: Any, path: Path) -> dict[str, Any]:
         return {"metadata": metadata}
     try:
         about = json.loads(metadata[_OWN])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its metadata cannot be read ({error}); {_REMEDY}") from error
-    if not isinstance(about, dict) or "metadata" not in about:
+    if not isinstance(about, dict) or not all(
+        isinstance(part, dict) and all(isinstance(value, str) for value in part.values())
+        for part in (about.get("metadata"), about.get("keys", {}))
+    ):
         raise ValueError(f"{path} is damaged: its metadata are not what was written; {_REMEDY}")
     return about
 
@@ -196,14 +204,37 @@ def _missing(expected: Iterable[str], found: Mapping[str, Any]) -> Iterable[str]
     return (f"{name} is missing" for name in expected if name not in found)
 
 
-def _nested(leaves: Mapping[str, Any]) -> Any:
+def _tensor(file: Any, name: str, path: Path) -> np.ndarray:
+    try:
+        array = file.get_tensor(name)
+    except Exception as error:  # safetensors has none of its own for what NumPy lacks
+        raise ValueError(f"{path}: {name} cannot be read as an array of NumPy ({error})") from error
+    if array.dtype.name not in _DTYPES:
+        raise ValueError(f"{path}: {name} is of {array.dtype.name}, expected one of {', '.join(_DTYPES)}")
+    return array
+
+
+def _nested(leaves: Mapping[str, Any], path: Path) -> Any:
+    """Dictionaries along the paths.
+
+    Raises:
+      ValueError: for a path with more than `_DEEPEST` parts, or one that leads through another array.
+    """
     if set(leaves) == {_ROOT}:
         return leaves[_ROOT]
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
+        if len(parents) >= _DEEPEST:
+            raise ValueError(f"{path}: the name {name[:40]}... has more than {_DEEPEST} parts")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(
+                    f"{path}: {name} is below another array: load it with a template, or rename it"
+                )
+        if last in node:
+            raise ValueError(f"{path}: {name} is above other arrays: load it with a template, or rename it")
         node[last] = leaf
     return tree

@@ -13,7 +13,7 @@ from jax import export
 
 from sculpt.arguments import checked
 from sculpt.deploy.open_batch import batch_size, example_batch, flatten_model, with_open_batch
-from sculpt.files import written_whole
+from sculpt.files import require_folder, written_whole
 from sculpt.inputs import as_text
 from sculpt.model import Model
 from sculpt.tracing.trace import shapes_of
@@ -75,7 +75,7 @@ def export_stablehlo(
 
     Args:
       model: the model, dense or compact.
-      path: the file; its folder is made if need be.
+      path: the file; in a folder that exists.
       example_input: array `[batch, ...]` that the model takes, or a pytree of them.
       fixed_batch: whether the program takes the batch size of `example_input` only.
 
@@ -85,6 +85,7 @@ def export_stablehlo(
     Raises:
       ValueError: if the model cannot be exported, or the reloaded program's logits differ; no file is left then.
     """
+    require_folder(path)
     x = jax.tree.map(jnp.asarray, example_batch(example_input))
     flatten_model(model, x)  # or an error that says what is wrong with the model
     with written_whole(path) as temporary:

@@ -73,6 +73,8 @@ class Artefacts:
     def __init__(self, run: RunDirectory, given: Mapping[str, Any]) -> None:
         self.run = run
         self._given = given
+        self.notes: list[str] = []
+        """Sentences about settings that are not taken as given."""
 
     @functools.cached_property
     def train_settings(self) -> TrainSettings:
@@ -80,7 +82,7 @@ class Artefacts:
 
     @functools.cached_property
     def search_settings(self) -> SearchSettings:
-        return read_settings(self.run, "search", self._given)
+        return read_settings(self.run, "search", self._given, self.notes)
 
     @functools.cached_property
     def learnt_agent(self) -> Params | None:
@@ -98,7 +100,7 @@ class Artefacts:
     @functools.cached_property
     def rerank_config(self) -> SearchConfig:
         """What the re-rank of the search goes by: no candidate is fine-tuned for longer than the one that is chosen."""
-        config = self.search_settings.config()
+        config = self.search_settings.config_for(len(self.splits.train.labels))
         if not config.rerank:
             return config
         final = self.finetune_settings.config(self.train_settings, self.splits)
@@ -122,6 +124,7 @@ class Artefacts:
             settings.data_dir,
             size=settings.image_size,
             stream=settings.stream,
+            skip_unreadable=settings.skip_unreadable,
             seed=settings.seed,
         )
         if self.run.recorded("data") and self.run.record("data") != _about(splits):
@@ -341,6 +344,7 @@ def _about(splits: Splits) -> dict[str, Any]:
         "sha256": digest.hexdigest(),
         "image": list(splits.train.images.shape[1:]),
         "num_classes": splits.num_classes,
+        **({"unreadable": len(splits.unreadable)} if splits.unreadable else {}),
     }
 
 

@@ -13,7 +13,7 @@ from sculpt.pipeline import closing
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pipeline.stages import Pipeline
 from sculpt.report import RunDirectory
-from sculpt.report.run_directory import write_json
+from sculpt.report.json_files import write_sealed
 
 FORMATS = {
     "stablehlo": "compact.stablehlo",
@@ -103,10 +103,11 @@ def bench_latency(
                     }
                 )
             # Kept at once: the next engine may refuse the network.
-            write_json(run.path / closing.LATENCY, {"rows": rows})
+            write_sealed(run.path / closing.LATENCY, {"rows": rows})
         on_progress(len(cases), len(cases), "")
         if run.done("report"):
             closing.write_report(Pipeline(run, {}))
+            run.complete("report", run.record("report"))
     return rows
 
 

@@ -25,7 +25,7 @@ from sculpt.report import (
     reward_plot,
     write_html,
 )
-from sculpt.report.run_directory import read_json
+from sculpt.report.json_files import read_sealed
 from sculpt.scoring import evaluate, recalibrate
 from sculpt.scoring.recalibrate import images_used
 
@@ -283,7 +283,7 @@ def latency_rows(run: RunDirectory) -> list[dict[str, Any]]:
       ValueError: if the file is damaged.
     """
     file = run.path / LATENCY
-    return read_json(file)["rows"] if file.is_file() else []
+    return read_sealed(file)["rows"] if file.is_file() else []
 
 
 def _numbers(p: Pipeline, found: dict[str, Any], record: dict[str, Any]) -> list[Number]:

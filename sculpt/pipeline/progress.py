@@ -18,6 +18,9 @@ class Watcher:
     def start(self, stage: str) -> None:
         """A stage begins."""
 
+    def note(self, text: str) -> None:
+        """A sentence about what is not as asked for."""
+
     def progress(self, done: int, total: int, unit: str, note: str) -> None:
         """The stage did `done` of `total` steps, which are called `unit`; `note` is its latest figure."""
 
@@ -43,6 +46,9 @@ class Bars(Watcher):
     def start(self, stage: str) -> None:
         self._task = self._bars.add_task(stage, total=None, unit="", note="")
         self._stage, self._told = stage, time.monotonic()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def progress(self, done: int, total: int, unit: str, note: str) -> None:
         self._bars.update(self._task, completed=done, total=total, unit=unit, note=note)

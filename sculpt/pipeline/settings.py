@@ -9,13 +9,13 @@ from typing import Any
 
 from sculpt import nets
 from sculpt.agents import SearchConfig
-from sculpt.agents.config import RULES
-from sculpt.arguments import is_whole
+from sculpt.agents.config import LEARNERS, RULES
+from sculpt.arguments import did_you_mean, is_whole
 from sculpt.deploy.engines import engine_of
 from sculpt.model import Model
 from sculpt.pruning import KINDS
 from sculpt.report.run_directory import RunDirectory
-from sculpt.scoring.recalibrate import check_calibration_images, has_statistics
+from sculpt.scoring.recalibrate import check_calibration_images, has_statistics, images_used
 from sculpt.training import RECIPES, FinetuneConfig, Recipe, Splits, recipe_for
 from sculpt.training.decode import check_size
 from sculpt.training.load import ONE_SIZE
@@ -43,6 +43,8 @@ class TrainSettings:
     """Pixels that images are brought to, as `size` of `sculpt.load_data`; None: they are of one size already."""
     stream: bool = False
     """Whether train images stay on disk and are read while they are used."""
+    skip_unreadable: bool = False
+    """Whether images that cannot be decoded are left out, instead of being an error."""
     augment: str | None = None
     """How train images are varied: "none", "shift", "crop_flip" or "resized_crop", see `FinetuneConfig.augment`; None: by the data."""
     weights: str | None = None
@@ -64,7 +66,8 @@ class TrainSettings:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.recipe is not None and self.recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+            hint = did_you_mean(self.recipe, RECIPES)
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}{hint}")
         self._config(RECIPES["residual"], "none" if self.augment is None else self.augment)
         if self.new_head and self.weights is None:
             raise ValueError("--new-head goes with --weights, which would give all but the head")
@@ -74,7 +77,9 @@ class TrainSettings:
         if self.dataset == "digits":
             _refuse(self, ("data_dir",), "digits comes with the package")
         if self.dataset in ONE_SIZE:
-            _refuse(self, ("image_size", "stream"), f"{self.dataset} is small and of one size")
+            _refuse(
+                self, ("image_size", "stream", "skip_unreadable"), f"{self.dataset} is small and of one size"
+            )
         check_size(self.image_size)
 
     @property
@@ -110,6 +115,18 @@ class TrainSettings:
         if len(splits.mean) == 1:
             return "shift"
         return "crop_flip" if _side(splits) < LARGE_IMAGES else "resized_crop"
+
+
+def unused_by(method: str) -> dict[str, str]:
+    """Settings of a search that a method does not use, and why."""
+    unused = {}
+    if method != "agent":
+        unused["agent"] = f"method {method} learns nothing that another could begin with"
+    if method not in LEARNERS:
+        unused["front"] = f"method {method} looks for one budget only"
+    if method in RULES:
+        unused["evaluations"] = f"method {method} proposes one policy"
+    return unused
 
 
 RESOURCES = ("macs", "macs_realised", "params", "latency")
@@ -174,7 +191,8 @@ class SearchSettings:
             or set(self.resource) - set(RESOURCES)
         ):
             given = ", ".join(self.resource) or "none"
-            raise ValueError(f"resource must be of {', '.join(RESOURCES)}, each once, got {given}")
+            hint = "".join(did_you_mean(name, RESOURCES) for name in self.resource if name not in RESOURCES)
+            raise ValueError(f"resource must be of {', '.join(RESOURCES)}, each once, got {given}{hint}")
         if "latency" in self.resource:
             engine_of(self.latency_engine)
             if not is_whole(self.latency_batch, 1):
@@ -191,17 +209,38 @@ class SearchSettings:
                 ("latency_engine", "latency_batch", "latency_threads", "latency_all_sizes"),
                 "no latency is measured without --resource latency",
             )
-        if self.method != "agent":
-            _refuse(self, ("agent",), f"method {self.method} learns nothing that another could begin with")
+        for name, why in unused_by(self.method).items():
+            _refuse(self, (name,), why)
         if self.repair != "reconstruct":
             check_calibration_images(self.calibration_images)
         if self.importance not in KINDS:
-            raise ValueError(f"importance must be one of {', '.join(KINDS)}, got {self.importance!r}")
-        if self.method in RULES:
-            _refuse(self, ("evaluations",), f"method {self.method} proposes one policy")
+            hint = did_you_mean(self.importance, KINDS)
+            raise ValueError(f"importance must be one of {', '.join(KINDS)}, got {self.importance!r}{hint}")
         if "channels" not in self.families:
             families = ", ".join(self.families)
             _refuse(self, ("importance", "round_to", "min_keep"), f"families {families} removes no channels")
+
+    def image_counts(self, images: int) -> tuple[int, int]:
+        """Images to score on and to calibrate on: as asked for; the defaults are lowered for a small train split."""
+        counts = self.score_images, self.calibration_images
+        if (
+            counts == (SearchSettings.score_images, SearchSettings.calibration_images)
+            and sum(counts) > images
+        ):
+            calibration = min(counts[1], images_used(images // 3))
+            return min(counts[0], images - calibration), calibration
+        return counts
+
+    def config_for(self, images: int) -> SearchConfig:
+        """The settings of the search on a train split of so many images."""
+        config = self.config()
+        score, calibration = self.image_counts(images)
+        brief = config.rerank_finetune
+        if config.rerank and brief.batch_size > images:
+            brief = dataclasses.replace(brief, batch_size=images)
+        return dataclasses.replace(
+            config, score_images=score, calibration_images=calibration, rerank_finetune=brief
+        )
 
     def config(self) -> SearchConfig:
         """The settings of the search; a checkpoint about every tenth part."""
@@ -220,7 +259,8 @@ class SearchSettings:
 
     def check_images(self, splits: Splits) -> None:
         """Raises ValueError unless the train split is large enough to score and calibrate on."""
-        need, have = self.score_images + self.calibration_images, len(splits.train.labels)
+        have = len(splits.train.labels)
+        need = sum(self.image_counts(have))
         if need > have:
             raise ValueError(
                 f"--score-images {self.score_images} and --calibration-images {self.calibration_images} need {need} images "
@@ -306,13 +346,18 @@ def _refuse(settings: Any, names: Sequence[str], why: str) -> None:
 def _typed(name: str, value: Any) -> str:
     """The option as it is typed."""
     option = f"--{name.replace('_', '-')}"
+    if isinstance(value, tuple | list):
+        value = ",".join(map(str, value))
     return option if value is True else f"{option} {value}"
 
 
-def read_settings(run: RunDirectory, section: str, given: Mapping[str, Any]) -> Any:
+def read_settings(
+    run: RunDirectory, section: str, given: Mapping[str, Any], ignored: list[str] | None = None
+) -> Any:
     """The settings of a section: those on disk, or else the given ones and defaults. Writes nothing.
 
-    Paths become absolute, so that a run goes on from any working directory; nothing is looked up at them yet.
+    Paths become absolute, so that a run goes on from any working directory; nothing is looked up at them yet. Given settings that the
+    method of the search does not use are left out, so that one command line serves several methods; `ignored` is told of each.
 
     Raises:
       ValueError: if a setting is bad, missing, or differs from the one on disk.
@@ -324,6 +369,12 @@ def read_settings(run: RunDirectory, section: str, given: Mapping[str, Any]) -> 
     for name in _PATHS:
         if own.get(name) is not None:
             own[name] = str(Path(own[name]).expanduser().resolve())
+    if section == "search":
+        there = run.config.get(section, {})
+        method = own.get("method", there.get("method", SearchSettings.method))
+        for name, why in unused_by(method).items():
+            if name in own and (value := own.pop(name)) != defaults[name] and ignored is not None:
+                ignored.append(f"{_typed(name, value)} is ignored: {why}")
     merged = run.merged(section, own, defaults)
     names = {f.name for f in fields}
     missing, unknown = sorted(names - set(merged)), sorted(set(merged) - names)

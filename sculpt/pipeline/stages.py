@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 from sculpt.agents import SearchConfig, SearchResult, search, trial_network
 from sculpt.deploy import export_stablehlo, save_params
 from sculpt.deploy.environment import check_threads
+from sculpt.files import remove_folder
+from sculpt.interrupts import check_interrupt
 from sculpt.model import Model
 from sculpt.pipeline import closing
 from sculpt.pipeline.artefacts import Artefacts
@@ -77,15 +78,21 @@ class Pipeline(Artefacts):
         """
         sections = [s for s in SECTIONS if any(s in _SETTINGS.get(stage, SECTIONS) for stage in stages)]
         settings = {section: getattr(self, f"{section}_settings") for section in sections}
+        for note in self.notes:
+            self._watcher.note(note)
         for needed in STAGES[: STAGES.index(stages[0])]:
             self.run.record(needed)
         missing = [stage for stage in stages if not self.run.done(stage)]
+        self.run.metrics()  # or an error that names the damaged line
+        closing.latency_rows(self.run)
         if not missing:
+            self.run.tidy()
             for stage in stages:
                 self._finish(stage, None)
             return
         self._check(missing)
         with self.run.locked():
+            self.run.remove_leftovers()
             for section in sections:
                 self.run.settle(section, dataclasses.asdict(settings[section]))
             if not self.run.recorded("data"):
@@ -98,7 +105,11 @@ class Pipeline(Artefacts):
         if self._devices is not None:
             _check_devices(self._devices)
         if any(stage not in _WITHOUT_DATA for stage in stages):
-            _ = self.splits  # reads and compares the data
+            left_out = self.splits.unreadable  # reads and compares the data
+            if left_out:
+                self._watcher.note(
+                    f"{len(left_out)} images that cannot be decoded are left out, such as {left_out[0]}"
+                )
         if self._devices is not None and (
             "finetune" in stages or ("train" in stages and self.train_settings.trains)
         ):
@@ -108,6 +119,7 @@ class Pipeline(Artefacts):
             if self.train_settings.trains:
                 check_request(model, self.splits, self.train_settings.config(self.splits), None)
         if "search" in stages:
+            self._tell_image_counts()
             if self.search_settings.latency_threads is not None:
                 check_threads(self.search_settings.latency_threads)
             if "latency" not in self.search_settings.resource:  # which is not known yet
@@ -116,10 +128,25 @@ class Pipeline(Artefacts):
                     check_budget(space, budget)
             self.search_settings.check_images(self.splits)
 
+    def _tell_image_counts(self) -> None:
+        """Says which numbers of images are lowered for a small train split."""
+        settings, images = self.search_settings, len(self.splits.train.labels)
+        score, calibration = settings.image_counts(images)
+        pairs = {
+            "--score-images": (settings.score_images, score),
+            "--calibration-images": (settings.calibration_images, calibration),
+        }
+        lowered = [
+            f"{option} is {now} instead of {asked}" for option, (asked, now) in pairs.items() if now < asked
+        ]
+        if lowered:
+            self._watcher.note(f"{', '.join(lowered)}: the train split has {images} images")
+
     def _perform(self, stage: str) -> None:
         if self.run.done(stage):
             self._finish(stage, None)
             return
+        check_interrupt()
         self._watcher.start(stage)
         begin = time.perf_counter()
         try:
@@ -132,7 +159,7 @@ class Pipeline(Artefacts):
         seconds = time.perf_counter() - begin
         # A record that was kept keeps its time too.
         self.run.complete(stage, {"stage_seconds": seconds, **record})
-        shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)
+        remove_folder(self.run.checkpoints(stage))
         self._finish(stage, seconds)
 
     def _finish(self, stage: str, seconds: float | None) -> None:

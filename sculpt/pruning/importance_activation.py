@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.inputs import number_of, rows
+from sculpt.interrupts import check_interrupt
 from sculpt.pruning.importance_units import share, sum_by_unit
 from sculpt.pruning.importance_weights import unit_l1
 from sculpt.tracing import Layer, Trace
@@ -45,6 +46,7 @@ def activation_scores(
     weights = np.where(pairs[:, 0] == pairs[:, 1], 0.5, 1.0).astype(np.float32)
     size = min(max(images_per_batch // 2, 1), len(pairs))
     for start in range(0, len(pairs), size):
+        check_interrupt()
         index = np.arange(start, start + size)
         weight = np.where(index < len(pairs), weights[index % len(pairs)], np.float32(0))
         kernels, found = _observe(trace, arrays, rows(images, pairs[index % len(pairs)]), weight)

@@ -5,13 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sculpt.files import written_whole
+from sculpt.files import named_disk_full, remove_folder, remove_leftovers, written_whole
+from sculpt.report.json_files import (
+    Record,
+    as_json,
+    check_text,
+    fingerprint,
+    read_json,
+    read_sealed,
+    write_json,
+    write_sealed,
+)
+from sculpt.rows import DAMAGE, decode_row, encode_row
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {
     "train": ("dense.safetensors",),
@@ -23,6 +33,13 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "report": ("report.html", *(f"plots/{name}.svg" for name in ("graph", "kept", "pareto", "reward"))),
 }
 """The files that each stage leaves beside its record; the stage is not complete without them."""
+_OPTIONAL_FILES = {
+    "search": ("agent.safetensors", "layers.safetensors"),
+    "report": ("plots/latency.svg",),
+}
+"""Further files of a stage, which may be absent."""
+_QUICK = ("evaluate", "export", "report")
+"""Stages whose files are made again if their content is not as it was written."""
 RESULT_FIELDS: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "dataset": None,
@@ -46,18 +63,6 @@ RESULT_FIELDS: dict[str, tuple[str, ...] | None] = {
 }
 """The fields of `result.json`, and of the objects in it."""
 _LOCK = ".lock"
-_MADE_AGAIN = "remove it to have it made again"
-
-
-class Record(dict[str, Any]):
-    """An object of a JSON file. A key that it lacks is a ValueError that names the file, for the file is at fault."""
-
-    def __init__(self, content: Mapping[str, Any], file: Path, remedy: str) -> None:
-        super().__init__(content)
-        self._file, self._remedy = file, remedy
-
-    def __missing__(self, key: str) -> Any:
-        raise ValueError(f"{self._file} is damaged (it lacks {key!r}); {self._remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,7 @@ class RunDirectory:
     """One run on disk.
 
     `config.json` holds sections of settings, each fixed when its stage begins; `stages/NAME.json` says that a stage
-    has run and what came out; `metrics.jsonl` grows by a line per step; `result.json` ends the run. A process that writes
+    has run, what came out, and what its files hash to; `metrics.jsonl` grows by a line per step; `result.json` ends the run. A process that writes
     holds `.lock`.
     """
 
@@ -80,10 +85,15 @@ class RunDirectory:
           ValueError: if `path` is a file, or a folder with other contents.
         """
         folder = Path(path)
+        if folder.is_symlink() and not folder.exists():
+            raise ValueError(
+                f"{folder} is a link to {folder.readlink()}, which does not exist: make that folder, or choose another --run"
+            )
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, expected a run directory")
         begun = (folder / "config.json").exists() or not folder.is_dir()
-        if not begun and any(file.name != _LOCK for file in folder.iterdir()):
+        # A kill may have left the lock, and the temporary file of the first thing written.
+        if not begun and any(not file.name.startswith((_LOCK, ".config.json.")) for file in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and is no run directory; choose another --run")
         return RunDirectory(folder)
 
@@ -118,6 +128,18 @@ class RunDirectory:
                 ) from error
             yield
 
+    def remove_leftovers(self) -> None:
+        """Removes what killed processes left: temporary files, and checkpoints of finished stages. Call it with the lock held."""
+        remove_leftovers(self.path)
+        for stage in STAGE_FILES:
+            if self.recorded(stage):
+                remove_folder(self.checkpoints(stage))
+
+    def tidy(self) -> None:
+        """Removes what killed processes left, unless another process has the lock or nothing may be written here."""
+        with contextlib.suppress(ValueError, OSError), self.locked():
+            self.remove_leftovers()
+
     @property
     def config(self) -> dict[str, Record]:
         """Section name -> settings.
@@ -133,6 +155,7 @@ class RunDirectory:
         sections = content.get("sections")
         if not isinstance(sections, dict) or content.get("fingerprint") != fingerprint(sections):
             raise ValueError(f"{file} is damaged (it does not match its fingerprint); {remedy}")
+        check_text(file, content, remedy)
         return sections
 
     def merged(self, section: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Record:
@@ -148,10 +171,10 @@ class RunDirectory:
         """
         found = self.config.get(section)
         if found is None or not self._begun(section):
-            return _plain({**defaults, **(found or {}), **given})
+            return as_json({**defaults, **(found or {}), **given})
         differ = [
             f"{name} is {found.get(name)!r} there, {value!r} was asked for"
-            for name, value in _plain(given).items()
+            for name, value in as_json(given).items()
             if found.get(name) != value
         ]
         if differ:
@@ -184,9 +207,27 @@ class RunDirectory:
         return behind == stages or any(self.recorded(s) or self.checkpoints(s).is_dir() for s in behind)
 
     def done(self, stage: str) -> bool:
-        """Whether a stage is complete: its record and all the files that it leaves are there, a `result.json` that can be read."""
-        files = STAGE_FILES.get(stage, ())
-        return self.recorded(stage) and all(_whole(self.path / name) for name in files)
+        """Whether a stage is complete: its record and all the files that it leaves are there, and their content is as it was written.
+
+        Raises:
+          ValueError: if the record is damaged, or a file that takes long to make.
+        """
+        if not self.recorded(stage):
+            return False
+        written = self._read(stage).get("files", {})
+        needed = STAGE_FILES.get(stage, ())
+        if any(name not in written or not (self.path / name).is_file() for name in needed):
+            return False
+        changed = [
+            self.path / name
+            for name, digest in written.items()
+            if (self.path / name).is_file() and _digest(self.path / name) != digest
+        ]
+        if changed and stage not in _QUICK:
+            raise ValueError(
+                f"{changed[0]} is damaged: it is not as `sculpt {stage}` wrote it; restore it, or remove it to have it made again"
+            )
+        return not changed
 
     def recorded(self, stage: str) -> bool:
         """Whether a stage has run, even if files that it left were removed since."""
@@ -205,9 +246,11 @@ class RunDirectory:
         return path
 
     def complete(self, stage: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the record of a stage and returns it as it will be read back."""
-        plain = _plain(record)
-        write_json(self._stage(stage), plain)
+        """Writes the record of a stage, with what its files hash to, and returns it as it will be read back."""
+        plain = as_json(record)
+        names = (*STAGE_FILES.get(stage, ()), *_OPTIONAL_FILES.get(stage, ()))
+        files = {name: _digest(self.path / name) for name in names if (self.path / name).is_file()}
+        write_sealed(self._stage(stage), {**plain, "files": files})
         return plain
 
     def record(self, stage: str) -> Record:
@@ -218,7 +261,12 @@ class RunDirectory:
         """
         if not self.recorded(stage):
             raise ValueError(f"{self.path} has no finished stage {stage!r}: run `sculpt {stage}` on it first")
-        return read_json(self._stage(stage))
+        record = self._read(stage)
+        record.pop("files", None)
+        return record
+
+    def _read(self, stage: str) -> Record:
+        return read_sealed(self._stage(stage))
 
     def _stage(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"
@@ -226,11 +274,10 @@ class RunDirectory:
     def log(self, stage: str, row: Mapping[str, Any]) -> None:
         """Adds a line to `metrics.jsonl`."""
         file = self.path / "metrics.jsonl"
-        with file.open("a+b") as out:
-            # A run that was killed while it wrote leaves half a line; end it, so that it harms no other.
-            if out.tell() and not _ends_line(out):
-                out.write(b"\n")
-            out.write((json.dumps({"stage": stage, **_plain(row)}) + "\n").encode())
+        with named_disk_full(file), file.open("a+b") as out:
+            # A run that was killed while it wrote leaves half a line.
+            out.truncate(_whole_lines(out))
+            out.write((encode_row({"stage": stage, **as_json(row)}) + "\n").encode())
 
     def rewind(self, stage: str, counter: str, value: float) -> None:
         """Takes out of `metrics.jsonl` the rows of a stage whose `counter` is `value` or more: they will come again."""
@@ -239,10 +286,14 @@ class RunDirectory:
         kept = [row for row in rows if row.get("stage") != stage or row.get(counter, value) < value]
         if len(kept) < len(rows):
             with written_whole(file) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                temporary.write_text("".join(encode_row(row) + "\n" for row in kept))
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """The rows that one stage logged, or all of them; lines cut short by a kill are left out."""
+        """The rows that one stage logged, or all of them; without a last line that a kill cut short.
+
+        Raises:
+          ValueError: for a line that is not as it was written, naming it.
+        """
         rows = _rows(self.path / "metrics.jsonl")
         return [row for row in rows if stage is None or row.get("stage") == stage]
 
@@ -253,7 +304,7 @@ class RunDirectory:
           ValueError: if it has not exactly the fields of `RESULT_FIELDS`.
         """
         check_result(result)
-        write_json(self.path / "result.json", _plain(result))
+        write_json(self.path / "result.json", as_json(result))
 
     def result(self) -> Record:
         """What `result.json` says.
@@ -266,18 +317,14 @@ class RunDirectory:
             raise ValueError(f"{self.path} has no result.json yet: run `sculpt evaluate` on it first")
         result = read_json(file)
         check_result(result)
+        if self.recorded("evaluate") and not self.done("evaluate"):
+            raise ValueError(f"{file} is damaged: it is not as `sculpt evaluate` wrote it; run that again")
         return result
 
 
-def _whole(path: Path) -> bool:
-    """Whether a file is there and, where it is JSON, can be read: a damaged one is made again like a lost one."""
-    if not path.is_file() or path.suffix != ".json":
-        return path.is_file()
-    try:
-        read_json(path)
-    except ValueError:
-        return False
-    return True
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def check_result(result: Mapping[str, Any]) -> None:
@@ -295,57 +342,26 @@ def _check_fields(what: str, found: Any, expected: Sequence[str]) -> None:
         raise ValueError(f"{what}: missing fields {missing}, unexpected fields {extra}")
 
 
-def fingerprint(sections: Mapping[str, Any]) -> str:
-    """SHA-256 of settings in canonical JSON."""
-    return hashlib.sha256(json.dumps(_plain(sections), sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object; the file is there whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path, remedy: str = _MADE_AGAIN) -> Record:
-    """Reads a JSON object, whose objects are `Record`s all the way down.
-
-    Args:
-      path: the file.
-      remedy: what to do should it be damaged.
-
-    Raises:
-      ValueError: if the file holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(), object_hook=lambda found: Record(found, path, remedy))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
-    if not isinstance(content, Record):
-        raise ValueError(f"{path} is damaged (no JSON object); {remedy}")
-    return content
-
-
-def _plain(value: Any) -> Any:
-    """Arrays, numpy scalars, tuples and paths as what JSON has for them."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return [_plain(v) for v in value]
-
-
-def _ends_line(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+def _whole_lines(file: Any) -> int:
+    """Bytes up to the end of the last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 4096)
+        file.seek(begin)
+        if (last := file.read(end - begin).rfind(b"\n")) >= 0:
+            return begin + last + 1
+        end = begin
+    return 0
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text().splitlines() if file.exists() else ():
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            return
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
+            yield decode_row(line)
+        except DAMAGE as error:
+            raise ValueError(
+                f"{file}, line {number} is damaged: remove that line, or restore the file"
+            ) from error

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sculpt.files import remove_folder
+
 _COUNTERS = {"search": "evaluations"}
 """Stage -> what its rows are counted by, where that is not "step"."""
 
@@ -41,7 +43,7 @@ def write_events(rows: Iterable[Mapping[str, Any]], folder: Path) -> int:
                     if isinstance(value, int | float) and not isinstance(value, bool):
                         writer.add_scalar(f"{stage}/{name}", value, step)
                         count += 1
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

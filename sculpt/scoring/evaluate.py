@@ -22,6 +22,7 @@ from sculpt.inputs import (
     number_of,
     rows,
 )
+from sculpt.interrupts import check_interrupt
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.masks import check_policies, mask_params, masks_from_choices
 from sculpt.pruning.space import Space
@@ -273,6 +274,7 @@ def evaluate(
     labels = check_labels(model, example, labels)
     score = loss = 0.0
     for start in range(0, number, images_per_batch):
+        check_interrupt()
         block = slice(start, start + images_per_batch)
         block_images = prepared(rows(images, block))
         check_finite_images(block_images)

@@ -19,9 +19,10 @@ import numpy as np
 
 from sculpt.arguments import checked
 from sculpt.digest import digest_of
-from sculpt.files import written_whole
+from sculpt.files import named_disk_full, remove_leftovers, written_whole
 from sculpt.model import Model
 from sculpt.pruning.space import Space
+from sculpt.rows import encode_row
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.policy_file import (
     COLUMNS,
@@ -89,7 +90,7 @@ def evaluate_file(
       space: sites and patterns.
       policies: a file for `read_policies`, or integers `[sites]` one after the other (the same ones when resuming).
       out: `.jsonl` (one object a line) or `.parquet` (rows are kept in `<out>.partial.jsonl` until all are there).
-        Every row has "index", "policy" and `COLUMNS`, null where a network diverged (NaN or infinite loss);
+        Every row has "index", "policy" and `COLUMNS`, null where a network diverged (NaN or infinite loss), and "crc32", a checksum;
         `<out>.json` says what was scored on what. On several hosts the first one writes.
       images: as for `evaluate_policies`.
       labels: as for `evaluate_policies`.
@@ -167,6 +168,8 @@ class Journal:
         self._out.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
             opened.enter_context(_locked(self._out.with_name(f".{self._out.name}.lock")))
+            for file in (self._out, self._lines, self._about_file):
+                remove_leftovers(file.parent, file.name)
             self._claim()
             # Lines that are there are never behind the parquet file: they began as all of its rows, and only grow.
             if self._lines != self._out and self._out.exists() and not self._lines.exists():
@@ -190,7 +193,9 @@ class Journal:
         if self._lines.exists() or self._out.exists():
             try:
                 there = json.loads(self._about_file.read_text())
-            except (OSError, ValueError) as error:
+                if not isinstance(there, dict):
+                    raise ValueError("no JSON object")
+            except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{self._out} exists, but {self._about_file.name}, which says what it belongs to, cannot be read: "
                     "give another file, or delete it"
@@ -247,11 +252,12 @@ class Journal:
         for place, policy in enumerate(block.policies):
             row: dict[str, Any] = {"index": block.start + place, "policy": policy.tolist()}
             row |= {name: values[place] for name, values in numbers.items()}
-            lines.append(json.dumps(row, allow_nan=False))
+            lines.append(encode_row(row))
         self._copied = False
-        self._file.write(("\n".join(lines) + "\n").encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with named_disk_full(self._lines):
+            self._file.write(("\n".join(lines) + "\n").encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.rows += len(lines)
 
     def finish(self) -> None:

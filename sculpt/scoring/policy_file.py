@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sculpt.files import written_whole
+from sculpt.rows import DAMAGE, checksum_of, decode_row, encode_row
 
 SUFFIXES = (".jsonl", ".npz", ".npy")
 """Of files of policies."""
@@ -73,7 +74,7 @@ def _lines(file: Path) -> Iterator[np.ndarray]:
                 continue
             try:
                 content = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
             policy = content.get("policy") if isinstance(content, dict) else content
             if not isinstance(policy, list) or not all(
@@ -101,8 +102,8 @@ def _array(file: Path) -> np.ndarray:
                 if "policies" not in arrays:
                     raise ValueError(f"it holds {sorted(arrays)}, expected an array 'policies'")
                 policies = arrays["policies"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read policies from {file}: {error}") from error
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds on damaged files
+        raise ValueError(f"cannot read policies from {file}: {str(error) or type(error).__name__}") from error
     if policies.ndim != 2 or not np.issubdtype(policies.dtype, np.integer):
         raise ValueError(
             f"expected policies as integers [n, sites] in {file}, got {policies.dtype}{list(policies.shape)}"
@@ -122,17 +123,18 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a `.jsonl` file of scores: "index", "policy" and `COLUMNS`, numbers or None.
 
     Raises:
-      ValueError: for a line that is no such row, naming it.
+      ValueError: for a line that is not as it was written, naming it.
     """
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with file.open("rb") as lines:
+        for index, line in enumerate(lines):
             try:
-                row = json.loads(line, parse_constant=lambda name: None)
-                if not isinstance(row, dict) or not row.keys() >= {"index", "policy", *COLUMNS}:
-                    raise ValueError("no row of scores")
-            except ValueError as error:
+                row = decode_row(line)
+                if row["index"] != index:
+                    raise ValueError(f"it has the index {row['index']}")
+            except DAMAGE as error:
                 raise ValueError(
-                    f"{file}, line {number} is damaged: delete the file, or mend that line"
+                    f"{file}, line {index + 1} is damaged: delete the file to score all policies again, or cut it off before that line "
+                    "to score those from there on"
                 ) from error
             yield row
 
@@ -141,39 +143,56 @@ def pack_rows(lines: Path, out: Path) -> None:
     """Makes a parquet file of a `.jsonl` file of scores, some thousand rows at a time.
 
     Raises:
-      ValueError: as `read_rows` does.
+      ValueError: as `read_rows` does, or if the disk is full.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    numbers = ((name, pa.int64() if name in COUNTS else pa.float32()) for name in COLUMNS)
-    schema = pa.schema([("index", pa.int64()), ("policy", pa.list_(pa.int32())), *numbers])
-    temporary = out.with_name(out.name + ".tmp")
-    rows = read_rows(lines)
-    with pq.ParquetWriter(temporary, schema) as writer:
+    schema = pa.schema(
+        [
+            ("index", pa.int64()),
+            ("policy", pa.list_(pa.int32())),
+            *((name, pa.int64() if name in COUNTS else pa.float32()) for name in COLUMNS),
+            ("crc32", pa.int64()),
+        ]
+    )
+    rows = ({**row, "crc32": checksum_of(row)} for row in read_rows(lines))
+    with (
+        written_whole(out) as temporary,
+        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
+    ):
         while block := list(itertools.islice(rows, 8192)):
             writer.write_table(pa.Table.from_pylist(block, schema))
-    _settle(temporary, out)
 
 
 def unpack_rows(out: Path, lines: Path) -> None:
     """Makes the `.jsonl` file again that `pack_rows` made a parquet file of.
 
     Raises:
-      ValueError: if the parquet file is damaged.
+      ValueError: if the parquet file is damaged, or the disk is full.
     """
+    with written_whole(lines) as temporary, temporary.open("w") as target:
+        for line in _packed_lines(out):
+            target.write(line + "\n")
+
+
+def _packed_lines(out: Path) -> Iterator[str]:
     import pyarrow.parquet as pq
 
-    temporary = lines.with_name(lines.name + ".tmp")
+    index = 0
     try:
-        with temporary.open("w") as target, pq.ParquetFile(out) as source:
+        with pq.ParquetFile(out, page_checksum_verification=True) as source:
             for batch in source.iter_batches(8192):
                 for row in batch.to_pylist():
+                    checksum = row.pop("crc32")
                     row |= {name: as_json(row[name]) for name in COLUMNS}
-                    target.write(json.dumps(row, allow_nan=False) + "\n")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{out} is damaged: {error}; delete it") from error
-    _settle(temporary, lines)
+                    if row["index"] != index or checksum_of(row) != checksum:
+                        raise ValueError(f"row {index} does not match its checksum")
+                    index += 1
+                    yield encode_row(row)
+    except Exception as error:  # pyarrow raises many kinds on damaged files
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{out} is damaged ({reason}): delete it to score all policies again") from error
 
 
 def as_json(value: Any) -> int | float | None:
@@ -182,10 +201,3 @@ def as_json(value: Any) -> int | float | None:
     if isinstance(value, int | np.integer):
         return int(value)
     return None if value is None or not math.isfinite(value) else float(str(np.float32(value)))
-
-
-def _settle(temporary: Path, file: Path) -> None:
-    """Gives a finished file its name, once its content is safely on disk."""
-    with temporary.open("rb+") as content:
-        os.fsync(content.fileno())
-    os.replace(temporary, file)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.interrupts import check_interrupt
 from sculpt.pruning.cost import Cost, cost
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space
@@ -126,6 +127,7 @@ def score_stream(
     memory = Memory() if memory is None else memory
     policies, ahead, scored = iter(policies), None, {}
     for index in itertools.count(start, chunk):
+        check_interrupt()
         rows = list(itertools.islice(policies, chunk))
         flight = (
             _launch(problem, _checked(problem.space, rows, index), index, chunk, memory, ahead)

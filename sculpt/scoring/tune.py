@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from sculpt.arguments import checked
 from sculpt.files import written_whole
 from sculpt.inputs import number_of
+from sculpt.interrupts import check_interrupt
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.scoring.evaluate import _scored
@@ -206,6 +207,7 @@ def _try(
             note = f"needs {memory / 2**20:.0f} MiB, {limit / 2**20:.0f} are free"
             return Trial(plan, None, memory, compile_seconds, note)
         for _ in range(_RUNS + 1):
+            check_interrupt()
             begun = time.perf_counter()
             jax.block_until_ready(compiled(*arguments))
             seconds.append(time.perf_counter() - begun)
@@ -292,7 +294,7 @@ def _read(file: Path) -> Tuning | None:
         kept = json.loads(file.read_text())
         trials = tuple(Trial(**(row | {"plan": EvaluationPlan(**row["plan"])})) for row in kept["trials"])
         return Tuning(EvaluationPlan(**kept["plan"]), trials, kept["device"], kept["memory_limit"], True)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.files import written_whole
+from sculpt.files import named_disk_full, written_whole
+from sculpt.interrupts import defers_interrupts
 
 _FORMAT = 1
 _OWNER = "run.json"
@@ -71,7 +72,7 @@ class Checkpoints:
             )
         leaves = _to_host(tree)
         with _interrupted_afterwards():
-            with _quiet():
+            with _quiet(), named_disk_full(self._folder(step)):
                 manager.save(step, args=ocp.args.PyTreeSave(_named(leaves)))
                 manager.wait_until_finished()
             _write(self._record(step), {"leaves": _kinds(leaves), "files": _sums(self._folder(step))})
@@ -146,14 +147,15 @@ class Checkpoints:
         return self._directory / "records" / f"{step}.json"
 
     def _records(self) -> set[int]:
-        return {int(path.stem) for path in (self._directory / "records").glob("*.json")}
+        names = (path.stem for path in (self._directory / "records").glob("*.json"))
+        return {int(name) for name in names if name.isascii() and name.isdecimal()}
 
     def _verify(self, step: int, kinds: list[str]) -> None:
         """Compares a step with the record that was made of it."""
         try:
             record = json.loads(self._record(step).read_text())
             saved, files = record["leaves"], record["files"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(self._damaged(step, f"its record {self._record(step)} is damaged")) from error
         if _sums(self._folder(step)) != files:
             raise ValueError(self._damaged(step, "its files are not as they were written"))
@@ -175,7 +177,7 @@ class Checkpoints:
         try:
             owner = json.loads(file.read_text())
             found = owner["format"], owner["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{file} is damaged: delete {self._directory} to start again") from error
         if found != (_FORMAT, fingerprint):
             raise ValueError(
@@ -238,7 +240,8 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 def _interrupted_afterwards() -> Iterator[None]:
     """Ctrl-C waits for what is under way: Orbax's threads would complain for a page."""
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    main = threading.current_thread() is threading.main_thread()
+    if defers_interrupts() or not main or not callable(before):
         yield
         return
     caught: list[tuple[int, Any]] = []

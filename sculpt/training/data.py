@@ -12,10 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sculpt.arguments import is_whole
+from sculpt.arguments import as_int32, is_whole
 from sculpt.training.stream import Source, StreamedImages
+from sculpt.training.unreadable import read_whole
 
 _MOST_VALIDATION = 10_000
+_MOST_CLASSES = 1000
+"""Classes that are taken from the highest label, where there are fewer training images."""
 _MEASURED = 4096
 """Images that mean and deviation are measured on."""
 
@@ -54,6 +57,8 @@ class Splits:
     """Per channel, of pixels divided by 255; empty where inputs are as the network takes them."""
     std: tuple[float, ...]
     """Per channel, of pixels divided by 255."""
+    unreadable: tuple[str, ...] = ()
+    """Images that were left out because they cannot be decoded: place and reason."""
 
     def normalise(self, images: Any) -> Any:
         """`(images / 255 - mean) / std`: uint8 or floating `[..., channels]` to float32 of the same shape. What `from_examples` took stays
@@ -118,7 +123,7 @@ def from_arrays(
       name: what to call the data set.
       validation: number of training examples set aside; a tenth by default, 10,000 at the most.
       seed: which of them.
-      num_classes: by default the highest label plus one.
+      num_classes: by default the highest label plus one, at most the number of training images or 1,000.
       mean: per channel, of pixels divided by 255; by default that of 4,096 training images, drawn by the seed.
       std: the same.
 
@@ -201,11 +206,11 @@ def from_sources(
     images = StreamedImages.of(train, f"the train split of {name}", workers, ahead)
     if train_labels is None:
         train_labels = images.read_labels()
-    held = StreamedImages.of(test, f"the test split of {name}", workers, ahead)
+    held = read_whole(test, f"the test split of {name}", workers)
     return _splits(
         name,
         _checked("train", images, train_labels),
-        _checked("test", *held.read_all()),
+        _checked("test", *held),
         validation,
         seed,
         num_classes,
@@ -226,10 +231,16 @@ def _splits(
 ) -> Splits:
     _require_alike("images", train.images, test.images)
     highest = max(int(train.labels.max()), int(test.labels.max()))
-    num_classes = highest + 1 if num_classes is None else num_classes
+    if num_classes is None:
+        most = max(len(train.labels), _MOST_CLASSES)
+        if highest >= most:
+            raise ValueError(
+                f"{name}: labels go up to {highest} with {len(train.labels)} training images: correct the label, or give num_classes"
+            )
+        num_classes = highest + 1
     if num_classes < 2 or highest >= num_classes:
         raise ValueError(
-            f"labels go up to {highest}, which does not fit num_classes={num_classes} (at least 2)"
+            f"{name}: labels go up to {highest}, which does not fit num_classes={num_classes} (at least 2)"
         )
     channels = train.images.shape[-1]
     train, validation_split = _carve(train, validation, seed)
@@ -261,7 +272,8 @@ def _as_they_are(which: str, inputs: Any, labels: Any) -> Split:
                 f"{which} {what} must be floating-point or whole numbers [n, ...]{', pixels normalised' if pixels else ''}, got "
                 f"{array.dtype}{list(array.shape)}"
             )
-        arrays[what] = array.astype(np.float32 if kind is np.floating else np.int32)
+        floating = kind is np.floating
+        arrays[what] = array.astype(np.float32) if floating else as_int32(array, f"{which} {what}:")
         if kind is np.floating and not np.isfinite(array).all():
             raise ValueError(f"{which} {what} hold NaN or infinite values")
     if len(arrays["inputs"]) != len(arrays["labels"]):
@@ -292,7 +304,7 @@ def _checked(which: str, images: Any, labels: Any) -> Split:
         images = images.astype(np.float32)
         if not np.isfinite(images).all():
             raise ValueError(f"{which} images hold NaN or infinite values")
-    return Split(images, labels.astype(np.int32))
+    return Split(images, as_int32(labels, f"{which} labels:"))
 
 
 def _carve(split: Split, validation: int | None, seed: int) -> tuple[Split, Split]:

@@ -7,32 +7,46 @@ from pathlib import Path
 
 import numpy as np
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+"""Formats that are decoded. No other decoder of Pillow runs; that of EPS would start Ghostscript."""
+MOST_PIXELS = 1 << 26
+"""Pixels of the largest image that is decoded; 200 MB as RGB."""
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded."""
+
 
 def decode_image(encoded: bytes | Path, mode: str = "RGB", size: int | None = None) -> np.ndarray:
     """One image as uint8 `[height, width, channels]`.
 
     Args:
-      encoded: a file, or what is in one: JPEG, PNG, ...
+      encoded: a file, or the bytes of one, of a format in `FORMATS`.
       mode: "RGB", or "L" for one channel of grey levels.
       size: the shorter side is scaled to as many pixels and the middle square cut out; None: as it is.
 
     Raises:
-      ValueError: if it cannot be decoded.
+      UnreadableImage: if it cannot be decoded, or has more than `MOST_PIXELS` pixels.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not isinstance(encoded, bytes | Path):
-        raise ValueError(f"image must be encoded bytes, got {type(encoded).__name__}")
+        raise UnreadableImage(f"image must be encoded bytes, got {type(encoded).__name__}")
     try:
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+        with Image.open(
+            io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS
+        ) as image:
+            # Only the header is read so far.
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MOST_PIXELS:,}")
             picture = image.convert(mode)
+        if size is not None:
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+        return np.asarray(picture).reshape(picture.height, picture.width, -1)
     except UnidentifiedImageError as error:
-        raise ValueError("no readable image (of no known format)") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"no readable image ({error})") from error
-    if size is not None:
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(picture).reshape(picture.height, picture.width, -1)
+        raise UnreadableImage(f"no readable image (none of {', '.join(FORMATS)})") from error
+    except Exception as error:  # each decoder raises its own kinds on damaged files
+        raise UnreadableImage(f"no readable image ({str(error) or type(error).__name__})") from error
 
 
 def check_size(size: int | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from sculpt.training.prepared import (
     open_prepared,
     preparing_command,
 )
-from sculpt.training.stream import StreamedImages
+from sculpt.training.stream import Source
+from sculpt.training.unreadable import ReadableRows, read_whole
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _COLOURS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -46,6 +49,7 @@ def load_data(
     *,
     size: int | None = None,
     stream: bool = False,
+    skip_unreadable: bool = False,
     validation: int | None = None,
     seed: int = 0,
 ) -> Splits:
@@ -74,6 +78,8 @@ def load_data(
         Not for digits and fashion_mnist.
       stream: leave the train split on disk and read it while it is used, see `from_sources`; validation and test are in memory. For
         TensorFlow Datasets every record is read once for its label, here. Not for digits and fashion_mnist.
+      skip_unreadable: leave out images that cannot be decoded, and name them in `Splits.unreadable`; every image is decoded once more to
+        find them. Without it such an image is a ValueError. Not for digits and fashion_mnist.
       validation: number of training examples set aside; by default 300 of digits, 5,000 of CIFAR and Fashion-MNIST, else a
         tenth, 10,000 at the most.
       seed: which of them. The test split never depends on it.
@@ -82,10 +88,10 @@ def load_data(
       ValueError: for an unknown name, data that are not there (with the command that prepares them), images of several
         sizes without `size`, or a `validation` that leaves nothing to train on.
     """
-    if name in ONE_SIZE and (size is not None or stream):
-        raise ValueError(
-            f"{name} is small and of one size: leave out {'size' if size is not None else 'stream'}"
-        )
+    for option, value in (("size", size), ("stream", stream), ("skip_unreadable", skip_unreadable)):
+        if name in ONE_SIZE and value is not None and value is not False:
+            raise ValueError(f"{name} is small and of one size: leave out {option}")
+    reading: dict[str, Any] = {"size": size, "stream": stream, "skip_unreadable": skip_unreadable}
     if name == "digits":
         with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
             arrays = [file[key] for key in ("train_images", "train_labels", "test_images", "test_labels")]
@@ -96,24 +102,30 @@ def load_data(
         return from_arrays(*train, *test, num_classes=10, **_about(name, len(train[1]), validation, seed))
     if name == "folder":
         folder = _required(name, data_dir, "train and test (or val)")
-        return load_folder(*find_parts(folder), size=size, stream=stream, validation=validation, seed=seed)
+        return load_folder(*find_parts(folder), **reading, validation=validation, seed=seed)
     if name == "parquet":
         folder = _required(name, data_dir, "train.parquet and test.parquet")
         files = folder / "train.parquet", folder / "test.parquet"
-        return load_parquet(name, *files, size=size, stream=stream, validation=validation, seed=seed)
+        return load_parquet(name, *files, **reading, validation=validation, seed=seed)
     if name == "cifar10-jpeg":
         folder = _required(name, data_dir, "train_jpeg.parquet and test_jpeg.parquet")
         files = folder / "train_jpeg.parquet", folder / "test_jpeg.parquet"
         about = _about(name, count_rows(files[0]), validation, seed)
-        return load_parquet(
-            train_file=files[0], test_file=files[1], size=size, stream=stream, num_classes=10, **about
-        )
+        return load_parquet(train_file=files[0], test_file=files[1], num_classes=10, **reading, **about)
     if name not in _NAMES and not is_known(name, data_dir):
         hint = did_you_mean(name, (*_NAMES, *official_names()))
         raise ValueError(
             f"unknown data set {name!r}, expected one of {', '.join(_NAMES)} or a TensorFlow Datasets name{hint}"
         )
-    return _load_prepared(name, data_dir, size, stream, validation, seed)
+    prepared = open_prepared(name, data_dir, size)
+    about = _about(name, len(prepared.train), validation, seed)
+    about["num_classes"] = prepared.num_classes
+
+    def labels() -> np.ndarray:
+        with named_errors(prepared.where):
+            return prepared.train.labels()
+
+    return _from_sources(prepared.train, prepared.test, labels, stream, skip_unreadable, about)
 
 
 def load_folder(
@@ -122,6 +134,7 @@ def load_folder(
     *,
     size: int | None = None,
     stream: bool = False,
+    skip_unreadable: bool = False,
     validation: int | None = None,
     seed: int = 0,
 ) -> Splits:
@@ -132,6 +145,7 @@ def load_folder(
       test: the folder of the test split, of the same classes.
       size: shorter sides are scaled to it and middle squares cut out; None: images are of one size already.
       stream: leave the train split on disk and read it while it is used, see `from_sources`.
+      skip_unreadable: as in `load_data`.
       validation, seed: as in `from_arrays`.
 
     Raises:
@@ -142,10 +156,8 @@ def load_folder(
         differing = sorted(set(kept.classes) ^ set(held.classes))[:5]
         raise ValueError(f"{test} and {train} differ in their classes: {differing} are in one of them only")
     about: dict[str, Any] = {"validation": validation, "seed": seed, "num_classes": len(kept.classes)}
-    if stream:
-        return from_sources(kept, held, name="folder", train_labels=kept.labels, **about)
-    arrays = (StreamedImages.of(source, "folder").read_all() for source in (kept, held))
-    return from_arrays(*next(arrays), *next(arrays), name="folder", **about)
+    about["name"] = "folder"
+    return _from_sources(kept, held, lambda: kept.labels, stream, skip_unreadable, about)
 
 
 def load_parquet(
@@ -155,6 +167,7 @@ def load_parquet(
     *,
     size: int | None = None,
     stream: bool = False,
+    skip_unreadable: bool = False,
     validation: int | None = None,
     seed: int = 0,
     num_classes: int | None = None,
@@ -171,6 +184,7 @@ def load_parquet(
       size: shorter sides are scaled to it and middle squares cut out; None: images are of one size already.
       stream: leave the train split on disk and read it while it is used, see `from_sources`. Parquet cannot be read at random, so
         its two columns are copied, once, to an Arrow file in `cache_dir`.
+      skip_unreadable: as in `load_data`.
       validation, seed, num_classes, mean, std: as in `from_arrays`.
       cache_dir: folder for the decoded images, to be read back the next time, None keeps nothing; of a stream for the encoded ones,
         None: beside `train_file`, or where one may not write there in `$SCULPT_CACHE_DIR` or `~/.cache/sculpt`.
@@ -188,24 +202,37 @@ def load_parquet(
         "mean": mean,
         "std": std,
     }
-    if stream:
-        source = ParquetSource.open(kept, size, mapped=True, cache_dir=cache)
-        return from_sources(source, ParquetSource.open(held, size), train_labels=source.labels, **about)
-    return from_arrays(*read_parquet(kept, cache, size), *read_parquet(held, cache, size), **about)
+    if not stream and not skip_unreadable:
+        return from_arrays(*read_parquet(kept, cache, size), *read_parquet(held, cache, size), **about)
+    if not stream and cache is not None:
+        raise ValueError(
+            "cache_dir keeps the decoded images of whole files: leave it out with skip_unreadable"
+        )
+    source = ParquetSource.open(kept, size, mapped=stream, cache_dir=cache)
+    test = ParquetSource.open(held, size)
+    return _from_sources(source, test, lambda: source.labels, stream, skip_unreadable, about)
 
 
-def _load_prepared(
-    name: str, data_dir: str | Path | None, size: int | None, stream: bool, validation: int | None, seed: int
+def _from_sources(
+    train: Source,
+    test: Source,
+    train_labels: Callable[[], np.ndarray],
+    stream: bool,
+    skip_unreadable: bool,
+    about: dict[str, Any],
 ) -> Splits:
-    prepared = open_prepared(name, data_dir, size)
-    about = _about(name, len(prepared.train), validation, seed)
-    about["num_classes"] = prepared.num_classes
+    """Splits of two sources: streamed or in memory, with or without rows that cannot be decoded."""
+    unreadable: tuple[str, ...] = ()
+    labels = train_labels() if stream else None
+    if skip_unreadable:
+        train, test = (ReadableRows.of(source, about["name"]) for source in (train, test))
+        unreadable = train.unreadable + test.unreadable
+        labels = labels if labels is None else labels[train.rows]
     if stream:
-        with named_errors(prepared.where):
-            labels = prepared.train.labels()
-        return from_sources(prepared.train, prepared.test, train_labels=labels, **about)
-    arrays = (StreamedImages.of(source, name).read_all() for source in (prepared.train, prepared.test))
-    return from_arrays(*next(arrays), *next(arrays), **about)
+        splits = from_sources(train, test, train_labels=labels, **about)
+    else:
+        splits = from_arrays(*read_whole(train, about["name"]), *read_whole(test, about["name"]), **about)
+    return dataclasses.replace(splits, unreadable=unreadable)
 
 
 def _fashion_files(data_dir: str | Path | None) -> tuple[Path, ...]:

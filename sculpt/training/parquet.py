@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import zipfile
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from sculpt.arguments import as_int32
 from sculpt.cache import cache_folder
+from sculpt.files import settle
 from sculpt.training.decode import check_size, decode_image
-from sculpt.training.stream import StreamedImages
+from sculpt.training.unreadable import read_whole
 
 _ROWS = 256
 """Rows that are copied at a time."""
@@ -72,7 +75,7 @@ class ParquetSource:
             raise ValueError(f"{file} has {labels.null_count} rows without a label: leave them out")
         if not len(images):
             raise ValueError(f"{file} has no rows")
-        return ParquetSource(file, images, labels.to_numpy().astype(np.int32), size)
+        return ParquetSource(file, images, as_int32(labels.to_numpy(), f"{file}: label"), size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -116,11 +119,11 @@ def read_parquet(
     """
 
     def read() -> tuple[np.ndarray, np.ndarray]:
-        return StreamedImages.of(ParquetSource.open(file, size), str(file)).read_all()
+        return read_whole(ParquetSource.open(file, size), str(file))
 
     if cache_dir is None or not file.is_file():
         return read()
-    cached = cache_dir / f"{_version(file)}{'' if size is None else f'-{size}px'}.npz"
+    cached = cache_dir / f"{_version(file, apart=True)}{'' if size is None else f'-{size}px'}.npz"
     if not cached.exists():
         images, labels = read()
         with _written(cached) as temporary, temporary.open("wb") as out:
@@ -142,16 +145,21 @@ def _readable(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not readable parquet: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # pyarrow raises many kinds on damaged files
+        if isinstance(error, ValueError) and not isinstance(error, pyarrow.ArrowException):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} is not readable parquet: {reason}") from error
 
 
 def _map(file: Path) -> Any:
     import pyarrow
 
     try:
-        return pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
-    except (pyarrow.ArrowException, OSError) as error:
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+        table.validate(full=True)
+        return table
+    except Exception as error:  # pyarrow raises many kinds on damaged files
         raise ValueError(f"{file} is damaged ({error}): delete it and it is made again") from error
 
 
@@ -160,7 +168,7 @@ def _arrow_copy(file: Path, folder: Path | None) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    copy = (folder or file.parent) / f"{_version(file)}.arrow"
+    copy = (folder or file.parent) / f"{_version(file, apart=folder is not None)}.arrow"
     if copy.exists():
         return copy
     if folder is None and not os.access(file.parent, os.W_OK):
@@ -179,9 +187,11 @@ def _batches(source: Any, file: Path, columns: list[str]) -> Iterator[Any]:
         yield from source.iter_batches(_ROWS, columns=columns)
 
 
-def _version(file: Path) -> str:
+def _version(file: Path, apart: bool) -> str:
+    """Tells a version of a file from others; `apart`: also from files of that name in other folders."""
     about = file.stat()
-    return f"{file.stem}-{about.st_size:x}-{about.st_mtime_ns:x}"
+    folder = hashlib.sha256(os.fsencode(file.resolve().parent)).hexdigest()[:12]
+    return f"{file.stem}-{f'{folder}-' if apart else ''}{about.st_size:x}-{about.st_mtime_ns:x}"
 
 
 @contextlib.contextmanager
@@ -191,7 +201,7 @@ def _written(file: Path) -> Iterator[Path]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, file)
+        settle(temporary, file)
     except OSError as error:
         raise ValueError(
             f"cannot write {file} ({error.strerror or error}): make room there, or name another folder as cache_dir of load_parquet"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.interrupts import check_interrupt
 from sculpt.model import Model
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
@@ -195,6 +196,7 @@ class Run:
         seen: jax.Array | None = None
         begin, first = time.perf_counter(), self.step
         while self.step < stop:
+            check_interrupt()
             diverged = self._call(order, min(stop, (self.step // _LOOK_EVERY + 1) * _LOOK_EVERY))
             if not self.warm:
                 jax.block_until_ready(diverged)

@@ -15,6 +15,10 @@ from typing import Any, NoReturn, Protocol
 import jax
 import numpy as np
 
+from sculpt.arguments import as_int32
+from sculpt.interrupts import check_interrupt
+from sculpt.training.decode import UnreadableImage
+
 _SOME = 1024
 """Rows, at the most, that a thread reads labels of before the next asks for some."""
 _SAMPLE = 16
@@ -146,6 +150,7 @@ class StreamedImages:
 
     def _take(self, row: int, *names: str) -> list[Any]:
         """The image of a row, an array, or its label, a number, or both."""
+        check_interrupt()
         try:
             example = self.source[row]
             return [_TAKEN_AS[name](example[name]) for name in names]
@@ -153,7 +158,8 @@ class StreamedImages:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             if isinstance(error, KeyError):
                 reason = f"expected {' and '.join(names)}, there is no {reason}"
-            raise ValueError(f"{self._place(row)}: {reason}") from error
+            kind = UnreadableImage if isinstance(error, UnreadableImage) else ValueError
+            raise kind(f"{self._place(row)}: {reason}") from error
 
     def _checked(self, row: int, image: np.ndarray) -> np.ndarray:
         """An image as uint8 or float32, if it is like the others."""
@@ -231,7 +237,7 @@ def gather_labels(read: Callable[[int], int], rows: np.ndarray, workers: int | N
             return [read(int(row)) for row in part if not stop.is_set()]
 
         futures = [pool.submit(some, part) for part in np.array_split(rows, count)]
-        return np.concatenate([future.result() for future in futures]).astype(np.int32)
+        return as_int32(np.concatenate([future.result() for future in futures]), "the label")
 
 
 def _cores() -> int:

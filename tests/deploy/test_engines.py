@@ -130,13 +130,13 @@ def test_an_engine_that_computes_something_else_is_not_timed(monkeypatch: pytest
 def test_a_litert_file_is_loaded_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_unless_installed("litert")
     model, x = network("separable"), IMAGES[:2]
-    file = tmp_path / "new" / "model.tflite"
+    file = tmp_path / "model.tflite"
     sculpt.export_litert(model, file, x)
     call = litert_export.interpreted(file.read_bytes(), x, 1)
     assert distance(outputs(model, jnp.asarray(x)), np.asarray(call())) <= 1e-4
     monkeypatch.setattr(litert_export, "model_logits", lambda model, x: 2.0 * outputs(model, jnp.asarray(x)))
     with pytest.raises(ValueError, match="the logits of the LiteRT file differ from the model's by"):
-        sculpt.export_litert(model, tmp_path / "new" / "other.tflite", x)
+        sculpt.export_litert(model, tmp_path / "other.tflite", x)
     assert [f.name for f in file.parent.iterdir()] == ["model.tflite"]
 
 

@@ -35,6 +35,7 @@ Function = Callable[[dict[str, jax.Array], jax.Array], jax.Array]
 
 def export(model: Model, tmp_path: Path, x: Any, **options: Any) -> Path:
     file = tmp_path / "new" / "model.onnx"
+    file.parent.mkdir(exist_ok=True)
     sculpt.export_onnx(model, file, x, **options)
     assert [f.name for f in file.parent.iterdir()] == ["model.onnx"]
     return file
@@ -452,8 +453,12 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is a folder, expected the name of a file to write"):
             export_(model, tmp_path, VECTORS)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"the folder of .* cannot be made"):
-        sculpt.export_onnx(model, tmp_path / "file" / "model.onnx", VECTORS)
+    for folder in ("file", "absent"):
+        for export_ in (sculpt.export_onnx, sculpt.export_stablehlo, sculpt.export_litert, sculpt.save_model):
+            with pytest.raises(
+                ValueError, match=rf"no folder .*/{folder} to write model.* to: make it first"
+            ):
+                export_(model, tmp_path / folder / "model", VECTORS)
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
 
 

@@ -188,3 +188,42 @@ def test_images_to_score_on_are_counted() -> None:
     SearchSettings(score_images=have - 1, calibration_images=1).check_images(few)
     with pytest.raises(ValueError, match=f"--score-images {have} and --calibration-images 1 need {have + 1}"):
         SearchSettings(score_images=have, calibration_images=1).check_images(few)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "method", "why"),
+    [
+        ("evaluations", 64, "magnitude", "proposes one policy"),
+        ("agent", "a.safetensors", "random", "learns nothing that another could begin with"),
+        ("front", (0.3,), "evolution", "looks for one budget only"),
+    ],
+)
+def test_what_a_method_does_not_use_is_ignored_on_the_command_line_and_refused_in_python(
+    tmp_path: Path, option: str, value: Any, method: str, why: str
+) -> None:
+    run, told = RunDirectory(tmp_path / "run"), []
+    settings = read_settings(run, "search", {"method": method, option: value}, told)
+    assert settings == SearchSettings(method=method)
+    assert len(told) == 1 and told[0].startswith(f"--{option} ") and told[0].endswith(why)
+    with pytest.raises(ValueError, match=rf"--{option} .*{why}|SearchConfig.{option}=.* has no use for it"):
+        SearchSettings(method=method, **{option: value})
+    assert read_settings(run, "search", {option: value}, told) == SearchSettings(
+        **{option: str(Path(value).resolve()) if option == "agent" else value}
+    )
+    assert len(told) == 1
+
+
+def test_image_counts_of_small_data_sets_are_lowered_unless_they_are_asked_for() -> None:
+    usual = SearchSettings()
+    assert [usual.image_counts(n) for n in (384, 383, 300, 60, 3)] == [
+        (256, 128),
+        (256, 64),
+        (236, 64),
+        (40, 20),
+        (2, 1),
+    ]
+    config = usual.config_for(60)
+    assert (config.score_images, config.calibration_images, config.rerank_finetune.batch_size) == (40, 20, 60)
+    usual.check_images(splits(3))
+    with pytest.raises(ValueError, match=r"--score-images 100 and --calibration-images 128 need 228 images"):
+        SearchSettings(score_images=100).check_images(splits(3))

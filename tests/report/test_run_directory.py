@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def test_metrics_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
     run.log("search", {"best": 0.5})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "search", "be')
+    assert run.metrics() == [{"stage": "search", "best": 0.5}]
     run.log("search", {"best": jnp.float32(0.75)})
     run.log("finetune", {"epoch": 1})
     assert run.metrics("search") == [{"stage": "search", "best": 0.5}, {"stage": "search", "best": 0.75}]
@@ -171,3 +173,107 @@ def test_nothing_temporary_is_left_behind_by_a_failure(tmp_path: Path) -> None:
         run.complete("search", {"score": float("nan")})
     assert not run.done("search")
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize("line", [b"5", b"[]", b'{"stage": "search"}', b"{", b"\xff", b"[" * 10_000])
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: bytes) -> None:
+    run = RunDirectory.open(tmp_path)
+    run.log("search", {"best": 0.5})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged: remove that line"):
+        run.metrics()
+
+
+def flipped(content: bytes) -> Iterator[bytes]:
+    """The content with one bit flipped, at some forty places before the last byte."""
+    for bit in range(3, 8 * len(content) - 8, max(1, 8 * len(content) // 41)):
+        yield content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+def test_flipped_bits_of_what_is_read_back_are_found(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    run.settle("search", DEFAULTS | {"rate": 1e-05})
+    run.complete("search", {"policy": [1, 2], "score": 1e-05})
+    run.log("search", {"best": 1e-05})
+    for name, read in {
+        "config.json": lambda: run.config,
+        "stages/search.json": lambda: run.record("search"),
+        "metrics.jsonl": run.metrics,
+    }.items():
+        content = (tmp_path / name).read_bytes()
+        for damaged in (*flipped(content), content.replace(b"1e-05", b"1E-05")):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{Path(name).name}.* is damaged"):
+                read()
+
+
+def test_a_stage_with_a_damaged_file_is_not_complete(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    for stage, files in STAGE_FILES.items():
+        for name in files:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(json.dumps(result()))
+        run.complete(stage, {})
+    for stage, files in STAGE_FILES.items():
+        for name in files:
+            content = (tmp_path / name).read_bytes()
+            for damaged in (content.replace(b"1", b"2", 1), b"", content + b" "):
+                (tmp_path / name).write_bytes(damaged)
+                if stage in ("evaluate", "export", "report"):  # quickly made again
+                    assert not run.done(stage)
+                else:
+                    with pytest.raises(
+                        ValueError, match=f"{name} is damaged: .*remove it to have it made again"
+                    ):
+                        run.done(stage)
+            if name == "result.json":
+                (tmp_path / name).write_bytes(content.replace(b"1", b"2", 1))
+                with pytest.raises(ValueError, match=r"result.json is damaged: .*run that again"):
+                    run.result()
+            (tmp_path / name).write_bytes(content)
+            assert run.done(stage)
+
+
+def test_damaged_optional_files_are_found_and_may_be_absent(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    for name in ("masks.safetensors", "agent.safetensors"):
+        (tmp_path / name).write_text(name)
+    run.complete("search", {})
+    (tmp_path / "agent.safetensors").write_text("")
+    with pytest.raises(ValueError, match=r"agent.safetensors is damaged"):
+        run.done("search")
+    (tmp_path / "agent.safetensors").unlink()
+    assert run.done("search")
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    for name in (".config.json.4999999.tmp", f".config.json.{os.getpid()}.tmp"):
+        (tmp_path / name).write_text("half")
+    assert RunDirectory.open(tmp_path) == run  # killed before anything was settled
+    for stage in ("train", "search"):
+        (run.checkpoints(stage) / "steps").mkdir(parents=True)
+    run.complete("train", {})
+    (tmp_path / "stages" / ".search.json.1.tmp").write_text("half")
+    (tmp_path / "checkpoints" / ".removed-0" / "steps").mkdir(parents=True)
+    (tmp_path / ".tensorboard.4999999.tmp").mkdir()
+    (tmp_path / ".mine.tmp").write_text("not ours")
+    run.tidy()
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert there == {
+        *("stages", "stages/train.json", "checkpoints", "checkpoints/search", "checkpoints/search/steps"),
+        *(".lock", ".mine.tmp"),
+    }
+    (tmp_path / ".config.json.4999999.tmp").write_text("of another process")
+    with run.locked():
+        run.tidy()
+    assert (tmp_path / ".config.json.4999999.tmp").exists()
+
+
+def test_a_dangling_link_is_no_place_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"run is a link to .*moved, which does not exist: make that folder"):
+        RunDirectory.open(tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    assert RunDirectory.open(tmp_path / "run").path == tmp_path / "run"

@@ -277,8 +277,10 @@ def test_rows_of_before_are_whole_whatever_is_left_of_the_last_kill(tmp_path: Pa
     out = tmp_path / "scores.parquet"
     partial, policies = tmp_path / "scores.parquet.partial.jsonl", some_policies(20)
     run(policies[:10], out)
-    partial.with_name(f"{partial.name}.tmp").write_text('{"index": 0, "pol')  # killed while unpacking
+    for killed in (partial, out):  # while unpacking, while packing
+        killed.with_name(f".{killed.name}.4999999.tmp").write_text('{"index": 0, "pol')
     assert run(policies, out).resumed == 10
+    assert not list(tmp_path.glob("*.tmp"))
     run(policies, tmp_path / "scores.jsonl")
     partial.write_bytes((tmp_path / "scores.jsonl").read_bytes())  # killed after packing
     before = out.read_bytes()
@@ -326,7 +328,7 @@ def test_a_row_that_is_none_is_refused(tmp_path: Path) -> None:
     run(some_policies(3), out)
     lines = out.read_text().splitlines()
     out.write_text("\n".join([lines[0], '{"index": 1}', lines[2]]) + "\n")
-    with pytest.raises(ValueError, match="line 2 is damaged: delete the file, or mend that line"):
+    with pytest.raises(ValueError, match="line 2 is damaged: delete the file to score all"):
         run(some_policies(5), out)
 
 

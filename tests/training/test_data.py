@@ -203,6 +203,11 @@ IMAGES, LABELS = np.zeros((20, 4, 4, 3), np.uint8), np.arange(20) % 2
             {"num_classes": 2, "test_labels": LABELS + 1},
             "labels go up to 2, which does not fit num_classes=2",
         ),
+        ({"train_labels": LABELS + 2**32 + 1}, "train labels: 4294967297 at index 0 is no number of 32 bits"),
+        (
+            {"test_labels": LABELS + 10**6},
+            "labels go up to 1000001 with 20 training images: correct the label, or give num_classes",
+        ),
         ({"train_labels": LABELS * 0, "test_labels": LABELS * 0}, "does not fit num_classes=1"),
         ({"test_images": IMAGES[:0], "test_labels": LABELS[:0]}, r"test images are empty: \[0, 4, 4, 3\]"),
         ({"validation": 20}, "between 1 and 19, got 20"),

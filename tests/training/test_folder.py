@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 import sculpt
+from sculpt.training.decode import decode_image
 from sculpt.training.stream import StreamedImages
 
 
@@ -104,3 +106,51 @@ def test_a_stream_of_it_holds_the_same(folder: Path) -> None:
     (folder / "train" / "ant" / "wide.jpg").unlink()
     with pytest.raises(ValueError, match=r"wide.jpg: no readable image .*No such file"):
         other.train.images[:]
+
+
+def encoded(kind: str, size: tuple[int, int] = (10, 8)) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", size, (9, 0, 0)).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+def test_the_usual_formats_are_decoded(kind: str) -> None:
+    assert decode_image(encoded(kind)).shape == (8, 10, 3)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TGA", "ICNS", "PDF"])
+def test_no_other_decoder_runs(kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"no readable image \(none of JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM\)"
+    ):
+        decode_image(encoded(kind))
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 100_000])
+def test_large_images_are_refused_by_their_header(side: int) -> None:
+    with pytest.raises(ValueError, match=r"no readable image .*(limit|Image size)"):
+        decode_image(f"P6 {side} {side} 255\n".encode() + bytes(99))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unreadable_images_are_counted_or_left_out(folder: Path, stream: bool) -> None:
+    expected = sculpt.load_data("folder", folder, validation=1)
+    for name in ("ant/zz.png", "bee/0a.png", "bee/zz.jpg"):
+        (folder / "train" / name).write_bytes(b"no image")
+    (folder / "val" / "bee" / "9.png").write_bytes(encoded("PNG")[:50])
+    splits = sculpt.load_data("folder", folder, validation=1, skip_unreadable=True, stream=stream)
+    assert len(splits.unreadable) == 4 and "ant/zz.png: no readable image" in splits.unreadable[0]
+    for name in ("train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(splits, name).images[:], getattr(expected, name).images)
+        np.testing.assert_array_equal(getattr(splits, name).labels, getattr(expected, name).labels)
+    count = "1 of 5" if stream else "3 of 15"
+    with pytest.raises(ValueError, match=f"{count} images cannot be decoded, such as .*skip_unreadable"):
+        sculpt.load_data("folder", folder, validation=1, stream=stream)
+
+
+def test_a_folder_without_a_readable_image_is_refused(folder: Path) -> None:
+    for file in (folder / "val").rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of 4 images can be decoded: .*no readable image"):
+        sculpt.load_data("folder", folder, skip_unreadable=True)
