@@ -14,11 +14,11 @@ import sculpt
 from sculpt.agents import SearchConfig
 from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.update import Task, init_state, make_program, snapshot, update
+from sculpt.pruning.cost import _cost
 from sculpt.scoring import make_problem
 from sculpt.scoring.env import EnvParams, PruningEnv
 from sculpt.scoring.evaluate import _scored, _totals
 from sculpt.scoring.recalibrate import _recalibrated
-from sculpt.scoring.stream import _costs
 from sculpt.training import program as training_program
 from sculpt.training import step as training
 from tests.conftest import untrained_digits
@@ -54,7 +54,7 @@ def test_evaluation_of_one_model_and_costs_lower() -> None:
     labels = jnp.asarray(LABELS, jnp.int32)
     lowers(_totals, MODEL.apply, MODEL.task, MODEL.params, MODEL.state, IMAGES, labels)
     lowers(_recalibrated, MODEL.apply_train, MODEL.params, MODEL.state, jnp.asarray(IMAGES)[None])
-    lowers(_costs, SPACE, jnp.zeros((8, SPACE.num_sites), jnp.int32))
+    lowers(_cost, SPACE, jnp.zeros((8, SPACE.num_sites), jnp.int32))
 
 
 @pytest.mark.parametrize("method", ["agent", "evolution"])

@@ -192,7 +192,7 @@ def check(name: str, folder: Path, examples: int, seed: int) -> None:
         max_examples=examples,
         deadline=None,
         database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[*hypothesis.HealthCheck],  # type: ignore[list-item]
     )
     @hypothesis.given(st.one_of(CHANGES.map(functools.partial(changed, content)), st.binary(max_size=50)))
     def only_value_errors(damaged: bytes) -> None:

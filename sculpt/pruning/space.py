@@ -91,7 +91,7 @@ class Space:
             table[site.index, : len(site.options)] = [o.kept for o in site.options]
         return table
 
-    def describe(self, policy: Sequence[int]) -> list[str]:
+    def describe(self, policy: Any) -> list[str]:
         """One line per site: its name, family and the chosen option; then what is excluded."""
         choices = np.asarray(policy)
         return [

@@ -50,7 +50,7 @@ def _network(dtype: str) -> sculpt.Model:
     }
     state = {"mean": jnp.zeros(8), "var": jnp.ones(8)}
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, state))
-    return sculpt.from_function(_apply, *cast, _train)
+    return sculpt.from_function(_apply, cast[0], cast[1], _train)
 
 
 def _dtypes(tree: Any) -> set[str]:

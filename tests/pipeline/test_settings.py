@@ -207,9 +207,8 @@ def test_what_a_method_does_not_use_is_ignored_on_the_command_line_and_refused_i
     assert len(told) == 1 and told[0].startswith(f"--{option} ") and told[0].endswith(why)
     with pytest.raises(ValueError, match=rf"--{option} .*{why}|SearchConfig.{option}=.* has no use for it"):
         SearchSettings(method=method, **{option: value})
-    assert read_settings(run, "search", {option: value}, told) == SearchSettings(
-        **{option: str(Path(value).resolve()) if option == "agent" else value}
-    )
+    asked: dict[str, Any] = {option: str(Path(value).resolve()) if option == "agent" else value}
+    assert read_settings(run, "search", {option: value}, told) == SearchSettings(**asked)
     assert len(told) == 1
 
 

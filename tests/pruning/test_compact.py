@@ -61,8 +61,8 @@ def test_small_outputs_are_compared_as_strictly(monkeypatch: pytest.MonkeyPatch)
     model = dense(scale=1e-6)
     space, policy, masked = halved(model)
     sculpt.compact(masked, space, policy)
-    right = compact_plan._sliced
-    monkeypatch.setattr(compact_plan, "_sliced", lambda leaf, keep: 1.001 * right(leaf, keep))
+    right = compact_plan.sliced
+    monkeypatch.setattr(compact_plan, "sliced", lambda leaf, keep: 1.001 * right(leaf, keep))
     with pytest.raises(ValueError, match=r"outputs differ by .* of the largest output"):
         sculpt.compact(masked, space, policy)
 

@@ -36,8 +36,8 @@ def test_inputs_of_equal_shape_are_drawn_independently(monkeypatch: pytest.Monke
     assert not np.array_equal(first, second)
     arguments = halved(lambda p, x: hidden(p, x[0]) - hidden(p, x[1]), PAIR)
     sculpt.compact(*arguments)
-    right = compact_plan._sliced
-    monkeypatch.setattr(compact_plan, "_sliced", lambda leaf, keep: 1.01 * right(leaf, keep))
+    right = compact_plan.sliced
+    monkeypatch.setattr(compact_plan, "sliced", lambda leaf, keep: 1.01 * right(leaf, keep))
     with pytest.raises(ValueError, match="outputs differ by"):
         sculpt.compact(*arguments)
 

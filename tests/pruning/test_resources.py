@@ -201,5 +201,6 @@ def test_budgets_of_a_wrong_type_are_refused(budget: Any) -> None:
 
 
 def test_budgets_may_be_scalars_of_numpy_and_jax() -> None:
-    for budget in (np.float32(0.5), np.asarray(0.5), jax.numpy.float32(0.5)):
+    scalars: Any = (np.float32(0.5), np.asarray(0.5), jax.numpy.float32(0.5))
+    for budget in scalars:
         sculpt.check_budget(space(), budget)
