@@ -74,7 +74,7 @@ FAULTS = (
         "self._cut_atom(head[0], position // inner)",
         "self._cut_atom(head[0], position)",
     ),
-    Fault("sculpt/tracing/axes.py", "first += self._segment_size(segment)", "first += 1"),
+    Fault("sculpt/tracing/atoms.py", "first += self._segment_size(segment)", "first += 1"),
     Fault(
         "sculpt/tracing/zero_rules.py",
         "return {a for a in kept if a not in lhs_free & rhs_free or a in left & right}",
