@@ -44,7 +44,8 @@ def test_every_budget_gets_its_best_policy() -> None:
 def test_a_search_for_one_budget_has_a_front_of_one_point() -> None:
     (point,) = plain().front
     np.testing.assert_array_equal(point.policy, plain().policy)
-    assert (point.budget, point.score, point.used) == (0.5, plain().score, plain().macs_ratio)
+    assert (point.budget, point.score) == (0.5, plain().score)
+    assert point.used == pytest.approx(plain().macs_ratio, rel=1e-6)
 
 
 def test_episodes_take_the_budgets_in_turn_and_each_meets_its_own() -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sculpt
@@ -76,6 +76,7 @@ def test_channels_that_the_program_itself_tells_apart_stay() -> None:
     assert changed == {"c", "d"}
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 6))
 def test_orders_are_as_good_as_the_best_of_eight_channels(seed: int, kept: int, rows: int) -> None:
     """Within a tenth of it, and never worse than the order that there was."""

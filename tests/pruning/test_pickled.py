@@ -46,7 +46,7 @@ def test_copies_are_the_same_object() -> None:
 
 
 def test_a_network_that_has_changed_is_refused() -> None:
-    loads, (model, inputs, leaves, groups) = SPACE.trace.__reduce__()
-    assert loads(model, inputs, leaves, groups).groups == groups
+    loads, (model, inputs, axis, leaves, groups) = SPACE.trace.__reduce__()
+    assert loads(model, inputs, axis, leaves, groups).groups == groups
     with pytest.raises(ValueError, match="trace the model again"):
-        loads(model, inputs, leaves, groups[1:])
+        loads(model, inputs, axis, leaves, groups[1:])
