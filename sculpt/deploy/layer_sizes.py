@@ -19,6 +19,7 @@ import numpy as np
 from sculpt.deploy.layer_grid import Dimension, Part
 from sculpt.pruning import Space
 from sculpt.tracing.axes import Atom, Axis
+from sculpt.tracing.layers import transposed_dimensions
 from sculpt.tracing.program import CONTRACTIONS, Equation, Literal, Program
 from sculpt.tracing.trace import TRACED_BATCH
 
@@ -77,9 +78,10 @@ def _macs(program: Program, eqn: Equation) -> int:
     numbers, result = eqn.params["dimension_numbers"], list(program.shape(eqn.outputs[0]))
     if eqn.name == "conv_general_dilated":
         summed = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-        # As in the trace: a transposed convolution multiplies the positions of its input.
-        for i, o in zip(numbers.lhs_spec[2:], numbers.out_spec[2:]):
-            result[o] = min(result[o], first[i])
+        for i, o, transposed in zip(
+            numbers.lhs_spec[2:], numbers.out_spec[2:], transposed_dimensions(eqn, kernel)
+        ):
+            result[o] = min(result[o], first[i]) if transposed else result[o]
     else:
         summed = math.prod(first[dim] for dim in numbers[0][0])
     return math.prod(result) * summed

@@ -95,6 +95,19 @@ RENAMING = ("convert_element_type", "copy", "transpose", "reshape", "squeeze", "
 """Primitives whose result has the entries of their operand, in another shape, order or dtype, or again and again."""
 
 
+def transposed_dimensions(eqn: Equation, kernel: Sequence[int]) -> list[bool]:
+    """Along which spatial dimensions a convolution is a transposed one: its input has gaps, or as much padding on both sides as the
+    window reaches. A tap of the window meets each position of the input once there, and gaps and padding are not multiplied.
+    """
+    params = eqn.params
+    taps = (kernel[d] for d in params["dimension_numbers"].rhs_spec[2:])
+    reaches = [(n - 1) * dilation for n, dilation in zip(taps, params["rhs_dilation"])]
+    return [
+        gap > 1 or (reach > 0 and min(padding) >= reach)
+        for gap, reach, padding in zip(params["lhs_dilation"], reaches, params["padding"])
+    ]
+
+
 def find_layers(
     flow: Flow, leaves: Sequence[Leaf], images: Sequence[int], batch_axis: int | None = 0
 ) -> tuple[tuple[Layer, ...], tuple[Product, ...]]:
@@ -179,11 +192,13 @@ class _Finder:
         if eqn.name == "conv_general_dilated":
             numbers = eqn.params["dimension_numbers"]
             lhs, rhs = map(flow.term, eqn.inputs)
-            # A tap of the window meets each position of the image, and each of the output, once at the most: fewer positions of the
-            # image than of the output are those of a transposed convolution, whose gaps of zeros are not multiplied.
             positions = (
-                min(output[o], lhs[i], key=flow.axes.size)
-                for i, o in zip(numbers.lhs_spec[2:], numbers.out_spec[2:])
+                min(output[o], lhs[i], key=flow.axes.size) if transposed else output[o]
+                for i, o, transposed in zip(
+                    numbers.lhs_spec[2:],
+                    numbers.out_spec[2:],
+                    transposed_dimensions(eqn, flow.program.shape(eqn.inputs[1])),
+                )
             )
             factors = [output[d] for d in numbers.out_spec[:2]]
             factors += [*positions, *(rhs[d] for d in numbers.rhs_spec[1:])]

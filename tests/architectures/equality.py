@@ -197,9 +197,9 @@ def _flops(equations: Sequence[Any]) -> int:
 
 
 def _padded(eqn: Any) -> tuple[list[jax.ShapeDtypeStruct], dict[str, Any]]:
-    """Operands and parameters. XLA counts no products with padding, Sculpt does: it is made part of the input. Where the output is
-    larger than the input, Sculpt counts every product of a position of the input with a tap of the window: XLA does, where there is so
-    much padding that no output is cut off."""
+    """Operands and parameters. XLA counts no products with padding, Sculpt does: it is made part of the input. Of a transposed
+    convolution Sculpt counts every product of a position of the input with a tap of the window: XLA does, where there is so much
+    padding that no output is cut off."""
     operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     if eqn.primitive.name == "dot_general":
         return operands, eqn.params
@@ -209,8 +209,9 @@ def _padded(eqn: Any) -> tuple[list[jax.ShapeDtypeStruct], dict[str, Any]]:
     for d, (dim, out, tap) in enumerate(
         zip(numbers.lhs_spec[2:], numbers.out_spec[2:], numbers.rhs_spec[2:], strict=True)
     ):
-        if eqn.outvars[0].aval.shape[out] > image[dim]:
-            reach = (operands[1].shape[tap] - 1) * params["rhs_dilation"][d]
+        reach = (operands[1].shape[tap] - 1) * params["rhs_dilation"][d]
+        transposed = gaps[d] > 1 or (reach > 0 and min(paddings[d]) >= reach)
+        if transposed and eqn.outvars[0].aval.shape[out] > image[dim]:
             assert params["window_strides"][d] == 1
             paddings[d] = (reach, reach)
         else:
