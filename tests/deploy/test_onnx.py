@@ -35,7 +35,7 @@ Function = Callable[[dict[str, jax.Array], jax.Array], jax.Array]
 
 def export(model: Model, tmp_path: Path, x: Any, **options: Any) -> Path:
     file = tmp_path / "new" / "model.onnx"
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     sculpt.export_onnx(model, file, x, **options)
     assert [f.name for f in file.parent.iterdir()] == ["model.onnx"]
     return file
