@@ -28,7 +28,7 @@ BLOCKS = [(name, place) for name in PAGES for place in range(len(blocks(name)))]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.fast("nnx_network.py")
+@pytest.mark.slow
 def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(REPOSITORY / "examples" / name))
     before, after = re.findall(r"([\d,]+) -> ([\d,]+) MACs", capsys.readouterr().out)[-1]
@@ -42,6 +42,9 @@ def test_links(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "place"), BLOCKS)
+@pytest.mark.fast(
+    "coupled-axes.md-0", "coupled-axes.md-1", "devices.md-1", "libraries.md-1", "libraries.md-2"
+)
 def test_page(name: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where it leaves its files
     code = blocks(name)[place]

@@ -95,6 +95,7 @@ FUNCTIONS: dict[str, Callable[[Model, sculpt.Space, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.fast("evaluate", "recalibrate", "activation")
 def test_several_inputs_give_what_one_array_gives(name: str) -> None:
     (single, several), spaces_ = models(), spaces()
     found = FUNCTIONS[name](several, spaces_[1], apart(X))

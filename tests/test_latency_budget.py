@@ -52,6 +52,7 @@ def record(run: Path) -> dict[str, Any]:
     return json.loads((run / "stages" / "search.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_budget_of_latency_and_of_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         search(
@@ -87,6 +88,7 @@ def test_a_budget_of_latency_and_of_weights(run: Path, capsys: pytest.CaptureFix
     assert "was measured on cpu (abacus, 1 cores), this is cpu (" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_budget_that_turns_out_to_be_too_low_can_be_raised(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_budget_that_turns_out_to_be_too_low_can_be_raised(
     assert (budget["latency"]["batch"], budget["latency"]["threads"]) == (2, 1)
 
 
+@pytest.mark.slow
 def test_layers_measured_for_other_settings_are_measured_again(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def test_every_module_has_a_place_in_the_order() -> None:
     assert {name.split(".")[0] for name in MODULES} <= {*ORDER, "nets", "__init__"}
 
 
+@pytest.mark.slow
 def test_no_bare_agents_or_nets() -> None:
     files = [
         *MODULES.values(),

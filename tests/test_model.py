@@ -21,6 +21,7 @@ IMAGES = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
 
 
 @pytest.mark.parametrize("name", ["plain", "nnx", "function"])
+@pytest.mark.fast("nnx", "function")
 def test_evaluation_is_pure_and_training_returns_a_state_of_the_same_structure(name: str) -> None:
     model = network(name)
     assert np.array_equal(model(IMAGES), model.apply(model.params, model.state, IMAGES))
@@ -72,6 +73,7 @@ class Switched(nnx.Module):
         return self.last(self.norm(self.first(x), use_running_average=not train))
 
 
+@pytest.mark.slow
 def test_the_keyword_of_an_nnx_module_switches_its_mode() -> None:
     with pytest.raises(ValueError, match=r"Switched.__call__ takes \['x', 'train'\], not 'training'"):
         sculpt.from_nnx(Switched(nnx.Rngs(0)), train_argument="training")
@@ -339,6 +341,7 @@ class SowingNnx(nnx.Module):
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 @pytest.mark.parametrize("name", ["linen", "frozen", "nnx"])
+@pytest.mark.fast("frozen", "nnx")
 def test_a_state_that_grows_in_training_keeps_its_structure(name: str) -> None:
     x, key = jnp.ones((4, 5)), jax.random.key(0)
     if name == "nnx":

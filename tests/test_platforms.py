@@ -45,6 +45,7 @@ def lowers(function: Any, *arguments: Any) -> None:
     ],
     ids=["plain", "im2col in half precision", "mesh"],
 )
+@pytest.mark.fast("im2col in half precision", "mesh")
 def test_scoring_lowers(plan: sculpt.EvaluationPlan) -> None:
     problem = make_problem(MODEL, SPACE, IMAGES, LABELS, IMAGES, plan)
     lowers(_scored, problem, jnp.zeros((8, SPACE.num_sites), jnp.int32), jnp.int32(8))
@@ -58,6 +59,7 @@ def test_evaluation_of_one_model_and_costs_lower() -> None:
 
 
 @pytest.mark.parametrize("method", ["agent", "evolution"])
+@pytest.mark.fast("evolution")
 def test_a_search_lowers(method: Any) -> None:
     config = SearchConfig(method=method, evaluations=8, batch_size=4, rerank=0)
     env = PruningEnv(SPACE, config.batch, config.rounds, config.objective, config.reward)
@@ -73,6 +75,7 @@ def test_a_search_lowers(method: Any) -> None:
     lowers(snapshot, state)
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers() -> None:
     config = sculpt.FinetuneConfig(batch_size=16, augment="crop_flip", ema=0.9, distillation=0.5)
     masks = sculpt.make_masks(SPACE, MODEL.params, jnp.zeros(SPACE.num_sites, jnp.int32))
@@ -93,6 +96,7 @@ def test_fine_tuning_lowers() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_compact_model_lowers() -> None:
     policy = sculpt.uniform_policy(SPACE, 0.5)
     small = sculpt.compact(

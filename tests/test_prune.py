@@ -224,6 +224,7 @@ def test_other_options_on_a_finished_run_are_refused(
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_whatever_is_removed_is_made_again(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,6 +275,7 @@ def test_the_better_of_two_fine_tuned_networks_is_kept(
         assert not np.asarray(weight)[~np.asarray(mask)].any()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reported_and_exported_without_its_data_and_weights(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -430,6 +432,7 @@ class Counting(sculpt.Splits):
         return super().__getattribute__(name)
 
 
+@pytest.mark.slow
 def test_correctness_05_the_test_split_is_read_once_at_the_end_and_a_chain_of_stages_equals_prune(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

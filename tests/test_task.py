@@ -151,7 +151,7 @@ def test_a_model_is_scored_as_by_hand(case: Case) -> None:
     ],
     ids=["one device", "four devices"],
 )
-@pytest.mark.fast("pixels-four devices", "tokens-four devices", "numbers-four devices")
+@pytest.mark.fast("numbers-four devices")
 def test_policies_are_scored_as_their_masked_networks(case: Case, plan: sculpt.EvaluationPlan) -> None:
     test, space = case.splits.test, case.space
     policies = sculpt.random_policies(space, KEY, 3, budget=0.6)
@@ -166,7 +166,7 @@ def test_policies_are_scored_as_their_masked_networks(case: Case, plan: sculpt.E
 
 
 @brief
-@pytest.mark.fast("numbers")
+@pytest.mark.slow
 def test_search_finetune_compact(case: Case) -> None:
     """The whole way, and the compact network is as good as the masked one."""
     dense = sculpt.train(case.model, case.splits, BRIEF, KEY)
@@ -198,7 +198,7 @@ def test_search_finetune_compact(case: Case) -> None:
 
 
 @brief
-@pytest.mark.fast("numbers")
+@pytest.mark.slow
 def test_races_and_many_fine_tunings_go_by_the_task(case: Case) -> None:
     train, space = case.splits.train, case.space
     policies = sculpt.random_policies(space, KEY, 4, budget=0.6)
@@ -338,6 +338,7 @@ def test_settings_for_classes_of_images_are_refused(
         sculpt.finetune(case().model, None, case().splits, config, KEY, teacher=case().model)
 
 
+@pytest.mark.slow
 def test_distillation_follows_the_classes_of_every_pixel() -> None:
     case = pixels()
     teacher = sculpt.train(case.model, case.splits, BRIEF, KEY)

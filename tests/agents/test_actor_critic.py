@@ -25,6 +25,7 @@ def compiled():
     return jax.jit(lambda params, graph, sites: agent.apply({"params": params}, graph, sites))
 
 
+@pytest.mark.slow
 def test_correctness_11_a_sites_logits_depend_on_its_own_features() -> None:
     agent, params, graph, sites = toy_state()
 
@@ -73,6 +74,7 @@ def test_correctness_13_same_state_same_bits_other_state_other_choice() -> None:
     assert np.abs(np.asarray(shuffled[0] - first[0])[real]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_correctness_13_what_is_learned_from_features_carries_over_and_is_lost_where_they_are_shuffled() -> (
     None
 ):

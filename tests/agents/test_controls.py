@@ -53,6 +53,7 @@ def rule(method: str) -> jax.Array:
 
 
 @pytest.mark.parametrize("method", CONTROLS)
+@pytest.mark.fast("lamp", "magnitude", "uniform")
 def test_every_proposal_meets_the_budget(method: str) -> None:
     alone = len(singles(toy_space(), toy_space().max_options))
     archive = empty_archive(64, toy_space().num_sites)
@@ -64,6 +65,7 @@ def test_every_proposal_meets_the_budget(method: str) -> None:
     assert distinct == 1 if method in RULES else distinct > 12
 
 
+@pytest.mark.slow
 def test_greedy_scores_every_option_by_itself_and_then_favours_what_does_least_harm() -> None:
     alone = singles(toy_space(), toy_space().max_options)
     assert len(alone) == 1 + int((toy_space().num_options - 1).sum())
@@ -101,6 +103,7 @@ def test_greedy_tells_by_sizes_what_options_would_do_that_it_had_no_room_for() -
     assert (drawn == 0).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_cma_es_moves_towards_what_is_worth_more() -> None:
     """Worth is how often the first option is taken: after some populations it is taken more often."""
     method, archive, state = "cma_es", empty_archive(64, toy_space().num_sites), begun("cma_es")

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sculpt.agents import credit
 
@@ -37,6 +38,7 @@ def test_standardise_survives_equal_values() -> None:
     np.testing.assert_allclose([spread.mean(), spread.std()], [0, 1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_regression_finds_the_contributions() -> None:
     state = credit.init_credit(SITES, OPTIONS)
     for seed in range(20):

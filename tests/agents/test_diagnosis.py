@@ -19,11 +19,13 @@ def test_the_best_by_luck_is_that_of_many_draws(draws: int) -> None:
     assert best_by_luck(0.4, 0.0, draws) == 0.4
 
 
+@pytest.mark.slow
 def test_an_agent_that_learns_is_not_doubted() -> None:
     for seed in range(3):
         assert plain("agent", seed).doubt is None
 
 
+@pytest.mark.slow
 def test_an_agent_that_cannot_learn_is() -> None:
     frozen = dataclasses.replace(BASE, learning_rate=1e-9)
     assert any("learning has found nothing" in (run(frozen, seed).doubt or "") for seed in range(4))
@@ -44,6 +46,7 @@ def test_a_rise_of_the_mean_or_a_best_beyond_luck_is_learning() -> None:
     assert doubt(config, history(0.52, 0.8)) is None
 
 
+@pytest.mark.slow
 def test_only_what_learns_for_one_budget_is_judged() -> None:
     history = plain("random").history
     assert doubt(dataclasses.replace(BASE, agent=SearchConfig().agent, method="random"), history) is None

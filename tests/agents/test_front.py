@@ -27,6 +27,7 @@ FRONT = dataclasses.replace(BASE, front=(0.3, 0.7, 0.9))
 NONE_ALONE = singles(toy_space(), 0)
 
 
+@pytest.mark.slow
 def test_every_budget_gets_its_best_policy() -> None:
     found = run(FRONT)
     assert [point.budget for point in found.front] == [0.5, 0.3, 0.7, 0.9]
@@ -41,6 +42,7 @@ def test_every_budget_gets_its_best_policy() -> None:
     assert by_budget[0.5].score > 0.8 * plain().score
 
 
+@pytest.mark.slow
 def test_a_search_for_one_budget_has_a_front_of_one_point() -> None:
     (point,) = plain().front
     np.testing.assert_array_equal(point.policy, plain().policy)
@@ -48,6 +50,7 @@ def test_a_search_for_one_budget_has_a_front_of_one_point() -> None:
     assert point.used == pytest.approx(plain().macs_ratio, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_episodes_take_the_budgets_in_turn_and_each_meets_its_own() -> None:
     program, task, _ = set_up(
         toy_model(), toy_space(), toy_splits(), FRONT, jax.random.key(0), EvaluationPlan()
@@ -91,6 +94,7 @@ def test_policies_are_compared_within_their_budget() -> None:
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.slow
 def test_learning_compares_policies_within_their_budget(rounds: int) -> None:
     # Reconstructed, the toy says of every image what the dense one does, and all policies are equally good.
     config = dataclasses.replace(BASE, front=(0.3,), rounds=rounds, repair="recalibrate")
@@ -115,6 +119,7 @@ def test_learning_compares_policies_within_their_budget(rounds: int) -> None:
     np.testing.assert_allclose(before, after, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_batch_is_shared_out() -> None:
     assert SearchConfig(front=(0.3, 0.7)).batch == 30
     assert SearchConfig(front=(0.3,), evaluations=5).batch == 4

@@ -80,6 +80,7 @@ def learn(config: SearchConfig, params: dict, batch: ppo.Batch) -> tuple[dict, d
     return params, measured
 
 
+@pytest.mark.slow
 def test_correctness_12_ratio_before_the_first_update_is_one() -> None:
     batch, _ = prepared(CONFIG, rollout())
     _, measured = loss(CONFIG, toy_state()[1], batch)
@@ -98,6 +99,7 @@ def test_correctness_12_ratio_before_the_first_update_is_one() -> None:
     np.testing.assert_allclose(ratios(params), 1.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_correctness_15_every_trainable_leaf_gets_an_update() -> None:
     batch, _ = prepared(CONFIG, rollout())
     before = toy_state()[1]
@@ -108,6 +110,7 @@ def test_correctness_15_every_trainable_leaf_gets_an_update() -> None:
     assert [jax.tree_util.keystr(path) for path, change in paths if not change > 0] == []
 
 
+@pytest.mark.slow
 def test_correctness_15_the_critic_fits_constants_of_any_size() -> None:
     agent, params, graph, sites = toy_state()
     config = dataclasses.replace(CONFIG, epochs=600, learning_rate=3e-2, entropy=0.0)
@@ -127,6 +130,7 @@ def test_the_critic_does_not_shape_the_actor() -> None:
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), near[part], away[part])))
 
 
+@pytest.mark.slow
 def test_correctness_15_gae_equals_a_hand_computed_case() -> None:
     rewards, continues = jnp.asarray([[1.0], [2.0], [3.0]]), jnp.ones((3, 1))
     values = jnp.asarray([[0.5], [1.0], [1.5], [4.0]])
@@ -164,6 +168,7 @@ def test_discount_and_lambda_change_the_advantages(change: dict) -> None:
     assert np.abs(np.asarray(plain - changed)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_clip_ratio_and_entropy_change_the_loss() -> None:
     batch, _ = prepared(CONFIG, rollout())
     rng = np.random.default_rng(0)
@@ -179,6 +184,7 @@ def test_clip_ratio_and_entropy_change_the_loss() -> None:
 
 
 @pytest.mark.parametrize("change", [{"epochs": 2}, {"learning_rate": 1e-4}])
+@pytest.mark.slow
 def test_epochs_and_learning_rate_change_the_step(change: dict) -> None:
     batch, _ = prepared(CONFIG, rollout())
     params = toy_state()[1]
@@ -190,6 +196,7 @@ def test_epochs_and_learning_rate_change_the_step(change: dict) -> None:
     assert max(jax.tree.leaves(differences)) > 1e-4
 
 
+@pytest.mark.slow
 def test_epochs_end_at_the_limit_of_the_divergence() -> None:
     batch, _ = prepared(CONFIG, rollout())
     params = toy_state()[1]
@@ -217,6 +224,7 @@ def test_the_weight_of_the_entropy_goes_from_first_to_last() -> None:
     assert float(ppo.entropy_weight(CONFIG, jnp.int32(5))) == pytest.approx(CONFIG.entropy)
 
 
+@pytest.mark.slow
 def test_learning_makes_good_actions_likelier() -> None:
     agent, params, _, sites = toy_state()
     batch, _ = prepared(CONFIG, rollout())

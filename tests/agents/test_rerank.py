@@ -48,6 +48,7 @@ def sluggish() -> tuple[Model, Space]:
     return model, sculpt.make_space(sculpt.trace(model, IMAGE))
 
 
+@pytest.mark.slow
 def test_candidates_are_judged_with_statistics_of_their_own() -> None:
     model, space = sluggish()
     splits = tiny_splits()
@@ -67,6 +68,7 @@ def test_candidates_are_judged_with_statistics_of_their_own() -> None:
     assert own > without + 0.1
 
 
+@pytest.mark.slow
 def test_the_network_that_a_policy_was_judged_by_is_had_again() -> None:
     model, space = sluggish()
     splits, key = tiny_splits(), jax.random.key(4)
@@ -122,6 +124,7 @@ class Dropped(nnx.Module):
         return self.last(self.dropout(nnx.relu(self.first(x.reshape(x.shape[0], -1)))))
 
 
+@pytest.mark.slow
 def test_networks_with_keys_in_their_state_can_be_searched_in_a_directory(tmp_path: Path) -> None:
     model = sculpt.from_nnx(Dropped(nnx.Rngs(0)))
     space = sculpt.make_space(sculpt.trace(model, IMAGE))

@@ -96,6 +96,7 @@ def _ratios(policies: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_agent_finds_more_than_chance_and_nearly_the_optimum(seeds: int) -> None:
     agent = np.median([plain("agent", seed).score for seed in range(seeds)])
     chance = np.median([plain("random", seed).score for seed in range(seeds)])
@@ -128,7 +129,7 @@ def test_greedy_needs_more_evaluations_than_sites() -> None:
 
 
 @pytest.mark.parametrize("method", get_args(Method))
-@pytest.mark.fast("agent", "table", "random", "uniform", "magnitude", "lamp")
+@pytest.mark.fast("agent", "random", "uniform", "magnitude", "lamp")
 def test_correctness_18_every_method_has_the_same_evaluations_and_interface(method: Method) -> None:
     if method == "cma_es":
         pytest.importorskip("evosax")
@@ -346,7 +347,7 @@ def _changed(result: SearchResult) -> object:
     ],
     ids=lambda change: next(iter(change)),
 )
-@pytest.mark.fast("budget", "method", "score_images", "calibration_images", "warm_start")
+@pytest.mark.fast("budget", "score_images", "calibration_images", "warm_start")
 def test_correctness_04_settings_of_every_method_change_the_search(
     change: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def one_by_one(config: SearchConfig, seeds: int, scorer: Scorer = score_policies
     among=("agent", "table", "random", "lamp", "greedy", "evolution"),
     argument="method",
 )
+@pytest.mark.fast("lamp")
 def test_every_seed_finds_what_it_finds_by_itself(method: Method) -> None:
     agent = SMALL if method == "agent" else AgentConfig()
     config = dataclasses.replace(BASE, method=method, agent=agent)
@@ -77,6 +78,7 @@ def test_every_seed_finds_what_it_finds_by_itself(method: Method) -> None:
         np.testing.assert_array_equal(found.policy, archive.policies[best])
 
 
+@pytest.mark.slow
 def test_seeds_are_not_alike_and_the_key_decides() -> None:
     first, second = together(BASE, 2, TableScorer())
     assert [row["mean_reward"] for row in first.history] != [row["mean_reward"] for row in second.history]
@@ -85,6 +87,7 @@ def test_seeds_are_not_alike_and_the_key_decides() -> None:
         assert again.score == found.score
 
 
+@pytest.mark.slow
 def test_networks_are_scored_as_in_a_search_alone() -> None:
     config = dataclasses.replace(BASE, evaluations=32)
     for found, state in zip(together(config, 2), one_by_one(config, 2), strict=True):
@@ -126,6 +129,7 @@ POLICIES = [random_policies(toy_space(), jax.random.key(seed), 5, 0.6) for seed 
 @pytest.mark.parametrize(
     "plan", [PLAN, EvaluationPlan(policies_per_chunk=4), EvaluationPlan(policy_shards=2)]
 )
+@pytest.mark.fast("plan1")
 def test_what_is_asked_for_is_scored_under_vmap(plan: EvaluationPlan) -> None:
     policies, counts = jnp.stack([jnp.asarray(p) for p in POLICIES]), jnp.asarray([5, 0, 2])
     score = jax.jit(functools.partial(score_policies, problem(0, plan)))

@@ -97,6 +97,7 @@ def test_scored_options_are_favoured_by_what_they_do() -> None:
 
 
 @pytest.mark.parametrize("each", [1, 2, 3])
+@pytest.mark.fast("2", "3")
 def test_options_between_lie_on_the_line_by_the_energy_that_they_lose(each: int) -> None:
     """Harm in proportion to the energy lost, by another factor at every site, is found whole from a few options."""
     alone, lost = singles(toy_space(), each), 1.0 - np.asarray(retained())
@@ -200,6 +201,7 @@ def test_policies_are_better_from_the_first_that_is_drawn() -> None:
     assert (told > untold + 0.1).all()
 
 
+@pytest.mark.slow
 def test_nothing_is_learned_from_policies_that_were_not_drawn() -> None:
     data = jax.random.key(0)
     program, task, _ = set_up(

@@ -70,6 +70,7 @@ def test_an_unseen_larger_network_is_pruned_better_without_learning_on_it() -> N
     assert told > misinformed + 0.01
 
 
+@pytest.mark.slow
 def test_pretraining_is_deterministic_and_reports(tmp_path: Path) -> None:
     made, model, space = chain(5, 0)
     rows: list[tuple[int, float]] = []
@@ -90,6 +91,7 @@ def test_pretraining_is_deterministic_and_reports(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, first, sculpt.load_params(tmp_path / "agent.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_search_leaves_what_another_can_begin_with() -> None:
     left = plain().agent
     assert left is not None and set(left) == {"encoder", "actor", "critic"}
@@ -100,6 +102,7 @@ def test_a_search_leaves_what_another_can_begin_with() -> None:
     assert plain("random").agent is None
 
 
+@pytest.mark.slow
 def test_another_start_is_another_search(tmp_path: Path) -> None:
     config = dataclasses.replace(BASE, evaluations=32)
     left = dict(plain().agent or {})

@@ -106,6 +106,7 @@ def test_masked_equals_compacted_at_random_and_costs_what_is_claimed(name: str) 
 @slow_but(
     "plain", "option_a", "shufflenet", "unet", "group_norm", "grouped_queries", "scanned_layers", "cond"
 )
+@pytest.mark.fast("plain", "shufflenet", "group_norm", "grouped_queries", "cond")
 def test_masked_equals_compacted_with_one_unit_left(name: str) -> None:
     space, x = space_of(name), inputs(name)
     lean = prune(built(name), space, leanest_policy(space))
@@ -132,6 +133,7 @@ def test_channels_and_windows_together(name: str) -> None:
 
 
 @slow_but("plain", "vgg", "resnext", "fused_split")
+@pytest.mark.fast("plain", "vgg", "resnext")
 def test_each_group_alone(name: str) -> None:
     space = space_of(name)
     for site in space.sites:
@@ -188,6 +190,7 @@ def test_gradients_agree_on_what_survives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_GROUPS if ARCHITECTURES[n].dropout])
+@pytest.mark.fast("plain_nnx", "mapped_dropout")
 def test_dropout_draws_for_what_is_left(name: str) -> None:
     """Draws differ between shapes, so nothing is compared."""
     (found, _), gradient = gradients(pruned(name, 1).small, inputs(name), training=True)
@@ -214,7 +217,7 @@ def test_masked_equals_compacted_in_double_precision(name: str) -> None:
 
 
 @slow_but("option_a", "grouped_queries")
-@pytest.mark.fast("option_a")
+@pytest.mark.slow
 def test_compacting_twice_equals_compacting_once(name: str) -> None:
     space, x = space_of(name, None), inputs(name)
     first = prune(built(name), space, (space.num_options // 2).astype(np.int32), check=True)
@@ -295,7 +298,7 @@ def test_relabelling_changes_nothing_but_names(name: str) -> None:
 
 
 @slow_but("film", "squeeze_excitation", "scan_function")
-@pytest.mark.fast("squeeze_excitation", "scan_function")
+@pytest.mark.fast("scan_function")
 def test_relabelled_networks_compact_alike(name: str) -> None:
     space, model, x = space_of(name, None), built(name), inputs(name)
     same = np.arange(len(space.trace.leaves))

@@ -60,6 +60,7 @@ def images(dtype: str = "float32") -> jax.Array:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.fast("resnet8", "resnet20", "resnet32")
 def test_only_the_input_the_output_and_windows_stay_whole(name: str) -> None:
     trace = sculpt.trace(abstract(name), IMAGE)
     frozen = {row.name: row.reason for row in trace.frozen}

@@ -64,6 +64,7 @@ def test_a_network_is_pruned_in_other_dtypes_too(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.slow
 def test_a_network_is_pruned_in_its_own_dtype(dtype: str) -> None:
     with contextlib.ExitStack() as settings:
         settings.enter_context(warnings.catch_warnings())

@@ -34,15 +34,7 @@ def drawn(space: sculpt.Space, seed: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["residual", "separable"])
 @pytest.mark.parametrize("family", ENTRIES)
-@pytest.mark.fast(
-    "rect_grouped-separable",
-    "2:4-residual",
-    "2:4-separable",
-    "nm-separable",
-    "block-separable",
-    "entries4-separable",
-    "unstructured-residual",
-)
+@pytest.mark.fast("nm-separable", "block-separable")
 def test_every_option_keeps_as_many_entries_as_it_says(family: str, name: str) -> None:
     space = space_of(name, (family,))
     choices = jax.device_get(make_choices(space, network(name).params))
@@ -63,17 +55,7 @@ def test_every_option_keeps_as_many_entries_as_it_says(family: str, name: str) -
 
 @pytest.mark.parametrize("name", ["residual", "separable"])
 @pytest.mark.parametrize("family", ENTRIES)
-@pytest.mark.fast(
-    "rect_grouped-residual",
-    "rect_grouped-separable",
-    "2:4-residual",
-    "nm-residual",
-    "nm-separable",
-    "block-residual",
-    "block-separable",
-    "entries4-residual",
-    "unstructured-separable",
-)
+@pytest.mark.fast("rect_grouped-separable", "nm-separable", "block-separable")
 def test_costs_are_those_of_the_entries_that_stay(family: str, name: str) -> None:
     space, trace = space_of(name, (family,)), traced(name)
     policy = drawn(space)
@@ -89,7 +71,7 @@ def test_costs_are_those_of_the_entries_that_stay(family: str, name: str) -> Non
 
 
 @slow_but("residual", "separable", "nnx")
-@pytest.mark.fast("nnx")
+@pytest.mark.slow
 def test_masked_equals_compacted_together_with_channels(name: str) -> None:
     """Channels go, the other zeros stay in place."""
     space, trace = space_of(name), traced(name)
@@ -153,6 +135,7 @@ def test_search_and_fine_tuning_hold_the_zeros() -> None:
     assert sculpt.count_cost(small, jnp.zeros((1, 8, 8, 1))) == (space.trace.macs, space.trace.num_params)
 
 
+@pytest.mark.slow
 def test_gradients_are_zero_where_entries_are_gone() -> None:
     model, space = network("residual"), space_of("residual")
     masks = sculpt.make_masks(space, model.params, space.num_options - 1)

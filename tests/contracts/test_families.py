@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import sculpt
 from sculpt import nets
@@ -32,6 +33,7 @@ def digits(side: int) -> Splits:
 
 
 @slow_but("mobilenet", among=sorted(FAMILIES), argument="family")
+@pytest.mark.slow
 def test_the_whole_way(family: str) -> None:
     name = FAMILIES[family]
     options, side = NARROW[name]

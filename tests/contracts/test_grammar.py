@@ -57,6 +57,7 @@ def check(steps: list[Step], seed: int) -> None:
 
 @given(steps=STEPS, seed=st.integers(0, 99))
 @settings(reproducible, max_examples=15)
+@pytest.mark.slow
 def test_random_architectures_compact_exactly(steps: list[Step], seed: int) -> None:
     check(steps, seed)
 

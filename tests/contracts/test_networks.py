@@ -53,7 +53,7 @@ def test_correctness_03_masked_equals_compacted(name: str) -> None:
         assert max_difference(masked, small, IMAGES) <= 1e-5
 
 
-@pytest.mark.fast("plain", "biased", "concatenated", "separable", "dilated", "nnx", "function")
+@pytest.mark.fast("plain", "dilated", "function")
 def test_whole_numbers_of_macs_are_those_of_the_cost(name: str) -> None:
     space = space_of(name)
     for policy in (np.zeros(space.num_sites, np.int32), mixed_policy(space), smallest_policy(space)):
@@ -64,7 +64,7 @@ def test_whole_numbers_of_macs_are_those_of_the_cost(name: str) -> None:
         assert policy.any() or theoretical_macs(space, policy, masks) == traced(name).macs
 
 
-@pytest.mark.fast("plain", "biased", "concatenated", "separable", "dilated", "nnx", "function")
+@pytest.mark.fast("biased", "dilated", "nnx", "function")
 def test_correctness_08_claimed_macs_equal_counted_zeros_and_the_compact_program(name: str) -> None:
     space = space_of(name)
     policy = mixed_policy(space)
@@ -112,7 +112,7 @@ def test_correctness_16_coupled_layers_lose_the_same_units(name: str) -> None:
         assert all(f == found[0] for f in found), group.name
 
 
-@pytest.mark.fast("plain", "biased", "dilated", "nnx", "function")
+@pytest.mark.fast("plain", "biased", "dilated", "function")
 def test_each_site_alone_is_masked_and_compacted_exactly(name: str) -> None:
     space = space_of(name)
     apply = jax.jit(network(name).apply)
@@ -162,7 +162,7 @@ def test_training_mode_and_gradients_agree_on_what_survives(name: str) -> None:
 
 
 @slow_but("residual", "concatenated", "nnx", "function")
-@pytest.mark.fast("function")
+@pytest.mark.slow
 def test_compact_model_can_be_traced_and_pruned_again(name: str) -> None:
     _, small = pruned(name, mixed_policy(space_of(name)))
     trace = sculpt.trace(small, IMAGES)

@@ -53,7 +53,7 @@ def assert_same_logits(model: Model, x: jax.Array, file: Path) -> None:
 
 
 @slow_but("resnet18", "mobilenet_v3_small", "efficientnet_lite0", "vit_tiny_patch4", among=NARROW)
-@pytest.mark.fast("resnet18")
+@pytest.mark.slow
 def test_named_networks_dense_and_compact(name: str, tmp_path: Path) -> None:
     x = jnp.concatenate([images(name)] * 3)[:8] * jnp.arange(1.0, 9.0).reshape(-1, 1, 1, 1) / 4.0
     space = narrow_space(name)
@@ -67,6 +67,7 @@ def test_named_networks_dense_and_compact(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8", pytest.param("resnet20", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_cifar_resnets_dense_and_compact(name: str, tmp_path: Path) -> None:
     model = from_linen(sculpt.nets.create(name, num_classes=10), CIFAR)(jax.random.key(0))
     space = sculpt.make_space(sculpt.trace(model, CIFAR))
@@ -80,18 +81,7 @@ def test_cifar_resnets_dense_and_compact(name: str, tmp_path: Path) -> None:
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES if n not in REFUSED],
 )
-@pytest.mark.fast(
-    "option_a",
-    "shufflenet",
-    "group_norm",
-    "rms_norm",
-    "layer_norm_slow",
-    "whitened",
-    "experts",
-    "channels_first",
-    "custom_vjp",
-    "grouped_gates",
-)
+@pytest.mark.fast("rms_norm", "layer_norm_slow", "whitened", "channels_first", "custom_vjp")
 def test_the_zoo(name: str, tmp_path: Path) -> None:
     assert_same_logits(built(name), inputs(name, 8), tmp_path / "model.onnx")
 
@@ -103,6 +93,19 @@ def test_the_zoo_compacted(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.fast(
+    "routed_experts",
+    "lstm",
+    "gru",
+    "lstm_function",
+    "scanned_layers",
+    "scan_function",
+    "cond",
+    "while_loop",
+    "written_buffer",
+    "state_space",
+    "own_kernels",
+)
 def test_what_has_no_onnx_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=REFUSED[name]):
         sculpt.export_onnx(built(name), tmp_path / "model.onnx", inputs(name))

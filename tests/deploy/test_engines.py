@@ -30,6 +30,7 @@ def skip_unless_installed(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.fast("xla", "openvino", "litert")
 def test_a_model_in_an_engine_gives_its_logits(engine: str) -> None:
     skip_unless_installed(engine)
     model = network("separable")
@@ -43,6 +44,18 @@ def test_a_model_in_an_engine_gives_its_logits(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["openvino", "litert"])
 @pytest.mark.parametrize("name", NARROW)
+@pytest.mark.fast(
+    "mobilenet_v1-openvino",
+    "mobilenet_v1-litert",
+    "mobilenet_v2-openvino",
+    "mobilenet_v2-litert",
+    "mobilenet_v3_small-openvino",
+    "mobilenet_v3_small-litert",
+    "efficientnet_lite0-openvino",
+    "efficientnet_lite0-litert",
+    "deit_tiny_distilled_patch16-openvino",
+    "deit_tiny_distilled_patch16-litert",
+)
 def test_named_networks_dense_and_compact(engine: str, name: str) -> None:
     skip_unless_installed(engine)
     x = np.random.default_rng(1).standard_normal((8, *images(name).shape[1:])).astype(np.float32)

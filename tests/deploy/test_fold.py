@@ -29,6 +29,7 @@ def operations(model: Model, x: jax.Array = IMAGES) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.fast("plain", "concatenated", "dilated", "function")
 def test_folded_equals_dense_at_any_batch(name: str) -> None:
     expected = outputs(network(name), IMAGES)
     for batch in (4, 1):
@@ -154,6 +155,7 @@ def test_a_folded_network_is_exported_traced_and_pruned_like_any_other() -> None
     assert distance(outputs(masked, IMAGES), outputs(small, IMAGES)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_compact_networks_fold_too() -> None:
     model = network("residual")
     space = sculpt.make_space(sculpt.trace(model, IMAGES))
@@ -244,6 +246,7 @@ def test_batch_norm_behind_groups_of_filters() -> None:
     assert distance(outputs(masked, IMAGES), outputs(after, IMAGES)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_batch_norm_behind_filters_that_keep_nothing() -> None:
     masked, small = in_groups(5)
     after = sculpt.fold(small, IMAGES)

@@ -63,6 +63,7 @@ def install(monkeypatch: pytest.MonkeyPatch, seconds_of: Callable[[list[tuple[in
 
 
 @pytest.mark.parametrize("per_call", [0.0, 4e3, 1e9])
+@pytest.mark.fast("4000.0")
 def test_the_fastest_cut_is_found(
     monkeypatch: pytest.MonkeyPatch, wide: tuple[sculpt.Model, sculpt.Space, np.ndarray], per_call: float
 ) -> None:

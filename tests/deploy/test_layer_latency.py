@@ -87,7 +87,7 @@ def install_clock(monkeypatch: pytest.MonkeyPatch, seconds_of: Callable[[jax.Arr
     ],
 )
 @pytest.mark.usefixtures("clock")
-@pytest.mark.fast("concatenated-families1-0-0.0001")
+@pytest.mark.slow
 def test_layers_add_up_to_networks(
     name: str, families: tuple[str, ...], min_keep: int, within: float
 ) -> None:
@@ -210,6 +210,7 @@ def test_a_file_keeps_it(tmp_path: Path) -> None:
         load_layers(tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 def test_a_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     # So few samples of so small networks may have any slope.
     for fit in ("_line", "_line_through_first"):

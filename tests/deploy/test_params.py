@@ -36,6 +36,7 @@ def test_a_tree_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
+@pytest.mark.slow
 def test_correctness_02_masks_policy_and_cost_come_back_bit_for_bit(tmp_path: Path) -> None:
     model = untrained_digits()
     space = sculpt.make_space(sculpt.trace(model, jnp.zeros((1, 8, 8, 1))))

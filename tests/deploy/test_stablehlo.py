@@ -41,6 +41,7 @@ def test_a_fixed_batch_is_that_of_the_example(tmp_path: Path) -> None:
         loaded(IMAGES[:1])
 
 
+@pytest.mark.slow
 def test_dense_and_compact_networks(tmp_path: Path) -> None:
     model = untrained_digits()
     space = sculpt.make_space(sculpt.trace(model, IMAGES))

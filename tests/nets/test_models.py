@@ -110,7 +110,6 @@ def test_every_network_has_its_count() -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.fast(
-    "resnet18",
     "resnet34",
     "resnet8_mlperf",
     "vgg16_bn",
@@ -119,10 +118,7 @@ def test_every_network_has_its_count() -> None:
     "vgg19_bn_cifar",
     "vit_small_patch16",
     "vit_base_patch16",
-    "vit_tiny_patch4",
     "vit_small_patch4",
-    "vit_small_patch2",
-    "deit_tiny_patch16",
     "deit_small_patch16",
     "deit_small_distilled_patch16",
 )
@@ -141,7 +137,6 @@ def test_mobilenet_v1_has_the_published_size_at_every_width(multiplier: float, c
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.fast(
     "None-resnet18",
-    "None-resnet34",
     "None-resnet8_mlperf",
     "None-vgg16_bn",
     "None-vgg16_bn_cifar",

@@ -93,14 +93,7 @@ def space_of(name: str) -> sculpt.Space:
 
 @pytest.mark.parametrize("name", slow_where_only_the_size_differs(nets.list_models()))
 @pytest.mark.fast(
-    "resnet8",
-    "resnet20",
-    "resnet18",
-    "resnet34",
-    "resnet8_mlperf",
-    "vgg16_bn",
-    "vgg16_bn_cifar",
-    "mobilenet_v1",
+    "resnet8", "resnet20", "resnet18", "resnet8_mlperf", "vgg16_bn", "vgg16_bn_cifar", "mobilenet_v1"
 )
 def test_every_width_but_input_and_output_is_free(name: str) -> None:
     side = min(32, nets.image_size(name))
@@ -131,7 +124,7 @@ def test_every_width_but_input_and_output_is_free(name: str) -> None:
 
 
 @slow_but("resnet50", "mobilenet_v2", "mobilenet_v3_small", "deit_tiny_distilled_patch16", among=NARROW)
-@pytest.mark.fast("deit_tiny_distilled_patch16")
+@pytest.mark.slow
 def test_masked_equals_compacted(name: str) -> None:
     same_in_double(name, drawn_policy(space_of(name), 1))
 

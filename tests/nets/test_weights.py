@@ -55,6 +55,25 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize(("name", "naming"), PAIRS)
+@pytest.mark.fast(
+    "resnet18-torchvision",
+    "resnet18-timm",
+    "resnet18-huggingface",
+    "resnet50-timm",
+    "resnet50-huggingface",
+    "vgg16_bn-torchvision",
+    "vgg16_bn-timm",
+    "vgg16_bn_cifar-torchvision",
+    "mobilenet_v1-timm",
+    "mobilenet_v2-torchvision",
+    "mobilenet_v2-timm",
+    "mobilenet_v3_small-timm",
+    "efficientnet_lite0-efficientnet_lite",
+    "vit_tiny_patch4-torchvision",
+    "vit_tiny_patch4-huggingface",
+    "deit_tiny_distilled_patch16-timm",
+    "deit_tiny_distilled_patch16-huggingface",
+)
 def test_weights_come_back_as_they_went(name: str, naming: str, tmp_path: Path) -> None:
     module, variables = narrow(name)
     nets.save(module, variables, tmp_path / "w.safetensors", naming)
@@ -201,7 +220,7 @@ def test_position_embeddings_are_interpolated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "deit_tiny_distilled_patch16"])
-@pytest.mark.fast("resnet18")
+@pytest.mark.slow
 def test_a_new_head_is_drawn_for_other_classes(name: str, tmp_path: Path) -> None:
     module, variables = narrow(name)
     nets.save(module, variables, tmp_path / "w.safetensors")

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.optimised
 
 
 @pytest.mark.parametrize(("name", "mean"), [("resnet8", 0.485), ("efficientnet_lite0", 127 / 255)])
+@pytest.mark.fast("resnet8-0.485")
 def test_images_are_scaled_as_the_weights_expect(
     name: str, mean: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_run_on_a_stream_knows_its_data_again(tmp_path: Path) -> None:
         _ = Artefacts(run, given).splits
 
 
+@pytest.mark.slow
 def test_weights_for_other_classes_are_given_a_new_head_and_trained(tmp_path: Path) -> None:
     splits = sculpt.load_data("digits")
     for part in ("train", "test"):

@@ -97,7 +97,7 @@ def test_no_group_loses_all_unless_it_is_asked_for() -> None:
         ("nnx", ("channels", "rect_grouped")),
     ],
 )
-@pytest.mark.fast("nnx-families5")
+@pytest.mark.slow
 def test_masked_equals_compact_equals_folded(name: str, families: tuple[str, ...]) -> None:
     masked, small, gone = without_branches(network(name), families)
     folded = sculpt.fold(small, IMAGES)
@@ -234,6 +234,7 @@ def test_choices_between_arrays_are_worked_out_and_left() -> None:
     assert max_difference(model, after, x[:1]) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_difference_is_named_where_a_branch_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("residual")
     space = sculpt.make_space(traced("residual"), ("channels",), min_keep=0)

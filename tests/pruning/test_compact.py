@@ -47,6 +47,7 @@ class Half(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_networks_in_half_precision_are_compared_by_its_roundings() -> None:
     network = Half()
     x = jnp.zeros((1, 8, 8, 3))

@@ -78,6 +78,7 @@ EXACT: dict[str, Middle] = {
 
 
 @pytest.mark.parametrize("name", EXACT)
+@pytest.mark.fast("whole numbers", "mean of what a mask leaves")
 def test_outputs_and_gradients_are_those_of_the_masked_network(name: str) -> None:
     with jax.enable_x64(True):
         model = network(EXACT[name], jnp.float64)
@@ -127,6 +128,7 @@ def test_what_may_differ_is_frozen_with_a_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.fast("float16")
 def test_half_precision(dtype: Any) -> None:
     with jax.numpy_dtype_promotion("standard"):
         model = network(lambda h: normalised(h), dtype)
@@ -136,6 +138,7 @@ def test_half_precision(dtype: Any) -> None:
         pruned.assert_same_outputs(x, 0.03)
 
 
+@pytest.mark.slow
 def test_a_compact_network_is_pruned_again_and_exported(tmp_path: Any) -> None:
     model, x = network(normalised), jax.random.normal(jax.random.key(1), (3, 3))
     space = sculpt.make_space(sculpt.trace(model, X))
@@ -148,6 +151,7 @@ def test_a_compact_network_is_pruned_again_and_exported(tmp_path: Any) -> None:
     np.testing.assert_allclose(twice.small(x), once.small(x), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_programs_add_what_is_pruned_too() -> None:
     dense = network(normalised)
     model = sculpt.from_function(

@@ -76,6 +76,7 @@ def all_policies(found: sculpt.Space) -> np.ndarray:
         (("*/first/bias", "stem"), {"block/first/bias", "stem/kernel"}),
     ],
 )
+@pytest.mark.fast("patterns1-names1", "patterns2-names2", "patterns3-names3", "patterns4-names4")
 def test_what_is_excluded_stays_as_it_is_in_every_array(patterns: tuple[str, ...], names: set[str]) -> None:
     found = space(*patterns)
     touched = pruned_leaves(found, all_policies(found))
@@ -83,6 +84,7 @@ def test_what_is_excluded_stays_as_it_is_in_every_array(patterns: tuple[str, ...
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast("channels", "rect", "2:4", "nm", "block", "entries4", "unstructured")
 def test_families_leave_an_excluded_kernel_alone(family: str) -> None:
     found = space("block/second", families=(family,))
     assert {site.name for site in found.sites} <= {"stem", "block/first", "block/third", "head"}
@@ -145,6 +147,7 @@ def test_one_pattern_may_stand_alone_and_policies_name_no_excluded_layer() -> No
         sculpt.policy_from(found, {"block/second": 0.5})
 
 
+@pytest.mark.slow
 def test_rules_and_random_policies_respect_it() -> None:
     found = space("block/second", families=("channels", "rect"))
     rules = [

@@ -192,7 +192,7 @@ def with_windows(dtype: Any = jnp.float32) -> Model:
 
 
 @pytest.mark.parametrize("families", [("rect_grouped",), ("channels", "rect_grouped")], ids="+".join)
-@pytest.mark.fast("channels+rect_grouped")
+@pytest.mark.slow
 def test_convolutions_in_groups_are_the_same_function(families: tuple[str, ...]) -> None:
     model = with_windows()
     space = sculpt.make_space(sculpt.trace(model, IMAGES), families, round_to=16)
@@ -246,7 +246,7 @@ def test_a_network_in_groups_can_be_traced_and_pruned_again() -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "nnx"])
-@pytest.mark.fast("nnx")
+@pytest.mark.slow
 def test_small_networks_together_with_channels(name: str) -> None:
     space = sculpt.make_space(traced(name), ("channels", "rect_grouped"))
     policy = space.num_options - 1
@@ -283,7 +283,7 @@ MIDDLES = {
 
 
 @pytest.mark.parametrize("name", MIDDLES)
-@pytest.mark.fast("constant", "scan", "checkpoint", "own derivative")
+@pytest.mark.fast("scan", "checkpoint", "own derivative")
 def test_what_knows_the_channels_by_number_follows_their_new_order(name: str) -> None:
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         y = jax.lax.conv_general_dilated(

@@ -97,15 +97,7 @@ def pairs(kinds: Sequence[str]) -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "name"), pairs(KINDS))
 @pytest.mark.fast(
-    "energy-biased",
-    "energy-residual",
-    "energy-concatenated",
-    "energy-separable",
-    "energy-function",
-    "l1-residual",
-    "l2-residual",
-    "batch_norm-residual",
-    "random-residual",
+    "energy-biased", "energy-function", "l1-residual", "l2-residual", "batch_norm-residual", "random-residual"
 )
 def test_scores_are_one_finite_number_per_unit_of_every_group(kind: str, name: str) -> None:
     result = scored(name, kind)
@@ -119,6 +111,15 @@ def test_scores_are_one_finite_number_per_unit_of_every_group(kind: str, name: s
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(DETERMINED))
+@pytest.mark.fast(
+    "energy-biased",
+    "energy-concatenated",
+    "energy-nnx",
+    "energy-function",
+    "l1-residual",
+    "l2-residual",
+    "batch_norm-residual",
+)
 def test_permuting_units_permutes_their_scores(kind: str, name: str) -> None:
     trace, model = traced(name), varied(name)
     rng = np.random.default_rng(0)
@@ -141,13 +142,7 @@ def test_a_unit_of_zeros_scores_lowest(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(KINDS))
-@pytest.mark.fast(
-    "l1-residual",
-    "batch_norm-residual",
-    "geometric_median-residual",
-    "activation-residual",
-    "random-residual",
-)
+@pytest.mark.fast("batch_norm-residual", "geometric_median-residual")
 def test_masks_drop_the_lowest_before_and_after_fine_tuning_and_compaction_agrees(
     kind: str, name: str
 ) -> None:
@@ -188,6 +183,7 @@ def test_retained_shares_are_those_of_the_scores(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast("energy", "l1", "l2", "batch_norm", "random")
 def test_narrow_parameters_are_scored_in_float32(kind: str) -> None:
     wide = varied("function")
     narrow = wide.replace(params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), wide.params))
@@ -217,6 +213,7 @@ def test_random_scores_follow_the_key() -> None:
 
 
 @pytest.mark.parametrize("kind", ["taylor", "activation"])
+@pytest.mark.fast("activation")
 def test_all_images_count(kind: str) -> None:
     """The last, incomplete micro-batch too."""
     model, trace = varied("plain"), traced("plain")

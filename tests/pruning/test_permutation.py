@@ -34,6 +34,7 @@ def retained(model: Model, trace: sculpt.Trace, label: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.fast("biased")
 def test_the_function_stays_the_same_and_two_of_four_keeps_more(name: str) -> None:
     model = network(name)
     moved = sculpt.permute_channels(model, traced(name), jax.random.key(0))
@@ -45,6 +46,7 @@ def test_the_function_stays_the_same_and_two_of_four_keeps_more(name: str) -> No
     )
 
 
+@pytest.mark.slow
 def test_training_goes_on_alike() -> None:
     model = network("residual")
     moved = sculpt.permute_channels(model, traced("residual"), jax.random.key(0))

@@ -80,7 +80,7 @@ def test_a_table_of_parts_adds_up() -> None:
     ["params", "macs_realised", ("macs", "params"), {"macs": 1.0, "params": 1.5}],
     ids=["params", "realised", "both", "allowances"],
 )
-@pytest.mark.fast("realised")
+@pytest.mark.slow
 def test_projections_meet_every_budget_and_spend_one(resource: Any) -> None:
     limited = sculpt.with_resource(space(), resource)
     found = sculpt.cost(limited, sculpt.random_policies(limited, jax.random.key(1), 100, BUDGET))
@@ -97,6 +97,7 @@ def test_projections_meet_every_budget_and_spend_one(resource: Any) -> None:
         assert float(sculpt.cost(limited, rule).used) <= BUDGET + 2e-6
 
 
+@pytest.mark.slow
 def test_a_cheaper_option_need_not_be_the_last() -> None:
     """A latency may rise where a layer shrinks: the least that can be reached is that of the cheapest options."""
     table = looked_up()
@@ -113,6 +114,7 @@ def test_a_cheaper_option_need_not_be_the_last() -> None:
     assert np.asarray(resource_used(limited, policies)).max() <= limited.reachable[0] + 2e-4
 
 
+@pytest.mark.slow
 def test_an_option_that_keeps_more_and_takes_less_time_is_taken() -> None:
     """Of eight channels seven may take longer than all: no projection stays there."""
     table = looked_up()

@@ -171,6 +171,7 @@ def test_compact_describes_old_and_new_shapes() -> None:
     assert "Conv_1/kernel [3, 3, 8, 12] -> [3, 3, 1, 2]" in small.apply.describe()
 
 
+@pytest.mark.slow
 def test_an_axis_of_which_only_whole_groups_can_go_stays_in_part() -> None:
     def norm(x: jax.Array) -> jax.Array:
         return nn.softmax(x.reshape(*x.shape[:-1], 2, 4)).reshape(x.shape)
@@ -208,6 +209,7 @@ def test_graph_follows_the_policy_and_the_budget_and_nothing_random() -> None:
     assert np.array_equal(dense.nodes, at_hand.nodes)
 
 
+@pytest.mark.slow
 def test_sites_alike_are_compiled_once() -> None:
     """Whatever the space, and whatever the parameters."""
     model, space = network("residual"), sculpt.make_space(traced("residual"))

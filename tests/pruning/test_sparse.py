@@ -176,6 +176,7 @@ def test_the_first_family_that_takes_a_kernel_has_it_alone() -> None:
         assert site.family == ("entries4" if layer.kernel_size == (3, 3) else last)
 
 
+@pytest.mark.slow
 def test_channels_first_and_then_two_of_four_on_what_is_left() -> None:
     """In one space the groups of the pattern would lose their neighbours."""
     model = network("plain")

@@ -78,6 +78,7 @@ def test_single_sites_have_no_mean_reward() -> None:
     assert reward_plot([high, *rows[1:]]) == reward_plot([low, *rows[1:]]) != reward_plot(rows)
 
 
+@pytest.mark.slow
 def test_layer_and_graph_plots(space: sculpt.Space) -> None:
     for make in (kept_plot, graph_plot):
         dense, cut = make(space, np.zeros(space.num_sites, np.int32)), make(space, policy(space))

@@ -45,6 +45,7 @@ def reset(env: PruningEnv, params: EnvParams):
     return env.reset(jax.random.key(0), params)
 
 
+@pytest.mark.slow
 def test_an_episode(params: EnvParams, actions: jax.Array, images: tuple[jax.Array, jax.Array]) -> None:
     env = PruningEnv(toy_space(), NUMBER, rounds=2)
     graphs, state = reset(env, params)
@@ -76,6 +77,7 @@ def test_a_new_episode_keeps_the_archive(params: EnvParams, actions: jax.Array) 
     assert int(state.archive.count) > 0
 
 
+@pytest.mark.slow
 def test_objective_and_reward_weight_enter(params: EnvParams, actions: jax.Array) -> None:
     plain = PruningEnv(toy_space(), NUMBER)
     by_loss = dataclasses.replace(plain, objective="loss")

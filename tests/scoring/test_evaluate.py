@@ -41,7 +41,7 @@ def one_by_one(
 @pytest.mark.parametrize("name", ["residual", "nnx"])
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.fast("1-False-nnx", "1-True-nnx", "4-False-nnx", "4-True-nnx")
+@pytest.mark.fast("4-False-nnx", "4-True-nnx")
 def test_scores_equal_a_plain_loop(name: str, calibrated: bool, chunk: int) -> None:
     space = sculpt.make_space(traced(name))
     policies = sculpt.random_policies(space, jax.random.key(2), 5)
@@ -62,7 +62,7 @@ def test_scores_equal_a_plain_loop(name: str, calibrated: bool, chunk: int) -> N
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("residual", 1), ("biased", 4))),
     ],
 )
-@pytest.mark.fast("biased-1")
+@pytest.mark.slow
 def test_scores_of_reconstructed_networks_equal_a_plain_loop(name: str, chunk: int) -> None:
     model, space = network(name), sculpt.make_space(traced(name))
     policies = sculpt.random_policies(space, jax.random.key(2), 5)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import sculpt
 from tests.conftest import REPOSITORY
@@ -38,6 +39,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -35,6 +35,7 @@ def names(function: object, *arguments: object) -> list[str]:
     padding=st.sampled_from(["SAME", "VALID", ((1, 0), (-1, 2))]),
     layout=st.sampled_from([("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("NHWC", "OHWI", "NCHW")]),
 )
+@pytest.mark.slow
 def test_matrix_products_and_sums_of_shifts_are_the_same_convolution(
     kind: tuple[lowering.Convolution, int, int],
     size: tuple[int, int],
@@ -62,6 +63,7 @@ def test_matrix_products_and_sums_of_shifts_are_the_same_convolution(
     np.testing.assert_allclose(changed(x, w), convolve(x, w), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_mobile_network_are_those_of_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("separable")
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
@@ -110,6 +112,7 @@ def depthwise(x: jax.Array, w: jax.Array) -> jax.Array:
     ("convolution", "precision", "tolerance"),
     [("lax", "float32", 1e-4), ("im2col", "float32", 1e-4), ("lax", "bfloat16", 0.1)],
 )
+@pytest.mark.fast("im2col-float32-0.0001", "lax-bfloat16-0.1")
 def test_derivatives_that_functions_bring_along_are_kept(
     convolution: lowering.Convolution, precision: lowering.Precision, tolerance: float
 ) -> None:
@@ -132,6 +135,7 @@ def test_derivatives_that_functions_bring_along_are_kept(
 @pytest.mark.parametrize(
     ("dtype", "wanted"), [("int8", "int32"), ("bfloat16", "float32"), ("bfloat16", None), ("float32", None)]
 )
+@pytest.mark.fast("int8-int32", "bfloat16-None", "float32-None")
 def test_sums_of_shifts_are_as_exact_as_xla(dtype: str, wanted: str | None) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-99, 99, (2, 9, 3)), jnp.dtype(dtype))
@@ -199,6 +203,7 @@ class Looped(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_operations_inside_loops_change_too() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     model = sculpt.from_linen(Looped(), Looped().init(jax.random.key(1), x))
@@ -220,6 +225,7 @@ def test_operations_inside_loops_change_too() -> None:
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lax", 2), ("im2col", 1))),
     ],
 )
+@pytest.mark.slow
 def test_half_precision_changes_scores_a_little(convolution: str, chunk: int) -> None:
     images = jax.random.normal(jax.random.key(0), (64, 8, 8, 3))
     labels = jax.random.randint(jax.random.key(1), (64,), 0, 5)

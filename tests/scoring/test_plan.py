@@ -46,6 +46,7 @@ def scores(
 
 
 @slow_but("small batches", "im2col, vmap", "policies and images over devices", among=PLANS, argument="plan")
+@pytest.mark.slow
 def test_every_plan_gives_the_same_scores(plan: str) -> None:
     expected, found = scores("residual", sculpt.EvaluationPlan()), scores("residual", PLANS[plan])
     np.testing.assert_allclose(found.accuracy, expected.accuracy, atol=1.01 / 150)
@@ -57,6 +58,7 @@ def test_every_plan_gives_the_same_scores(plan: str) -> None:
     among=("im2col, vmap", "policies and images over devices"),
     argument="plan",
 )
+@pytest.mark.slow
 def test_reconstruction_is_the_same_in_every_plan(plan: str) -> None:
     expected = scores("residual", sculpt.EvaluationPlan(), repair="reconstruct")
     found = scores("residual", PLANS[plan], repair="reconstruct")
@@ -75,6 +77,7 @@ def test_unknown_choices_are_refused(field: str) -> None:
         sculpt.EvaluationPlan(**{field: "fast"})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_no_retrace_on_several_devices() -> None:
     plan = sculpt.EvaluationPlan(policy_shards=2)
     scores("plain", plan, 8)

@@ -34,6 +34,7 @@ def task(trained_digits: tuple[Model, Splits]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_finalists_carry_their_full_score_and_the_best_is_near_the_top(task: dict[str, Any]) -> None:
     full = sculpt.evaluate_policies(**task)
     race = sculpt.race_policies(**task, key=KEY, first_images=50, sample=4)
@@ -59,6 +60,7 @@ def test_the_correlation_is_that_of_the_sample(task: dict[str, Any]) -> None:
     assert race.rungs[-1].rank_correlation == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_a_sampled_policy_with_the_best_full_score_wins(task: dict[str, Any]) -> None:
     race = sculpt.race_policies(**task, key=KEY, first_images=4, factor=16, sample=48)
     assert [rung.policies for rung in race.rungs] == [48, 3, 1]

@@ -49,7 +49,7 @@ QUICK = ("residual", "separable", "biased")
     ]
     + [("residual", ("rect_grouped",)), ("residual", ("2:4",)), ("function", ("unstructured",))],
 )
-@pytest.mark.fast("function-families10")
+@pytest.mark.slow
 def test_logits_come_closer_and_zeros_stay(name: str, families: tuple[str, ...]) -> None:
     masks, masked = pruned(name, families)
     fitted = sculpt.reconstruct(network(name), masks, IMAGES)
@@ -60,6 +60,7 @@ def test_logits_come_closer_and_zeros_stay(name: str, families: tuple[str, ...])
 
 @pytest.mark.parametrize("shape", ["dense", "transposed", "heads", "conv"])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.fast("True-heads", "False-dense", "False-transposed")
 def test_one_layer_is_ridge_regression(shape: str, bias: bool) -> None:
     """Against NumPy's least squares on rows written out here."""
     rng = np.random.default_rng(0)
@@ -214,7 +215,7 @@ def test_the_first_layer_that_is_not_finite_is_named() -> None:
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "custom_vjp"])
-@pytest.mark.fast("custom_vjp")
+@pytest.mark.slow
 def test_layers_with_a_backward_pass_of_their_own_are_fitted(kind: str) -> None:
     def layer(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.nn.relu(x @ w)
@@ -253,6 +254,7 @@ def test_a_mean_is_not_moved_into_a_bias_that_another_output_lacks() -> None:
     ).all()
 
 
+@pytest.mark.slow
 def test_nothing_pruned_changes_nothing() -> None:
     model = network("residual")
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), model.params)
@@ -306,6 +308,7 @@ def test_refusals(images: Any, ridge: float, says: str) -> None:
         sculpt.reconstruct(network("residual"), masks, images, ridge=ridge)
 
 
+@pytest.mark.slow
 def test_layers_of_size_zero_are_passed_over() -> None:
     rng = np.random.default_rng(0)
     shapes = {"first": (4, 6), "empty": (4, 0), "back": (0, 3), "last": (6, 3)}

@@ -68,6 +68,7 @@ def test_flipped_bits_of_a_parquet_file_are_found_or_change_nothing(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["scores.jsonl", "scores.parquet"])
+@pytest.mark.fast("scores.parquet")
 def test_damaged_scores_are_not_taken_over(tmp_path: Path, name: str) -> None:
     out = tmp_path / name
     run(some_policies(5), out)

@@ -42,6 +42,7 @@ def tuned(
     )
 
 
+@pytest.mark.slow
 def test_the_fastest_of_the_plans_tried_is_chosen_and_gives_the_same_scores() -> None:
     found = tuned()
     rates = {trial.plan: trial.policies_per_second or 0.0 for trial in found.trials}
@@ -63,6 +64,7 @@ def test_the_fastest_of_the_plans_tried_is_chosen_and_gives_the_same_scores() ->
         np.testing.assert_allclose(scores.loss, all_scores[0].loss, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_was_found_is_remembered_by_shapes_and_precision(tmp_path: Path) -> None:
     first = tuned(tmp_path, choices=FEW)
     again = tuned(tmp_path, choices=FEW)
@@ -84,6 +86,7 @@ def test_what_was_found_is_remembered_by_shapes_and_precision(tmp_path: Path) ->
     assert not tuned(tmp_path, choices=FEW).remembered
 
 
+@pytest.mark.slow
 def test_plans_beyond_the_memory_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = {trial.plan: trial.memory or 0 for trial in tuned(choices=FEW).trials}
     largest, smallest = max(needs, key=lambda plan: needs[plan]), min(needs, key=lambda plan: needs[plan])

@@ -37,6 +37,7 @@ def test_evaluate_takes_traced_parameters_images_and_labels() -> None:
 
 
 @pytest.mark.parametrize("repair", ["recalibrate", "reconstruct"])
+@pytest.mark.fast("recalibrate")
 def test_evaluate_policies_takes_traced_arguments(repair: str) -> None:
     def scores(
         params: dict[str, jax.Array], policies: jax.Array, x: jax.Array, labels: jax.Array

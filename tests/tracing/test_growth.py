@@ -57,6 +57,7 @@ def calls_and_bytes(blocks: int) -> tuple[int, int]:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_time_and_memory_grow_linearly_with_the_equations() -> None:
     # What JAX remembers of operations that it has seen is not counted.
     calls_and_bytes(2)

@@ -93,6 +93,17 @@ X = np.random.default_rng(2).normal(size=(3, 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.fast(
+    "flipped",
+    "rolled",
+    "taken",
+    "every third",
+    "interleaved halves",
+    "added to its reverse",
+    "added to a permutation",
+    "reversed twice",
+    "heads reversed",
+)
 def test_constant_orders_are_traced_and_compacted(name: str) -> None:
     trace = sculpt.trace(network(name), EXAMPLE)
     sizes = CASES[name][1]

@@ -59,6 +59,7 @@ def constrained(devices: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("between", [over_batch, both, constrained])
+@pytest.mark.fast("both-1", "constrained-1")
 def test_compact_equals_masked(between: Callable[[int], Any], devices: int) -> None:
     model = network(between(devices))
     trace = sculpt.trace(model, jax.ShapeDtypeStruct((1, 3), jnp.float32))
@@ -100,6 +101,7 @@ def test_a_model_file_says_nothing_of_devices(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("spec", [P(), P(None, "d"), P("d", None)])
+@pytest.mark.fast("spec1", "spec2")
 def test_parameters_keep_their_sharding(spec: P) -> None:
     model = network(constrained(2))
     sharding = NamedSharding(mesh(2), spec)

@@ -60,6 +60,7 @@ FREEZES: dict[str, Scale] = {
 
 
 @pytest.mark.parametrize("name", KEEPS_ZEROS)
+@pytest.mark.fast("rectified", "capped", "square", "even power", "sum", "whole tensor", "attention")
 def test_the_largest_of_what_is_never_negative_is_exact(name: str) -> None:
     model = network(KEEPS_ZEROS[name])
     trace = sculpt.trace(model, X)

@@ -254,6 +254,7 @@ def test_reasons_for_an_operation_end_with_its_line() -> None:
                 assert reason in alone or re.search(r" \(\w+ at \w+\.py:\d+ \(.+\)\)$", reason), row
 
 
+@pytest.mark.slow
 def test_several_inputs_and_outputs() -> None:
     def apply(params: dict[str, jax.Array], x: dict[str, jax.Array]) -> dict[str, jax.Array]:
         words = jnp.take(params["table"], x["tokens"], axis=0) * x["mask"][:, :, None]

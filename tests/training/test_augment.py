@@ -61,6 +61,7 @@ def test_crop_flip_shifts_by_up_to_four_and_mirrors_half() -> None:
     assert 70 < mirrored < 130
 
 
+@pytest.mark.slow
 def test_resized_crop_shows_parts_of_the_image_at_full_size() -> None:
     rows = jnp.broadcast_to(jnp.linspace(0.0, 255.0, 32)[None, :, None, None], (500, 32, 32, 3))
     y = np.asarray(resized_crop(jax.random.key(5), rows))
@@ -72,6 +73,7 @@ def test_resized_crop_shows_parts_of_the_image_at_full_size() -> None:
     np.testing.assert_array_equal(resized_crop(jax.random.key(6), flat), flat)
 
 
+@pytest.mark.slow
 def test_rand_augment_of_no_strength_changes_nothing_and_of_some_most_images() -> None:
     x = images(60, 16)
     np.testing.assert_array_equal(rand_augment(jax.random.key(0), x, 2, strength=0.0), x)
@@ -82,6 +84,7 @@ def test_rand_augment_of_no_strength_changes_nothing_and_of_some_most_images() -
 
 
 @pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.fast("3")
 def test_rand_augment_does_each_operation(channels: int) -> None:
     x = jnp.broadcast_to(images(1, 16, channels), (300, 16, 16, channels))
     y = np.asarray(rand_augment(jax.random.key(1), x, 1))
@@ -89,6 +92,7 @@ def test_rand_augment_does_each_operation(channels: int) -> None:
     assert len(np.unique(y.reshape(300, -1), axis=0)) >= (15 if channels == 1 else 17)
 
 
+@pytest.mark.slow
 def test_mixup_blends_and_cutmix_pastes_the_share_that_they_tell() -> None:
     x = jax.random.normal(jax.random.key(0), (16, 12, 12, 3))
     blended, other, share = mix(jax.random.key(1), x, 1.0, 0.0)

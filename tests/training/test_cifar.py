@@ -207,6 +207,7 @@ def closed_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_no_network_is_one_line_at_once(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{closed_port()}/cifar.tar.gz"
     command = [

@@ -40,6 +40,7 @@ def agree(one: Model, other: Model, atol: float) -> None:
     ],
     ids=["vit", "augmented", "accumulated"],
 )
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does(build: object, change: dict[str, object]) -> None:
     model: Model = build()  # type: ignore[operator]
     config = dataclasses.replace(SHORT, **change)  # type: ignore[arg-type]
@@ -57,6 +58,7 @@ def test_eight_devices_compute_what_one_does(build: object, change: dict[str, ob
     assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(eight.params)} == {1}
 
 
+@pytest.mark.slow
 def test_images_are_spread_and_weights_are_everywhere() -> None:
     model = tiny_model()
     run = Run.begin(model, None, SPLITS, BASE, KEY, None, devices=4)
@@ -69,6 +71,7 @@ def test_images_are_spread_and_weights_are_everywhere() -> None:
     assert {shard.data.shape for shard in images.addressable_shards} == {(2, 16, 8, 8, 1)}
 
 
+@pytest.mark.slow
 def test_few_validation_images_count_once_each() -> None:
     """Three images on eight devices: five of padding."""
     few = tiny_splits(validation=3)
@@ -78,6 +81,7 @@ def test_few_validation_images_count_once_each() -> None:
     assert rows[0]["validation_accuracy"] == rows[1]["validation_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_on_as_many_devices_gives_the_same_bits_and_on_others_nearly(tmp_path: Path) -> None:
     model = tiny_model()
     config = dataclasses.replace(BASE, ema=0.5)

@@ -30,6 +30,7 @@ def test_divergence_agrees_with_optax(temperature: float) -> None:
     assert float(divergence(teacher, teacher, temperature)) == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_student_comes_closer_to_its_teacher_than_without_one() -> None:
     # A teacher that is wrong on purpose: only who listens to it can agree with it.
     teacher = tiny_model()
@@ -47,6 +48,7 @@ def test_a_student_comes_closer_to_its_teacher_than_without_one() -> None:
     assert agreement(follower) > agreement(loner) + 0.2
 
 
+@pytest.mark.slow
 def test_the_teacher_is_left_as_it_was_and_temperature_matters() -> None:
     teacher, model = tiny_model(), tiny_model()
     before = jax.tree.map(np.asarray, (teacher.params, teacher.state))

@@ -35,6 +35,7 @@ def test_the_distance_by_hand() -> None:
     assert float(distance(teacher, teacher)) == 0.0
 
 
+@pytest.mark.slow
 def test_features_are_the_results_of_the_layers() -> None:
     class Net(nn.Module):
         @nn.compact
@@ -57,6 +58,7 @@ def test_features_are_the_results_of_the_layers() -> None:
 # A stem, six convolutions and a dense layer; patches, then queries, keys, values, two products, what joins the heads, two dense
 # layers, and the head.
 @pytest.mark.parametrize(("build", "layers"), [(untrained_digits, 8), (vit, 10), (tiny_model, 2)])
+@pytest.mark.fast("vit-10", "tiny_model-2")
 def test_training_mode_computes_the_same_layers(build: object, layers: int) -> None:
     model: Model = build()  # type: ignore[operator]
     x = jnp.zeros((2, 8, 8, 1))
@@ -67,6 +69,7 @@ def test_training_mode_computes_the_same_layers(build: object, layers: int) -> N
     assert jax.tree.structure(state) == jax.tree.structure(model.state)
 
 
+@pytest.mark.slow
 def test_a_student_comes_closer_to_the_features_of_its_teacher_than_without() -> None:
     teacher = tiny_model()
     student = teacher.replace(params=jax.tree.map(lambda w: w + 0.1, teacher.params))
@@ -84,6 +87,7 @@ def test_a_student_comes_closer_to_the_features_of_its_teacher_than_without() ->
     assert largest_masked(follower.params, masks) == 0.0
 
 
+@pytest.mark.slow
 def test_it_goes_with_the_other_settings() -> None:
     model = tiny_model()
     config = dataclasses.replace(MATCH, accumulate=2, precision="bfloat16", distillation=0.5, gradual=0.5)
@@ -96,6 +100,7 @@ def test_it_goes_with_the_other_settings() -> None:
     assert largest_masked(much.params, masks) == 0.0
 
 
+@pytest.mark.slow
 def test_computing_activations_again_changes_nothing() -> None:
     model = tiny_model()
     again, plain = (
@@ -121,6 +126,7 @@ def test_teachers_of_other_layers_are_refused() -> None:
         finetune(model, None, SPLITS, MATCH, KEY)
 
 
+@pytest.mark.slow
 def test_depthwise_layers_are_followed_too() -> None:
     """Whatever a CPU computes them as."""
     rng = np.random.default_rng(0)

@@ -67,7 +67,7 @@ def test_the_fading_ends_before_the_last_step(steps: int, gradual: float) -> Non
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.fast("momentum", "nesterov")
+@pytest.mark.slow
 def test_correctness_01_pruned_weights_end_at_exact_zeros_wherever_the_run_is_cut(name: str) -> None:
     model = tiny_model()
     masks = tiny_masks(model)
@@ -76,7 +76,7 @@ def test_correctness_01_pruned_weights_end_at_exact_zeros_wherever_the_run_is_cu
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.fast("sgd", "nesterov")
+@pytest.mark.fast("sgd")
 def test_correctness_01_nothing_is_remembered_of_faded_weights(name: str) -> None:
     model = tiny_model()
     masks = tiny_masks(model)

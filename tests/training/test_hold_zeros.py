@@ -76,6 +76,7 @@ COLUMNS = {"kernel": np.ones((3, 4), bool) & (np.arange(4) > 1), "bias": np.aran
 CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 
 
+@pytest.mark.slow
 def test_gradients_at_pruned_weights_stay_out_of_the_optimizer() -> None:
     pruned = jax.tree.map(lambda w, m: jnp.where(m, w, 0.0), PARAMS, COLUMNS)
     held = sculpt.hold_zeros(COLUMNS, CLIPPED)

@@ -143,6 +143,7 @@ def test_what_is_wrong_with_it_is_named(folder: Path) -> None:
     assert not list(folder.glob(".*partial")) and not list(folder.glob("*.arrow"))
 
 
+@pytest.mark.slow
 def test_a_row_that_is_no_image_is_named_when_training_comes_to_it(folder: Path) -> None:
     write(folder / "train.parquet", [*IMAGES[:5], b"no image", *IMAGES[6:24]], LABELS[:24])
     files = "mine", folder / "train.parquet", folder / "test.parquet"

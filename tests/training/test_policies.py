@@ -37,6 +37,7 @@ def alone(task: tuple[Model, Space, jax.Array]) -> list[Model]:
 
 
 @pytest.mark.parametrize("policies_per_chunk", [1, 2, 8])
+@pytest.mark.slow
 def test_each_policy_gets_what_finetune_gives(
     task: tuple[Model, Space, jax.Array], alone: list[Model], policies_per_chunk: int
 ) -> None:
@@ -67,6 +68,7 @@ def test_each_policy_gets_what_finetune_gives(
         assert float(tuned.validation_accuracy[index]) == pytest.approx(float(accuracy), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_side_by_side_each_keeps_its_own_best_epoch(task: tuple[Model, Space, jax.Array]) -> None:
     model, space, policies = task
     noise = np.random.default_rng(4).integers(0, 10, len(SPLITS.validation.labels)).astype(np.int32)
@@ -87,6 +89,7 @@ def test_side_by_side_each_keeps_its_own_best_epoch(task: tuple[Model, Space, ja
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_side_by_side_weights_fade_and_a_teacher_is_followed(task: tuple[Model, Space, jax.Array]) -> None:
     model, space, policies = task
     teacher = model.replace(params=jax.tree.map(lambda w: 2.0 * w, model.params))
@@ -125,6 +128,7 @@ def test_policies_that_have_nothing_to_fade_are_refused(
 
 
 @pytest.mark.parametrize("policies_per_chunk", [1, 2])
+@pytest.mark.slow
 def test_a_kill_loses_no_policy(
     task: tuple[Model, Space, jax.Array],
     policies_per_chunk: int,
@@ -165,6 +169,7 @@ def test_a_kill_loses_no_policy(
 
 
 @pytest.mark.parametrize("policies_per_chunk", [1, 2])
+@pytest.mark.fast("2")
 def test_a_policy_that_diverges_does_not_stop_the_others(policies_per_chunk: int) -> None:
     def apply(params: Any, x: jax.Array) -> jax.Array:
         hidden = x.reshape(x.shape[0], -1) @ params["first"]["kernel"]

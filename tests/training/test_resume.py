@@ -43,6 +43,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_correctness_01_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     model, splits = tiny_model(), tiny_splits()
     masks, config = tiny_masks(model), VARIANTS[name]
@@ -67,6 +68,7 @@ def test_correctness_01_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp
         }
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     model, splits = tiny_model(), tiny_splits()
     config = dataclasses.replace(BASE, checkpoint_every=4)
@@ -153,6 +155,7 @@ finetune(
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     model, splits = tiny_model(), tiny_splits()
     masks = tiny_masks(model)

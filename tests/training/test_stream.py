@@ -177,7 +177,7 @@ VARIED = {
 
 
 @pytest.mark.parametrize("changes", [{}, VARIED], ids=["plain", "varied"])
-@pytest.mark.fast("plain")
+@pytest.mark.slow
 def test_training_on_a_stream_gives_the_same_weights(changes: dict[str, Any]) -> None:
     model, config = tiny_model(), dataclasses.replace(BASE, **changes)
     masks = tiny_masks(model)
@@ -202,7 +202,7 @@ class Unlabelled(Rows):
 
 
 @pytest.mark.parametrize("source", [Rows(TRAIN[0], np.full(240, 99)), Unlabelled(*TRAIN)], ids=["99", "none"])
-@pytest.mark.fast("none")
+@pytest.mark.slow
 def test_training_on_a_stream_is_by_the_labels_of_the_split(source: Rows) -> None:
     labels = (TRAIN[1] + 1) % 10
     arrays = from_arrays(TRAIN[0], labels, *TEST, name="rows", validation=40)
@@ -218,6 +218,7 @@ def test_training_on_a_stream_is_by_the_labels_of_the_split(source: Rows) -> Non
     assert same_bits(train(tiny_model(), dataclasses.replace(stream, train=replaced), BASE, KEY), other)
 
 
+@pytest.mark.slow
 def test_devices_share_the_batches_of_a_stream() -> None:
     model = tiny_model()
     one, other = (finetune(model, None, splits, BASE, KEY, devices=2) for splits in (in_memory(), streamed()))
@@ -378,6 +379,7 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("kind", [Stop, KeyboardInterrupt, RuntimeError])
+@pytest.mark.fast("KeyboardInterrupt", "RuntimeError")
 def test_no_thread_outlives_an_exception_of_the_caller(kind: type[BaseException]) -> None:
     def stop(*_: Any) -> None:
         assert threads() != []
@@ -419,6 +421,7 @@ def child(code: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_batches_are_awaited_ends_at_once() -> None:
     process = child(INTERRUPTED)
     assert process.stdout is not None
