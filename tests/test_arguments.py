@@ -78,14 +78,18 @@ def test_suggestions() -> None:
     assert did_you_mean("nothing", ["cifar10", "digits"]) == ""
 
 
+LIBRARY: Any = sculpt
+"""Without types: they would refuse what is tested."""
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sculpt.SearchConfig(**{"bugdet": 0.5}), "SearchConfig has no argument 'bugdet'; did you mean 'budget'?"),
-        (lambda: sculpt.FinetuneConfig(**{"epoch": 1}), "'epoch'; did you mean 'epochs'?"),
+        (lambda: LIBRARY.SearchConfig(bugdet=0.5), "SearchConfig has no argument 'bugdet'; did you mean 'budget'?"),
+        (lambda: LIBRARY.FinetuneConfig(epoch=1), "'epoch'; did you mean 'epochs'?"),
         (lambda: dataclasses.replace(sculpt.EvaluationPlan(), precison="float32"), "did you mean 'precision'?"),
-        (lambda: sculpt.evaluate(None, None, None, **{"normalize": abs}), "evaluate has no argument 'normalize'; did you mean 'normalise'?"),
-        (lambda: sculpt.RewardConfig(**{"xyz": 1}), "'xyz', expected kind, weight, rate"),
+        (lambda: LIBRARY.evaluate(None, None, None, normalize=abs), "evaluate has no argument 'normalize'; did you mean 'normalise'?"),
+        (lambda: LIBRARY.RewardConfig(xyz=1), "'xyz', expected kind, weight, rate"),
     ],
 )  # fmt: skip
 def test_misspelt_keywords_get_suggestions(call: Any, message: str) -> None:
