@@ -121,7 +121,7 @@ def with_structure_of(old: Any, new: Any) -> Any:
 
 
 def other_arrays(old: Any, new: Any) -> str:
-    """What two trees do not share, paths and shapes; empty if they have arrays of the same shapes under the same paths."""
+    """The paths and shapes that only one of two trees has; empty if both have the same."""
     first, second = (
         {f"{jax.tree_util.keystr(path)} {list(np.shape(leaf))}": None for path, leaf in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (old, new))

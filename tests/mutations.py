@@ -3,7 +3,7 @@
     python -m tests.mutations
 
 First runs the fast tests once and records which test runs which line. Then, for each fault, puts it into a copy of the
-repository and runs the tests that run its line until one of them fails. Takes about half an hour on two cores.
+repository and runs the tests that run its line until one of them fails.
 """
 
 from __future__ import annotations
