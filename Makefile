@@ -10,9 +10,11 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 NEWEST_PYTHON ?= $(shell for minor in 14 13 12; do for python in python3.$$minor "$$(pyenv root 2>/dev/null)"/versions/3.$$minor.*/bin/python; do \
 	"$$python" -c 'import ensurepip, venv' >/dev/null 2>&1 && echo "$$python" && exit; done; done)
 NEWEST := .venv-newest
-NEWEST_TESTS := $(addprefix tests/,tracing/test_trace.py tracing/test_picks.py tracing/test_sharded.py pruning/test_compact.py scoring/test_evaluate.py agents/test_chain.py training/test_hold_zeros.py deploy/test_stablehlo.py)
+NEWEST_TESTS := $(addprefix tests/,tracing/test_trace.py tracing/test_picks.py tracing/test_sharded.py pruning/test_compact.py \
+	contracts/test_networks.py contracts/test_architectures.py scoring/test_evaluate.py agents/test_chain.py agents/test_search.py \
+	training/test_hold_zeros.py training/test_finetune.py deploy/test_onnx.py deploy/test_stablehlo.py)
 
-.PHONY: install quickstart test test-slow test-all test-newest mutations lint package bench clean
+.PHONY: install quickstart test test-slow test-all newest test-newest mutations lint package bench clean
 
 install: $(STAMP)
 
@@ -39,14 +41,16 @@ mutations: $(STAMP)
 	$(BIN)/python -m tests.mutations
 
 # A part of the tests on the newest Python, JAX and everything else, in an environment of its own.
-test-newest:
-	@set -e; python="$(NEWEST_PYTHON)"; \
-	if [ -z "$$python" ]; then echo "test-newest is skipped: no Python 3.12 or newer here; name one with NEWEST_PYTHON=..."; exit 0; fi; \
-	test -x $(NEWEST)/bin/python || "$$python" -m venv $(NEWEST); \
-	if [ ! -e $(NEWEST)/.installed ] || [ pyproject.toml -nt $(NEWEST)/.installed ]; then \
-		$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'; touch $(NEWEST)/.installed; fi; \
-	$(NEWEST)/bin/python -c "import sys, jax; print('Python', sys.version.split()[0], 'JAX', jax.__version__)"; \
-	$(NEWEST)/bin/python -m pytest -n auto --dist loadfile $(NEWEST_TESTS) $(PYTEST_ARGS)
+newest:
+	@if [ -z "$(NEWEST_PYTHON)" ]; then echo "no Python 3.12 or newer here: name one with NEWEST_PYTHON=..."; \
+	elif [ ! -e $(NEWEST)/.installed ] || [ pyproject.toml -nt $(NEWEST)/.installed ]; then \
+		test -x $(NEWEST)/bin/python || "$(NEWEST_PYTHON)" -m venv $(NEWEST); \
+		$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]' && touch $(NEWEST)/.installed; fi
+
+test-newest: newest
+	@if [ ! -e $(NEWEST)/.installed ]; then echo "test-newest is skipped"; exit 0; fi; \
+	$(NEWEST)/bin/python -c "import sys, jax; print('Python', sys.version.split()[0], 'JAX', jax.__version__)" && \
+	$(NEWEST)/bin/python -m pytest -n auto --dist worksteal $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

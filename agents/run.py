@@ -28,6 +28,7 @@ from sculpt.agents.update import (
     snapshot,
     update,
 )
+from sculpt.inputs import rows
 from sculpt.interrupts import check_interrupt
 from sculpt.model import Model, Params
 from sculpt.pruning import Space, check_budget
@@ -195,8 +196,8 @@ def draw_images(
         )
     drawn = np.asarray(jax.random.permutation(key, have))[:need]
     score, calibrate = np.sort(drawn[: config.score_images]), np.sort(drawn[config.score_images :])
-    images = jnp.asarray(splits.normalise(train.images[score]))
+    images = jax.tree.map(jnp.asarray, splits.normalise(rows(train.images, score)))
     labels = jnp.asarray(np.asarray(train.labels)[score])
     if not config.calibration_images:
         return images, labels, None
-    return images, labels, jnp.asarray(splits.normalise(train.images[calibrate]))
+    return images, labels, jax.tree.map(jnp.asarray, splits.normalise(rows(train.images, calibrate)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from sculpt.arguments import check_key
 from sculpt.nets.keras import read_keras
 from sculpt.nets.layouts import Source, from_file, shape_in_file, to_file
 from sculpt.nets.naming import namings, sources
-from sculpt.nets.registry import create, family, image_size
+from sculpt.nets.registry import create, family, image_size, list_models
 
 _IGNORED = "num_batches_tracked"
 _SHOWN = 5
+_OF_ANOTHER = 0.25
+"""Where so large a part of the arrays does not fit, the weights may be of another network."""
 ArrayPath = tuple[str, ...]
 Shapes = dict[ArrayPath, tuple[int, ...]]
 """Path of an array here, `(collection, *layer, kind)`, to its shape."""
@@ -68,36 +71,17 @@ def load(
         )
     side = image_size(name) if side is None else side
     shapes, treedef = _shapes(module, side)
-    drawn: set[ArrayPath] = set()
-    if head_key is not None:  # the head is what depends on the number of classes
-        others, _ = _shapes(create(name, num_classes + 1, **options), side)
-        drawn = {ours for ours, shape in shapes.items() if others[ours] != shape}
+    head: set[ArrayPath] = set()
+    if head_key is not None:
+        head = _head(name, num_classes, side, options)
     file = Path(path)
-    if file.suffix == ".npz" and file.is_file():
-        arrays, names = read_keras(file, module)
-        faults = [
-            f"missing {'/'.join(ours)} {list(shape)}"
-            for ours, shape in shapes.items()
-            if ours not in arrays and ours not in drawn
-        ]
-        faults += [f"unexpected {names[ours]}" for ours in arrays if ours not in shapes]
-        faults += [
-            f"{names[ours]} is {list(arrays[ours].shape)}, expected {list(shape)}"
-            for ours, shape in shapes.items()
-            if ours in arrays and arrays[ours].shape != shape and ours not in drawn
-        ]
-    else:
-        arrays, names, faults = _from_pytorch(_read(file), module, shapes, drawn)
-    faults += [
-        f"{names[ours]} {fault}"
-        for ours in shapes
-        if ours in arrays and ours not in drawn and (fault := _impossible(ours, arrays[ours]))
-    ]
+    arrays, faults = _fitted(file, module, shapes, head)
     if faults:
-        raise ValueError(f"{path} does not fit {name} with {num_classes} classes: {_shown(faults)}")
+        hint = _hint(name, file, num_classes, side, options, faults)
+        raise ValueError(f"{path} does not fit {name} with {num_classes} classes: {_shown(faults)}{hint}")
     if head_key is not None:
         fresh = dict(_leaves(jax.jit(module.init)(head_key, jnp.zeros((1, side, side, 3)))))
-        arrays = {**arrays, **{ours: fresh[ours] for ours in drawn}}
+        arrays = {**arrays, **{ours: fresh[ours] for ours in head}}
     return module, jax.tree.unflatten(treedef, [jnp.asarray(arrays[ours]) for ours in shapes])
 
 
@@ -153,7 +137,10 @@ def save(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(to_bytes(tensors))
+        with temporary.open("wb") as file:
+            file.write(to_bytes(tensors))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -181,6 +168,62 @@ def download(repository: str, file: str = "model.safetensors", revision: str | N
             f"could not get {file} of {repository} from the hub ({reason}): check the name and the connection, or download "
             "it elsewhere and give its path"
         ) from error
+
+
+def _head(name: str, num_classes: int, side: int, options: Mapping[str, Any]) -> set[ArrayPath]:
+    """The arrays that depend on the number of classes."""
+    shapes, others = (
+        _shapes(create(name, number, **options), side)[0] for number in (num_classes, num_classes + 1)
+    )
+    return {ours for ours, shape in shapes.items() if others[ours] != shape}
+
+
+def _fitted(
+    file: Path, module: nn.Module, shapes: Shapes, drawn: set[ArrayPath]
+) -> tuple[dict[ArrayPath, np.ndarray], list[str]]:
+    """Arrays of a file under our paths, save those that will be drawn; and what is wrong with it."""
+    if file.suffix == ".npz" and file.is_file():
+        arrays, names = read_keras(file, module)
+        faults = [
+            f"missing {'/'.join(ours)} {list(shape)}"
+            for ours, shape in shapes.items()
+            if ours not in arrays and ours not in drawn
+        ]
+        faults += [f"unexpected {names[ours]}" for ours in arrays if ours not in shapes]
+        faults += [
+            f"{names[ours]} is {list(arrays[ours].shape)}, expected {list(shape)}"
+            for ours, shape in shapes.items()
+            if ours in arrays and arrays[ours].shape != shape and ours not in drawn
+        ]
+    else:
+        arrays, names, faults = _from_pytorch(_read(file), module, shapes, drawn)
+    faults += [
+        f"{names[ours]} {fault}"
+        for ours in shapes
+        if ours in arrays and ours not in drawn and (fault := _impossible(ours, arrays[ours]))
+    ]
+    return arrays, faults
+
+
+def _hint(
+    name: str, file: Path, num_classes: int, side: int, options: Mapping[str, Any], faults: Sequence[str]
+) -> str:
+    """What to do about weights that do not fit: draw a new head, or name the network that they are of; or nothing."""
+    module = create(name, num_classes, **options)
+    shapes, _ = _shapes(module, side)
+    if not _fitted(file, module, shapes, _head(name, num_classes, side, options))[1]:
+        return "; all but the head fits: draw a new one for your classes (--new-head on the command line, head_key= in Python)"
+    if len(faults) < len(shapes) * _OF_ANOTHER:
+        return ""
+    for other in (other for other in list_models() if other != name and family(other) == family(name)):
+        module = create(other, num_classes)
+        shapes, _ = _shapes(module, image_size(other))
+        # Quicker than `_head`, and near enough for a hint.
+        head = {ours for ours, shape in shapes.items() if num_classes in shape}
+        with contextlib.suppress(ValueError):  # Keras' names are known for some networks only
+            if not _fitted(file, module, shapes, head)[1]:
+                return f"; these are weights of {other}"
+    return ""
 
 
 def _shapes(module: nn.Module, side: int) -> tuple[Shapes, Any]:
@@ -282,12 +325,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             "`safetensors.torch.save_file(state_dict, 'weights.safetensors')`, where state_dict is what torch.load(file) gives, or "
             "its entry 'state_dict' or 'model'"
         )
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         arrays = load_file(path)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # safetensors has none of its own for what NumPy lacks
         if path.suffix not in ("", ".safetensors"):
             raise ValueError(
                 f"weights are read from .safetensors files, or Keras' .npz files, got {path}: convert it to one of them"

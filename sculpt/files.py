@@ -31,7 +31,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder of {path} cannot be made: {error.strerror}") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with named_disk_full(path):
             yield temporary
@@ -39,6 +39,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """The name that this process writes a file under until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def settle(temporary: Path, path: Path) -> None:
@@ -99,7 +104,8 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Removes what killed processes left in a folder, and below it: temporary files of `written_whole`, parts of `remove_folder`.
 
-    Only for files that no other process writes meanwhile. `name` limits it to temporary files of that name, in the folder itself.
+    `name` limits it to temporary files of that name, in the folder itself, whose process is no longer there; without it no other
+    process may write in the folder meanwhile.
     """
     everywhere = name == "*"
     found = folder.rglob(".*.*.tmp") if everywhere else folder.glob(f".{glob.escape(name)}.*.tmp")
@@ -108,7 +114,7 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         process = path.name.removesuffix(".tmp").rpartition(".")[2]
         if path.is_dir() and not (process.isdigit() and _is_alive(int(process))):
             shutil.rmtree(path, ignore_errors=True)
-        elif path.is_file() and process.isdigit():
+        elif path.is_file() and process.isdigit() and (everywhere or not _is_alive(int(process))):
             path.unlink(missing_ok=True)
 
 

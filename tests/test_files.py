@@ -64,3 +64,11 @@ def test_a_kill_while_a_folder_is_removed_leaves_no_part_under_its_name(
     remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
     remove_folder(folder)  # which is not there
+
+
+def test_temporary_files_that_a_living_process_writes_stay(tmp_path: Path) -> None:
+    living, dead = tmp_path / f".a.{os.getppid()}.tmp", tmp_path / ".a.99999999.tmp"
+    for file in (living, dead):
+        file.touch()
+    remove_leftovers(tmp_path, "a")
+    assert list(tmp_path.iterdir()) == [living]

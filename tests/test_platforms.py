@@ -45,7 +45,7 @@ def lowers(function: Any, *arguments: Any) -> None:
     ],
     ids=["plain", "im2col in half precision", "mesh"],
 )
-@pytest.mark.fast("im2col in half precision", "mesh")
+@pytest.mark.slow
 def test_scoring_lowers(plan: sculpt.EvaluationPlan) -> None:
     problem = make_problem(MODEL, SPACE, IMAGES, LABELS, IMAGES, plan)
     lowers(_scored, problem, jnp.zeros((8, SPACE.num_sites), jnp.int32), jnp.int32(8))
@@ -59,7 +59,7 @@ def test_evaluation_of_one_model_and_costs_lower() -> None:
 
 
 @pytest.mark.parametrize("method", ["agent", "evolution"])
-@pytest.mark.fast("evolution")
+@pytest.mark.slow
 def test_a_search_lowers(method: Any) -> None:
     config = SearchConfig(method=method, evaluations=8, batch_size=4, rerank=0)
     env = PruningEnv(SPACE, config.batch, config.rounds, config.objective, config.reward)

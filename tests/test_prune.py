@@ -578,6 +578,7 @@ def test_bad_policies_are_found_before_a_plan_is_tuned(
     fails("the data set digits is not the one that")
 
 
+@pytest.mark.slow
 def test_latency_in_engines_is_measured_printed_kept_and_reported(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import sculpt
 from sculpt.agents import AgentConfig
+from sculpt.inputs import rows
 from sculpt.task import correctness, cross_entropy
 
 KEY = jax.random.key(0)
@@ -39,6 +40,12 @@ def segmenter(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 def tagger(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
     h = params["embed"][tokens]
     return (h + jax.nn.relu(h @ params["up"]) @ params["down"]) @ params["head"]
+
+
+def masked_bag(params: dict[str, jax.Array], x: dict[str, jax.Array]) -> jax.Array:
+    h = params["embed"][x["tokens"]]
+    h = h + jax.nn.relu(h @ params["up"]) @ params["down"]
+    return (h * x["mask"][..., None]).sum(axis=1) @ params["head"]
 
 
 def two_headed(params: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
@@ -66,8 +73,7 @@ class Case:
 
     @functools.cached_property
     def space(self) -> sculpt.Space:
-        example = jax.ShapeDtypeStruct((1, *self.splits.input(1).shape[1:]), self.splits.input(1).dtype)
-        return sculpt.make_space(sculpt.trace(self.model, example), families=self.families)
+        return sculpt.make_space(sculpt.trace(self.model, self.splits.input(1)), families=self.families)
 
 
 @functools.cache
@@ -101,15 +107,34 @@ def numbers() -> Case:
     return Case(sculpt.from_function(two_headed, params, task=LIKELIHOOD), splits)
 
 
-CASES = {"pixels": pixels, "tokens": tokens, "numbers": numbers}
+@functools.cache
+def pairs() -> Case:
+    """Two inputs by name, a class for each example."""
+    rng = np.random.default_rng(8)
+    inputs = {"tokens": rng.integers(0, 7, (100, 5)), "mask": (rng.random((100, 5)) < 0.7).astype(np.float32)}
+    labels = ((inputs["tokens"] > 3) * inputs["mask"]).sum(1) > 1.5
+    params = drawn(9, embed=(7, 8), up=(8, 16), down=(16, 8), head=(8, 2))
+    parts = [
+        rows(inputs, slice(80)),
+        labels[:80].astype(int),
+        rows(inputs, slice(80, 100)),
+        labels[80:].astype(int),
+    ]
+    return Case(sculpt.from_function(masked_bag, params), sculpt.from_examples(*parts))
+
+
+CASES = {"pixels": pixels, "tokens": tokens, "numbers": numbers, "pairs": pairs}
 
 
 brief = pytest.mark.parametrize(
     "case",
-    [name if name != "tokens" else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+    [
+        name if name not in ("tokens", "pairs") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
     indirect=True,
 )
-"""All cases but one are enough by default where each takes half a minute."""
+"""Two cases are enough by default where each takes half a minute."""
 
 
 @pytest.fixture(params=CASES)
@@ -117,9 +142,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]()
 
 
-def by_hand(model: sculpt.Model, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+def by_hand(model: sculpt.Model, images: Any, labels: np.ndarray) -> tuple[float, float]:
     """Score and loss, example by example, in NumPy."""
-    outputs = jax.device_get(model(jnp.asarray(images)))
+    outputs = jax.device_get(model(jax.tree.map(jnp.asarray, images)))
     scores, losses = [], []
     for i, wanted in enumerate(labels):
         if isinstance(outputs, dict):
@@ -138,7 +163,7 @@ def by_hand(model: sculpt.Model, images: np.ndarray, labels: np.ndarray) -> tupl
 def test_a_model_is_scored_as_by_hand(case: Case) -> None:
     test = case.splits.test
     found = sculpt.evaluate(case.model, test.images, test.labels, images_per_batch=7)
-    score, loss = by_hand(case.model, np.asarray(test.images), test.labels)
+    score, loss = by_hand(case.model, test.images, test.labels)
     assert float(found.accuracy) == pytest.approx(score, abs=1e-6)
     assert float(found.loss) == pytest.approx(loss, rel=1e-5)
 
@@ -155,12 +180,11 @@ def test_a_model_is_scored_as_by_hand(case: Case) -> None:
 def test_policies_are_scored_as_their_masked_networks(case: Case, plan: sculpt.EvaluationPlan) -> None:
     test, space = case.splits.test, case.space
     policies = sculpt.random_policies(space, KEY, 3, budget=0.6)
-    found = sculpt.evaluate_policies(
-        case.model, space, policies, test.images[:19], test.labels[:19], plan=plan
-    )
+    images, labels = rows(test.images, slice(19)), test.labels[:19]
+    found = sculpt.evaluate_policies(case.model, space, policies, images, labels, plan=plan)
     for i, policy in enumerate(policies):
         masked = sculpt.apply_masks(case.model, sculpt.make_masks(space, case.model.params, policy))
-        score, loss = by_hand(masked, np.asarray(test.images[:19]), test.labels[:19])
+        score, loss = by_hand(masked, images, labels)
         assert float(found.accuracy[i]) == pytest.approx(score, abs=1e-6)
         assert float(found.loss[i]) == pytest.approx(loss, rel=1e-4)
 
@@ -202,7 +226,7 @@ def test_search_finetune_compact(case: Case) -> None:
 def test_races_and_many_fine_tunings_go_by_the_task(case: Case) -> None:
     train, space = case.splits.train, case.space
     policies = sculpt.random_policies(space, KEY, 4, budget=0.6)
-    images, labels = train.images[:24], train.labels[:24]
+    images, labels = rows(train.images, slice(24)), train.labels[:24]
     race = sculpt.race_policies(case.model, space, policies, images, labels, KEY, first_images=8, factor=2)
     winner = race.order[0]
     full = sculpt.evaluate_policies(case.model, space, policies, images, labels)
@@ -381,6 +405,8 @@ def test_examples_of_any_kind_are_split() -> None:
         ((np.zeros((4, 2)), np.zeros(4), np.zeros((4, 2)), np.zeros(4, int)), "only the first axis may differ"),
         ((np.zeros((4, 2), np.uint8), np.zeros(4)) * 2, "pixels normalised, got uint8"),
         ((np.zeros((4, 2)), np.array(["a"] * 4)) * 2, r"train labels must be floating-point or whole numbers \[n, \.\.\.\], got"),
+        (({"a": np.zeros((4, 2))}, np.zeros(4), {"b": np.zeros((4, 2))}, np.zeros(4)), "expected the same arrays"),
+        (({"a": np.zeros((4, 2)), "b": np.zeros((3, 2))}, np.zeros(4)) * 2, "every array with the same n"),
         ((np.full((4, 2), np.nan), np.zeros(4)) * 2, "train inputs hold NaN or infinite values"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -38,7 +38,14 @@ def activation_scores(
       state: the model's state.
       images: `[n, ...]` in the dtype that the model takes, or a pytree of arrays.
       images_per_batch: images that are run at a time; bounds memory, and does not change the result.
+
+    Raises:
+      ValueError: for a network with `ragged_dot`, which JAX cannot map over examples.
     """
+    if any(layer.equation.name == "ragged_dot_general" for layer in trace.layers):
+        raise ValueError(
+            "importance 'activation' maps the network over examples, which JAX cannot do with ragged_dot: choose another kind, such as 'taylor'"
+        )
     n, (kernels, squares) = number_of(images), ({}, {})
     arrays = [*leaves, *jax.tree.leaves(state)]
     # The program was traced for two images, so it is mapped over pairs; a last odd image is paired with itself.
@@ -90,9 +97,8 @@ def _unit_scores(trace: Trace, leaves: list[Any], kernels: Arrays, squares: Arra
 
 
 def _observable(trace: Trace) -> dict[int, Layer]:
-    """`id(equation)` -> layer, but for convolutions of which the kernel is the image, and for kernels of which each row reads one of several."""
-    layers = [layer for layer in trace.layers if layer.kind == "dense" or layer.operand == 1]
-    return {id(la.equation): la for la in layers if la.equation.name != "ragged_dot_general"}
+    """`id(equation)` -> layer, but for convolutions of which the kernel is the image."""
+    return {id(la.equation): la for la in trace.layers if la.kind == "dense" or la.operand == 1}
 
 
 def _flows(flow: Flow) -> Iterator[tuple[int, Flow]]:

@@ -62,14 +62,14 @@ def score_with_archive(
       The archive with the new policies in it, and `Scores` `[n]` of the whole batch.
     """
     number, capacity = policies.shape[0], archive.policies.shape[0]
-    in_use = jnp.arange(capacity) < archive.count
+    in_use = jnp.arange(capacity, dtype=jnp.int32) < archive.count
     known = jnp.all(policies[:, None] == archive.policies[None], axis=-1) & in_use[None]
     remembered = jnp.any(known, axis=1)
     first = jnp.argmax(jnp.all(policies[:, None] == policies[None], axis=-1), axis=1)
     fresh = ~remembered & (first == jnp.arange(number))
     fresh_count = jnp.sum(fresh, dtype=jnp.int32)
     order = jnp.argsort(~fresh, stable=True)  # new policies first, the rest behind them
-    rank = jnp.argsort(order)  # the inverse: where a policy stands in `order`
+    rank = jnp.argsort(order).astype(jnp.int32)  # the inverse: where a policy stands in `order`
 
     scores = jax.tree.map(lambda rows: rows[rank], _finite(score(policies[order], fresh_count)))
     slot = jnp.where(fresh, archive.count + rank, capacity)  # `capacity` is out of range: dropped

@@ -13,7 +13,7 @@ from sculpt.task import CLASSIFICATION
 from sculpt.tracing.program import Literal, Operand, Program, flatten
 
 
-def add_model(digest: Any, model: Model, images: jax.ShapeDtypeStruct) -> None:
+def add_model(digest: Any, model: Model, images: Any) -> None:
     """Adds a network to a digest of `hashlib`: its arrays, and what it computes of `images` in evaluation and in training."""
     add_arrays(digest, (model.params, model.state))
     arguments = model.params, model.state, images
@@ -25,7 +25,7 @@ def add_model(digest: Any, model: Model, images: jax.ShapeDtypeStruct) -> None:
         add_arrays(digest, program.constants)
 
 
-def add_task(digest: Any, model: Model, images: jax.ShapeDtypeStruct, labels: jax.ShapeDtypeStruct) -> None:
+def add_task(digest: Any, model: Model, images: Any, labels: jax.ShapeDtypeStruct) -> None:
     """Adds to a digest what the task of a network computes of its outputs for images and labels; nothing for classifiers."""
     if model.task != CLASSIFICATION:
         outputs = jax.eval_shape(model.apply, model.params, model.state, images)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sculpt.inputs import rows
 from sculpt.task import CLASSIFICATION, Task, cross_entropy, in_float32, mean_of_real
 from sculpt.training.augment import AUGMENTATIONS, mix, rand_augment
 from sculpt.training.config import FinetuneConfig
@@ -20,8 +21,8 @@ from sculpt.training.data import normalise
 class Batch:
     """What one step learns from."""
 
-    images: jax.Array
-    """Augmented and normalised, float32 `[n, ...]`, or inputs of another dtype as they are."""
+    images: Any
+    """Augmented and normalised, float32 `[n, ...]`, or other inputs, one array or a pytree of them, as they are."""
     labels: jax.Array
     """`[n, ...]`, of classifiers int32."""
     others: jax.Array | None
@@ -38,13 +39,13 @@ class Batch:
         size = len(self.labels) // count
         return [self._rows(slice(start, start + size)) for start in range(0, count * size, size)]
 
-    def _rows(self, rows: slice) -> Batch:
+    def _rows(self, index: slice) -> Batch:
         return dataclasses.replace(
             self,
-            images=self.images[rows],
-            labels=self.labels[rows],
-            others=None if self.others is None else self.others[rows],
-            taught=None if self.taught is None else self.taught[rows],
+            images=rows(self.images, index),
+            labels=self.labels[index],
+            others=None if self.others is None else self.others[index],
+            taught=None if self.taught is None else self.taught[index],
         )
 
     def loss(self, outputs: Any, config: FinetuneConfig, task: Task) -> jax.Array:
@@ -64,11 +65,11 @@ class Batch:
 
 def draw_batch(
     key: jax.Array,
-    images: jax.Array,
+    images: Any,
     labels: jax.Array,
     config: FinetuneConfig,
     normalisation: tuple[tuple[float, ...], tuple[float, ...]],
-    teach: Callable[[jax.Array], jax.Array] | None,
+    teach: Callable[[Any], jax.Array] | None,
 ) -> Batch:
     """Varies and normalises raw images `[n, ...]` with labels `[n, ...]`; `teach` gives the teacher's logits, if there is one."""
     raw = AUGMENTATIONS[config.augment](key, images)

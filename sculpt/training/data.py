@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from sculpt.arguments import as_int32, is_whole
+from sculpt.inputs import arrays_of, as_text, number_of, rows
 from sculpt.training.stream import Source, StreamedImages
 from sculpt.training.unreadable import read_whole
 
@@ -27,17 +28,17 @@ _MEASURED = 4096
 class Split:
     """One set of examples."""
 
-    images: np.ndarray | StreamedImages
-    """`[n, height, width, channels]`, uint8 or float32, not normalised; or inputs `[n, ...]` of another kind as the network takes them. Of
-    a stream, rows are read when they are asked for."""
+    images: Any
+    """`[n, height, width, channels]`, uint8 or float32, not normalised; or what the network takes: an array `[n, ...]` or a pytree of them.
+    Of a stream (`StreamedImages`) rows are read when they are asked for."""
     labels: np.ndarray
     """int32 `[n]`, or what the task of a network wants, `[n, ...]`."""
 
     def __repr__(self) -> str:
         """Shapes instead of arrays."""
-        kind = "streamed " if isinstance(self.images, StreamedImages) else ""
-        shape = [len(self.labels), *self.images.shape[1:]]
-        return f"Split({kind}{np.dtype(self.images.dtype)}{shape})"
+        if isinstance(self.images, StreamedImages):
+            return f"Split(streamed {np.dtype(self.images.dtype)}{list(self.images.shape)})"
+        return f"Split({as_text(self.images)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,11 +72,13 @@ class Splits:
         """
         return normalise(images, self.mean, self.std)
 
-    def input(self, number: int) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of so many inputs of the network, normalised."""
-        images = self.train.images
-        return jax.ShapeDtypeStruct(
-            (number, *images.shape[1:]), jax.numpy.float32 if self.mean else images.dtype
+    def input(self, number: int) -> Any:
+        """Shapes and dtypes of so many inputs of the network, normalised."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (number, *x.shape[1:]), jax.numpy.float32 if self.mean else x.dtype
+            ),
+            self.train.images,
         )
 
     def wanted(self, number: int) -> jax.ShapeDtypeStruct:
@@ -150,7 +153,7 @@ def from_examples(
     Nothing is normalised or varied. A tenth of train, drawn by the seed, is set aside for validation, or so many as are asked for.
 
     Args:
-      train_inputs: `[n, ...]`, floating or whole numbers (tokens): what the network takes.
+      train_inputs: what the network takes: `[n, ...]`, floating or whole numbers (tokens), or a pytree of such arrays.
       train_labels: `[n, ...]`: a class for each pixel or token (below 0: none), numbers to be met, and so on.
       test_inputs: `[m, ...]`, of the same kind.
       test_labels: `[m, ...]`, of the same kind.
@@ -163,11 +166,13 @@ def from_examples(
     """
     train = _as_they_are("train", train_inputs, train_labels)
     test = _as_they_are("test", test_inputs, test_labels)
-    for what, one, other in (
-        ("inputs", train.images, test.images),
-        ("labels", train.labels, test.labels),
-    ):
-        _require_alike(what, one, other)
+    if jax.tree.structure(train.images) != jax.tree.structure(test.images):
+        raise ValueError(
+            f"train inputs are {as_text(train.images)}, test inputs {as_text(test.images)}: expected the same arrays"
+        )
+    for one, other in zip(jax.tree.leaves(train.images), jax.tree.leaves(test.images), strict=True):
+        _require_alike("inputs", one, other)
+    _require_alike("labels", train.labels, test.labels)
     train, held = _carve(train, validation, seed)
     return Splits(name, train, held, test, 0, (), ())
 
@@ -263,24 +268,28 @@ def _require_alike(what: str, train: Any, test: Any) -> None:
 
 
 def _as_they_are(which: str, inputs: Any, labels: Any) -> Split:
-    arrays = {"inputs": np.asarray(inputs), "labels": np.asarray(labels)}
-    for what, array in arrays.items():
-        kind = next((k for k in (np.floating, np.integer) if np.issubdtype(array.dtype, k)), None)
-        pixels = what == "inputs" and array.dtype == np.uint8
-        if kind is None or pixels or array.ndim < 1 or 0 in array.shape:
-            raise ValueError(
-                f"{which} {what} must be floating-point or whole numbers [n, ...]{', pixels normalised' if pixels else ''}, got "
-                f"{array.dtype}{list(array.shape)}"
-            )
-        floating = kind is np.floating
-        arrays[what] = array.astype(np.float32) if floating else as_int32(array, f"{which} {what}:")
-        if kind is np.floating and not np.isfinite(array).all():
-            raise ValueError(f"{which} {what} hold NaN or infinite values")
-    if len(arrays["inputs"]) != len(arrays["labels"]):
+    inputs = jax.tree.map(lambda array: _as_it_is(which, "inputs", array), arrays_of(inputs))
+    labels = _as_it_is(which, "labels", labels)
+    if number_of(inputs) != len(labels):
+        raise ValueError(f"{which} has {number_of(inputs)} inputs and {len(labels)} labels: one for each")
+    return Split(inputs, labels)
+
+
+def _as_it_is(which: str, what: str, given: Any) -> np.ndarray:
+    """float32, or int32 of whole numbers, `[n, ...]`."""
+    array = np.asarray(given)
+    kind = next((k for k in (np.floating, np.integer) if np.issubdtype(array.dtype, k)), None)
+    pixels = what == "inputs" and array.dtype == np.uint8
+    if kind is None or pixels or array.ndim < 1 or 0 in array.shape:
         raise ValueError(
-            f"{which} has {len(arrays['inputs'])} inputs and {len(arrays['labels'])} labels: one for each"
+            f"{which} {what} must be floating-point or whole numbers [n, ...]{', pixels normalised' if pixels else ''}, got "
+            f"{array.dtype}{list(array.shape)}"
         )
-    return Split(arrays["inputs"], arrays["labels"])
+    if kind is np.integer:
+        return as_int32(array, f"{which} {what}:")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{which} {what} hold NaN or infinite values")
+    return array.astype(np.float32)
 
 
 def _checked(which: str, images: Any, labels: Any) -> Split:
@@ -326,8 +335,8 @@ def _carve(split: Split, validation: int | None, seed: int) -> tuple[Split, Spli
     chosen[by_class[np.arange(count) * n // count]] = True
     kept, held = order[~chosen], order[chosen]
     images = split.images
-    rest = images.subset(kept) if isinstance(images, StreamedImages) else images[kept]
-    return Split(rest, split.labels[kept]), Split(images[held], split.labels[held])
+    rest = images.subset(kept) if isinstance(images, StreamedImages) else rows(images, kept)
+    return Split(rest, split.labels[kept]), Split(rows(images, held), split.labels[held])
 
 
 def add_examples(digest: Any, splits: Splits) -> None:
@@ -335,7 +344,7 @@ def add_examples(digest: Any, splits: Splits) -> None:
     alone."""
     for split in (splits.train, splits.validation):
         images = split.images.content() if isinstance(split.images, StreamedImages) else split.images
-        for array in (images, split.labels):
+        for array in (*jax.tree.leaves(images), split.labels):
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from sculpt.arguments import checked
 from sculpt.digest import add_arrays
-from sculpt.inputs import check_finite, check_labels
+from sculpt.inputs import as_text, check_finite, check_labels
 from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks, check_masks
 from sculpt.task import CLASSIFICATION
@@ -196,7 +196,7 @@ def _check(model: Model, splits: Splits, config: FinetuneConfig) -> None:
         logits = jax.eval_shape(model.apply, model.params, model.state, x)
     except Exception as error:  # each framework has its own
         raise ValueError(
-            f"the model does not take the images of {splits.name}, {x.dtype}{list(x.shape)}: {error}"
+            f"the model does not take the images of {splits.name}, {as_text(x)}: {error}"
         ) from error
     shapes = [list(output.shape) for output in jax.tree.leaves(logits)]
     if model.task != CLASSIFICATION:
@@ -241,7 +241,7 @@ def _check_teacher(teacher: Model | None, model: Model, splits: Splits, config: 
         _check_features(teacher, model, x)
 
 
-def _check_features(teacher: Model, model: Model, x: jax.ShapeDtypeStruct) -> None:
+def _check_features(teacher: Model, model: Model, x: Any) -> None:
     train = with_features(model.apply_train)
     own = jax.eval_shape(train, model.params, model.state, x, jax.eval_shape(jax.random.key, 0))[1]
     others = jax.eval_shape(with_features(teacher.apply), teacher.params, teacher.state, x)[1]

@@ -15,7 +15,7 @@ import numpy as np
 
 from sculpt.arguments import as_int32
 from sculpt.cache import cache_folder
-from sculpt.files import settle
+from sculpt.files import remove_leftovers, settle, temporary_name
 from sculpt.training.decode import check_size, decode_image
 from sculpt.training.unreadable import read_whole
 
@@ -197,9 +197,10 @@ def _version(file: Path, apart: bool) -> str:
 @contextlib.contextmanager
 def _written(file: Path) -> Iterator[Path]:
     """A temporary name, which becomes the file's when all is written and goes where something fails."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    temporary = temporary_name(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(file.parent, file.name)
         yield temporary
         settle(temporary, file)
     except OSError as error:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.inputs import rows
 from sculpt.interrupts import check_interrupt
 from sculpt.model import Model
 from sculpt.training.checkpoint import Checkpoints
@@ -68,11 +69,11 @@ class Run:
     masks: Any
     teacher: Any
     """The teacher's (params, state), or None."""
-    images: jax.Array | None
-    """Raw train images `[n, ...]`; None of a stream."""
+    images: Any
+    """Raw train images `[n, ...]`, one array or a pytree of them; None of a stream."""
     labels: jax.Array
     """`[n, ...]`, of classifiers int32."""
-    validation: tuple[jax.Array, jax.Array, jax.Array]
+    validation: tuple[Any, jax.Array, jax.Array]
     """Raw images `[batches, batch, ...]`, labels `[batches, batch, ...]`, and booleans `[batches, batch]`: False on padding."""
     keys: tuple[jax.Array, jax.Array]
     """Of the order of the images, and of the steps."""
@@ -118,7 +119,7 @@ class Run:
             program=program,
             masks=place(masks, devices),
             teacher=place(teacher and (teacher.params, teacher.state), devices),
-            images=None if stream is not None else place(jnp.asarray(images), devices),
+            images=None if stream is not None else place(jax.tree.map(jnp.asarray, images), devices),
             stream=stream,
             labels=place(jnp.asarray(splits.train.labels), devices),
             validation=place_shared(_in_batches(splits.validation, devices), devices),
@@ -285,12 +286,11 @@ def _choose(better: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
 
 
-def _in_batches(split: Split, devices: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _in_batches(split: Split, devices: int) -> tuple[Any, jax.Array, jax.Array]:
     """Raw images `[batches, batch, ...]`, labels, and which of them are no padding; the devices divide a batch."""
     n = len(split.labels)
     size = min(64 if jax.default_backend() == "cpu" else 512, n)
     size += -size % devices
-    rows = np.arange(n + -n % size)
-    images, labels, real = split.images[rows % n], split.labels[rows % n], rows < n
-    in_batches = (jnp.asarray(a.reshape(-1, size, *a.shape[1:])) for a in (images, labels, real))
-    return tuple(in_batches)  # type: ignore[return-value]
+    index = np.arange(n + -n % size)
+    padded = rows(split.images, index % n), split.labels[index % n], index < n
+    return jax.tree.map(lambda a: jnp.asarray(a.reshape(-1, size, *a.shape[1:])), padded)

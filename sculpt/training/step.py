@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sculpt.inputs import rows
 from sculpt.model import ApplyFn, Params, State
 from sculpt.scoring.lowering import lowered
 from sculpt.task import Task
@@ -90,7 +91,7 @@ def one_step(
     train: TrainState,
     masks: Any,
     teacher: Any,
-    images: jax.Array,
+    images: Any,
     labels: jax.Array,
     order: jax.Array,
     key: jax.Array,
@@ -101,9 +102,9 @@ def one_step(
     """
     size = program.config.batch_size
     place = train.step % program.steps_per_epoch
-    rows = shared(jax.lax.dynamic_slice_in_dim(order, place * size, size), program.devices)
-    batch = shared(images, program.devices) if program.streamed else images[rows]
-    return learn(program, train, masks, teacher, batch, labels[rows], key)
+    index = shared(jax.lax.dynamic_slice_in_dim(order, place * size, size), program.devices)
+    batch = shared(images, program.devices) if program.streamed else rows(images, index)
+    return learn(program, train, masks, teacher, batch, labels[index], key)
 
 
 def learn(
@@ -111,7 +112,7 @@ def learn(
     train: TrainState,
     masks: Any,
     teacher: Any,
-    images: jax.Array,
+    images: Any,
     labels: jax.Array,
     key: jax.Array,
 ) -> TrainState:
@@ -230,7 +231,7 @@ def validate(
     stacked: bool,
     params: Params,
     state: State,
-    images: jax.Array,
+    images: Any,
     labels: jax.Array,
     real: jax.Array,
 ) -> jax.Array:

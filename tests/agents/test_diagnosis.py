@@ -54,6 +54,7 @@ def test_only_what_learns_for_one_budget_is_judged() -> None:
     assert doubt(BASE, plain().history[:1]) is None
 
 
+@pytest.mark.slow
 def test_the_spread_is_that_of_the_rewards() -> None:
     assert all(row["reward_spread"] < 1e-6 for row in plain("uniform").history)
     assert all(row["reward_spread"] > 0.05 for row in plain("random").history)

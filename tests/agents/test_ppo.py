@@ -121,6 +121,7 @@ def test_correctness_15_the_critic_fits_constants_of_any_size() -> None:
         np.testing.assert_allclose(value[0], target, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_the_critic_does_not_shape_the_actor() -> None:
     batch, _ = prepared(CONFIG, rollout())
     params = toy_state()[1]
@@ -142,6 +143,7 @@ def test_correctness_15_gae_equals_a_hand_computed_case() -> None:
     np.testing.assert_allclose(ended[2, 0], 3.0 - 1.5, rtol=1e-6)  # a true end is not bootstrapped
 
 
+@pytest.mark.slow
 def test_each_round_is_measured_against_its_own_round() -> None:
     # Where all policies are one, the regression explains nothing, and only the comparison is left.
     twice = dataclasses.replace(rollout(2), policies=jnp.zeros_like(rollout(2).policies))

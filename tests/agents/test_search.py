@@ -129,7 +129,7 @@ def test_greedy_needs_more_evaluations_than_sites() -> None:
 
 
 @pytest.mark.parametrize("method", get_args(Method))
-@pytest.mark.fast("agent", "random", "uniform", "magnitude", "lamp")
+@pytest.mark.fast("random", "uniform", "magnitude", "lamp")
 def test_correctness_18_every_method_has_the_same_evaluations_and_interface(method: Method) -> None:
     if method == "cma_es":
         pytest.importorskip("evosax")
@@ -402,6 +402,7 @@ def test_correctness_04_no_setting_is_without_a_test() -> None:
     assert {f.name for f in dataclasses.fields(AgentConfig)} == {"hidden", "layers", "heads", "own_logits"}
 
 
+@pytest.mark.slow
 def test_the_referee_fine_tunes_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from sculpt.agents import rerank
 

@@ -96,6 +96,7 @@ def test_networks_are_scored_as_in_a_search_alone() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_policy_on_several_shortlists_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[bytes] = []
 
@@ -129,7 +130,7 @@ POLICIES = [random_policies(toy_space(), jax.random.key(seed), 5, 0.6) for seed 
 @pytest.mark.parametrize(
     "plan", [PLAN, EvaluationPlan(policies_per_chunk=4), EvaluationPlan(policy_shards=2)]
 )
-@pytest.mark.fast("plan1")
+@pytest.mark.slow
 def test_what_is_asked_for_is_scored_under_vmap(plan: EvaluationPlan) -> None:
     policies, counts = jnp.stack([jnp.asarray(p) for p in POLICIES]), jnp.asarray([5, 0, 2])
     score = jax.jit(functools.partial(score_policies, problem(0, plan)))
@@ -140,6 +141,7 @@ def test_what_is_asked_for_is_scored_under_vmap(plan: EvaluationPlan) -> None:
         np.testing.assert_array_equal(mapped.accuracy[row, :count], alone.accuracy[:count])
 
 
+@pytest.mark.slow
 def test_batches_with_images_of_their_own_are_scored_in_turn() -> None:
     problems = [problem(seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)

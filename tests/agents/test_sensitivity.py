@@ -97,7 +97,7 @@ def test_scored_options_are_favoured_by_what_they_do() -> None:
 
 
 @pytest.mark.parametrize("each", [1, 2, 3])
-@pytest.mark.fast("2", "3")
+@pytest.mark.slow
 def test_options_between_lie_on_the_line_by_the_energy_that_they_lose(each: int) -> None:
     """Harm in proportion to the energy lost, by another factor at every site, is found whole from a few options."""
     alone, lost = singles(toy_space(), each), 1.0 - np.asarray(retained())

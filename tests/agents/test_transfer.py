@@ -143,6 +143,7 @@ def test_other_agents_are_refused(config: SearchConfig, agent: object, words: st
         run(config, agent=agent)
 
 
+@pytest.mark.slow
 def test_half_precision_is_widened() -> None:
     left = plain().agent
     config = dataclasses.replace(BASE, evaluations=32)

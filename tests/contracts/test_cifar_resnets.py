@@ -86,6 +86,7 @@ def test_only_the_input_the_output_and_windows_stay_whole(name: str) -> None:
 
 
 @small_nets
+@pytest.mark.slow
 def test_masked_equals_compacted(name: str) -> None:
     both = pruned(name, 1)
     both.assert_same_outputs(images())

@@ -58,20 +58,13 @@ def _dtypes(tree: Any) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != "bfloat16"])
-def test_a_network_is_pruned_in_other_dtypes_too(dtype: str) -> None:
-    test_a_network_is_pruned_in_its_own_dtype(dtype)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16"])
-@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_network_is_pruned_in_its_own_dtype(dtype: str) -> None:
     with contextlib.ExitStack() as settings:
         settings.enter_context(warnings.catch_warnings())
         warnings.simplefilter("error", FutureWarning)
-        if dtype == "float64":  # the library's own whole numbers are of 32 bits, JAX's of 64
+        if dtype == "float64":
             settings.enter_context(jax.enable_x64(True))
-            settings.enter_context(jax.numpy_dtype_promotion("standard"))
         _check(dtype, DTYPES[dtype])
 
 

@@ -34,7 +34,7 @@ def drawn(space: sculpt.Space, seed: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["residual", "separable"])
 @pytest.mark.parametrize("family", ENTRIES)
-@pytest.mark.fast("nm-separable", "block-separable")
+@pytest.mark.fast("block-separable")
 def test_every_option_keeps_as_many_entries_as_it_says(family: str, name: str) -> None:
     space = space_of(name, (family,))
     choices = jax.device_get(make_choices(space, network(name).params))
@@ -55,7 +55,7 @@ def test_every_option_keeps_as_many_entries_as_it_says(family: str, name: str) -
 
 @pytest.mark.parametrize("name", ["residual", "separable"])
 @pytest.mark.parametrize("family", ENTRIES)
-@pytest.mark.fast("rect_grouped-separable", "nm-separable", "block-separable")
+@pytest.mark.fast("nm-separable", "block-separable")
 def test_costs_are_those_of_the_entries_that_stay(family: str, name: str) -> None:
     space, trace = space_of(name, (family,)), traced(name)
     policy = drawn(space)

@@ -103,3 +103,11 @@ def test_groups_of_what_is_summed_over_are_frozen() -> None:
     trace = sculpt.trace(from_function(apply, shapes)(jax.random.key(7)), X)
     assert not trace.groups
     assert any("groups of what is summed over" in row.reason for row in trace.frozen)
+
+
+def test_what_experts_are_multiplied_by_is_not_observed() -> None:
+    model, trace = built("ragged")
+    with pytest.raises(
+        ValueError, match=r"JAX cannot do with ragged_dot: choose another kind, such as 'taylor'"
+    ):
+        sculpt.importance(model, trace, "activation", images=jnp.zeros((4, IN)))

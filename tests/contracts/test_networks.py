@@ -64,7 +64,7 @@ def test_whole_numbers_of_macs_are_those_of_the_cost(name: str) -> None:
         assert policy.any() or theoretical_macs(space, policy, masks) == traced(name).macs
 
 
-@pytest.mark.fast("biased", "dilated", "nnx", "function")
+@pytest.mark.fast("dilated", "nnx", "function")
 def test_correctness_08_claimed_macs_equal_counted_zeros_and_the_compact_program(name: str) -> None:
     space = space_of(name)
     policy = mixed_policy(space)
@@ -87,6 +87,7 @@ def test_correctness_08_claimed_macs_equal_counted_zeros_and_the_compact_program
     assert params == sum(w.size for w in jax.tree.leaves(small.params))
 
 
+@pytest.mark.fast("plain", "biased", "residual", "dilated", "nnx", "function")
 def test_correctness_09_every_convolution_and_dense_layer_is_a_site(name: str) -> None:
     space = space_of(name)
     masks = sculpt.make_masks(space, network(name).params, smallest_policy(space))

@@ -63,7 +63,7 @@ def install(monkeypatch: pytest.MonkeyPatch, seconds_of: Callable[[list[tuple[in
 
 
 @pytest.mark.parametrize("per_call", [0.0, 4e3, 1e9])
-@pytest.mark.fast("4000.0")
+@pytest.mark.slow
 def test_the_fastest_cut_is_found(
     monkeypatch: pytest.MonkeyPatch, wide: tuple[sculpt.Model, sculpt.Space, np.ndarray], per_call: float
 ) -> None:
@@ -101,6 +101,7 @@ def model_in_one_piece(wide: tuple[sculpt.Model, sculpt.Space, np.ndarray]) -> t
     return small.apply.describe()
 
 
+@pytest.mark.slow
 def test_a_real_clock(wide: tuple[sculpt.Model, sculpt.Space, np.ndarray]) -> None:
     model, space, policy = wide
     found = sculpt.measure_group_overheads(model, space, policy, X, threads=1, repeats=1)

@@ -20,6 +20,7 @@ def square(size: int) -> sculpt.Model:
     return sculpt.from_function(chain, {"w": jnp.eye(size)})
 
 
+@pytest.mark.slow
 def test_a_measurement_says_what_where_and_how_often() -> None:
     latency = sculpt.measure_latency(square(16), jnp.ones((3, 16)), repeats=7)
     assert 0 < latency.spread[0] <= latency.median <= latency.spread[1] < 1

@@ -184,6 +184,7 @@ def test_what_was_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("clock")
+@pytest.mark.slow
 def test_it_is_of_the_options_that_were_measured() -> None:
     space, other = (sculpt.make_space(traced("plain"), "channels", round_to) for round_to in (1, 4))
     found = measure_layers(network("plain"), space, X, jax.random.key(0), networks=3)
@@ -344,6 +345,7 @@ def test_so_many_sizes_at_the_most() -> None:
     assert max(len(part.points) for part in parts) <= 8 * 8 + 3 * 64
 
 
+@pytest.mark.slow
 def test_axes_of_many_sites_are_told_apart_by_their_sum() -> None:
     """As behind a dense block's concatenations, where all combinations of options are too many."""
     _, space = dense_block(12)

@@ -63,6 +63,7 @@ def test_any_image_size_and_number_of_channels(shape: tuple[int, ...]) -> None:
     assert logits.shape == (shape[0], 7) and logits.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_training_mode_moves_the_statistics_and_evaluation_does_not() -> None:
     module = nets.create("resnet8", 10)
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))

@@ -234,8 +234,19 @@ def test_a_new_head_is_drawn_for_other_classes(name: str, tmp_path: Path) -> Non
             assert found[part]["kernel"].shape == (before["kernel"].shape[0], 7)
             np.testing.assert_array_equal(found[part]["kernel"], again[part]["kernel"])
             assert not np.array_equal(five[part]["kernel"], before["kernel"])
-    with pytest.raises(ValueError, match=f"does not fit {name} with 7 classes"):
+    with pytest.raises(
+        ValueError, match=f"does not fit {name} with 7 classes.*; all but the head fits: .*--new-head"
+    ):
         load(num_classes=7)
+
+
+def test_weights_of_another_network_name_it(tmp_path: Path) -> None:
+    module = nets.create("resnet20", 10)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+    nets.save(module, draw(shapes, jax.random.key(1)), tmp_path / "w.safetensors")
+    for classes in (10, 5):
+        with pytest.raises(ValueError, match=r"does not fit resnet8 with .*; these are weights of resnet20"):
+            nets.load("resnet8", tmp_path / "w.safetensors", classes)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])

@@ -202,7 +202,7 @@ class SideBySide(nn.Module):
 @pytest.mark.parametrize(
     "module", [Grouped(), Flattened(), FusedAttention(True), FusedAttention(False), SideBySide()]
 )
-@pytest.mark.fast("module1")
+@pytest.mark.slow
 def test_each_group_that_may_go_goes(module: nn.Module) -> None:
     """One by one and all together; axes that are products of what goes and what stays."""
     model = from_linen(module)(jax.random.key(0))

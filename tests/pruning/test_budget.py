@@ -20,7 +20,7 @@ def space() -> sculpt.Space:
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.5, 0.8, 1.0])
-@pytest.mark.fast("0.8", "1.0")
+@pytest.mark.fast("0.8")
 def test_correctness_17_every_projection_meets_its_budget_and_spends_it(
     space: sculpt.Space, budget: float
 ) -> None:
@@ -56,7 +56,7 @@ def test_strong_preferences_within_the_budget_are_kept(space: sculpt.Space) -> N
 
 @pytest.mark.parametrize("policy_of", ["uniform", "magnitude", "lamp"])
 @pytest.mark.parametrize("budget", [0.2, 0.5])
-@pytest.mark.fast("0.2-uniform", "0.2-lamp", "0.5-uniform", "0.5-magnitude", "0.5-lamp")
+@pytest.mark.fast("0.2-uniform", "0.5-uniform", "0.5-magnitude", "0.5-lamp")
 def test_deterministic_controls_meet_the_budget(space: sculpt.Space, policy_of: str, budget: float) -> None:
     make = {
         "uniform": functools.partial(uniform_policy, space),

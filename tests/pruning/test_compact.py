@@ -128,6 +128,7 @@ def test_policies_may_be_lists() -> None:
     assert float(sculpt.cost(space, policy.tolist()).macs) == float(sculpt.cost(space, policy).macs)
 
 
+@pytest.mark.slow
 def test_a_compact_network_that_starts_from_zeros_can_be_pruned_again() -> None:
     """Zeros of the dense width are a table, cut when the program runs: that they stay zero is to be seen."""
     keys = jax.random.split(jax.random.key(0))
@@ -149,6 +150,7 @@ def test_a_compact_network_that_starts_from_zeros_can_be_pruned_again() -> None:
     assert smaller.params["a"].shape == (3, 1)
 
 
+@pytest.mark.slow
 def test_windows_of_a_kernel_whose_axis_of_size_one_moves_become_smaller() -> None:
     case = ARCHITECTURES["turned_depthwise"]
     model = case.build(jax.random.key(0))

@@ -52,7 +52,7 @@ def _step(optimizer: optax.GradientTransformation, model: sculpt.Model, state: A
     ],
     ids=["adamw", "masked momentum"],
 )
-@pytest.mark.fast("masked momentum")
+@pytest.mark.slow
 def test_training_goes_on_with_the_moments_of_the_dense_network(inner: Any) -> None:
     masked, state = MASKED, sculpt.hold_zeros(MASKS, inner).init(MASKED.params)
     masked, state = _step(sculpt.hold_zeros(MASKS, inner), masked, state)

@@ -128,7 +128,7 @@ def test_what_may_differ_is_frozen_with_a_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.fast("float16")
+@pytest.mark.slow
 def test_half_precision(dtype: Any) -> None:
     with jax.numpy_dtype_promotion("standard"):
         model = network(lambda h: normalised(h), dtype)

@@ -283,7 +283,7 @@ MIDDLES = {
 
 
 @pytest.mark.parametrize("name", MIDDLES)
-@pytest.mark.fast("scan", "checkpoint", "own derivative")
+@pytest.mark.fast("checkpoint", "own derivative")
 def test_what_knows_the_channels_by_number_follows_their_new_order(name: str) -> None:
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         y = jax.lax.conv_general_dilated(
@@ -316,6 +316,7 @@ def test_what_knows_the_channels_by_number_follows_their_new_order(name: str) ->
     assert small(IMAGES).shape == (4, 5)
 
 
+@pytest.mark.slow
 def test_channels_that_something_joins_stay_where_they_were() -> None:
     """State along an axis of theirs and others, and a training program that takes them in groups."""
 

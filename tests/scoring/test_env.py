@@ -68,6 +68,7 @@ def test_an_episode(params: EnvParams, actions: jax.Array, images: tuple[jax.Arr
     assert int(state.archive.count) == len(np.unique(np.asarray(actions), axis=0))
 
 
+@pytest.mark.slow
 def test_a_new_episode_keeps_the_archive(params: EnvParams, actions: jax.Array) -> None:
     env = PruningEnv(toy_space(), NUMBER)
     start = env.init(16)

@@ -41,7 +41,7 @@ def one_by_one(
 @pytest.mark.parametrize("name", ["residual", "nnx"])
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.fast("4-False-nnx", "4-True-nnx")
+@pytest.mark.fast("4-False-nnx")
 def test_scores_equal_a_plain_loop(name: str, calibrated: bool, chunk: int) -> None:
     space = sculpt.make_space(traced(name))
     policies = sculpt.random_policies(space, jax.random.key(2), 5)

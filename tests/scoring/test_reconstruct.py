@@ -150,6 +150,7 @@ def test_copies_of_what_stays_are_made_up_for() -> None:
     assert distance(model, fitted) < 1e-6 * np.square(outputs(model)).mean()
 
 
+@pytest.mark.slow
 def test_weights_that_are_read_twice_stay_as_masked() -> None:
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ params["shared"]) @ params["shared"].T @ params["own"]
@@ -169,6 +170,7 @@ def test_activations_that_are_not_finite_are_named() -> None:
         sculpt.reconstruct(model, {"w": np.ones((4, 3), bool)}, jnp.zeros((8, 4)))
 
 
+@pytest.mark.slow
 def test_huge_kernels_stay_as_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"large": jax.random.normal(keys[0], (6, 9)), "small": jax.random.normal(keys[1], (9, 4))}

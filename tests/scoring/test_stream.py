@@ -90,6 +90,7 @@ def test_the_policies_seen_last_are_remembered(monkeypatch: pytest.MonkeyPatch) 
     assert [block.evaluated for block in blocks] == [1, 1, 1, 0, 1, 0, 0, 1]
 
 
+@pytest.mark.slow
 def test_a_block_may_hold_more_policies_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sculpt.scoring.stream._REMEMBERED", 3)
     policies = some_policies(40)

@@ -104,6 +104,7 @@ def test_plans_beyond_the_memory_are_not_run(monkeypatch: pytest.MonkeyPatch) ->
         tuned()
 
 
+@pytest.mark.slow
 def test_the_mesh_is_tuned_and_more_devices_than_there_are_is_passed_over() -> None:
     found = tuned(choices=(("mesh", ((8, 1), (4, 2), (9, 1))), ("policy_shards", (2, 8))), calibrated=False)
     tried = {(trial.plan.policy_shards, trial.plan.image_shards): trial for trial in found.trials}
@@ -112,6 +113,7 @@ def test_the_mesh_is_tuned_and_more_devices_than_there_are_is_passed_over() -> N
     assert found.plan.devices <= 8
 
 
+@pytest.mark.slow
 def test_a_remembered_plan_that_no_longer_fits_is_found_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def check_compact(model: sculpt.model.Model, traced: sculpt.Trace, x: jax.Array)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.fast("1")
 def test_time_major_sequences(batch: int) -> None:
     model, x = sculpt.from_function(time_major, PARAMS), jnp.asarray(DRAW(size=(6, batch, 5)), jnp.float32)
     traced = sculpt.trace(model, x, batch_axis=1)

@@ -41,6 +41,7 @@ def test_shift_moves_by_every_offset_up_to_one_and_pads_with_zeros() -> None:
     assert len(seen) == 9
 
 
+@pytest.mark.slow
 def test_crop_flip_shifts_by_up_to_four_and_mirrors_half() -> None:
     x = np.asarray(images(200, 10))
     y = np.asarray(crop_flip(jax.random.key(4), jnp.asarray(x)))
@@ -84,7 +85,7 @@ def test_rand_augment_of_no_strength_changes_nothing_and_of_some_most_images() -
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.fast("3")
+@pytest.mark.slow
 def test_rand_augment_does_each_operation(channels: int) -> None:
     x = jnp.broadcast_to(images(1, 16, channels), (300, 16, 16, channels))
     y = np.asarray(rand_augment(jax.random.key(1), x, 1))
@@ -106,6 +107,7 @@ def test_mixup_blends_and_cutmix_pastes_the_share_that_they_tell() -> None:
         assert ((cut == np.asarray(x)) | (cut == np.asarray(x)[other])).all()
 
 
+@pytest.mark.slow
 def test_of_both_mixtures_a_coin_takes_one() -> None:
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
     kinds = set()

@@ -58,7 +58,7 @@ def test_features_are_the_results_of_the_layers() -> None:
 # A stem, six convolutions and a dense layer; patches, then queries, keys, values, two products, what joins the heads, two dense
 # layers, and the head.
 @pytest.mark.parametrize(("build", "layers"), [(untrained_digits, 8), (vit, 10), (tiny_model, 2)])
-@pytest.mark.fast("vit-10", "tiny_model-2")
+@pytest.mark.fast("tiny_model-2")
 def test_training_mode_computes_the_same_layers(build: object, layers: int) -> None:
     model: Model = build()  # type: ignore[operator]
     x = jnp.zeros((2, 8, 8, 1))

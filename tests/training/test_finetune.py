@@ -74,6 +74,7 @@ def test_correctness_01_masked_weights_stay_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.fast("momentum", "adamw")
 def test_correctness_01_moments_stay_zero_where_masked(name: str) -> None:
     model, splits = tiny_model(), tiny_splits()
     masks = tiny_masks(model)
@@ -103,6 +104,7 @@ def test_masks_are_applied_to_the_model_that_comes_in_and_it_is_left_as_it_was()
     assert same_bits((model.params, model.state), before)
 
 
+@pytest.mark.slow
 def test_train_is_finetune_without_masks() -> None:
     model, splits = tiny_model(), tiny_splits()
     dense = train(model, splits, BASE, KEY)
@@ -155,7 +157,7 @@ def base_result() -> Model:
 
 
 @pytest.mark.parametrize("field", sorted({f.name for f in dataclasses.fields(FinetuneConfig)} - ELSEWHERE))
-@pytest.mark.fast("ema", "learning_rate", "momentum", "nesterov", "optimizer", "weight_decay")
+@pytest.mark.fast("ema", "learning_rate", "nesterov", "optimizer", "weight_decay")
 def test_correctness_04_every_field_changes_the_result(field: str, base_result: Model) -> None:
     changed = tuned(dataclasses.replace(BASE, **{field: CHANGES[field]}))
     assert not same_bits(changed, base_result)
@@ -166,7 +168,7 @@ def test_correctness_04_every_field_changes_the_result(field: str, base_result: 
     [{"momentum": 0.5}, {"weight_decay": 0.1}, {"nesterov": True}],
     ids=lambda change: next(iter(change)),
 )
-@pytest.mark.fast("momentum")
+@pytest.mark.slow
 def test_correctness_04_fields_act_with_adamw_too(change: dict[str, Any]) -> None:
     config = OPTIMIZERS["adamw"]
     assert not same_bits(tuned(config), tuned(dataclasses.replace(config, **change)))
@@ -202,6 +204,7 @@ def test_accumulated_gradients_are_those_of_the_batch() -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_computing_activations_again_changes_nothing(base_result: Model) -> None:
     again = tuned(dataclasses.replace(BASE, remat=True))
     for a, b in zip(*map(jax.tree.leaves, (again, base_result)), strict=True):
@@ -212,6 +215,7 @@ def test_computing_activations_again_changes_nothing(base_result: Model) -> None
     assert "remat" in str(jax.make_jaxpr(program.forward())(model.params, model.state, images, KEY))
 
 
+@pytest.mark.slow
 def test_half_precision_learns_as_well(base_result: Model) -> None:
     half = tuned(dataclasses.replace(BASE, precision="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("float32")}
@@ -521,6 +525,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, ste
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found[1]["train"].params))
 
 
+@pytest.mark.slow
 def test_divergence_without_a_directory_says_so() -> None:
     config = dataclasses.replace(BASE, learning_rate=1e30)
     with pytest.raises(TrainingDiverged, match="epoch 1, step 2; no checkpoint was kept"):

@@ -76,7 +76,7 @@ def test_correctness_01_pruned_weights_end_at_exact_zeros_wherever_the_run_is_cu
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.fast("sgd")
+@pytest.mark.slow
 def test_correctness_01_nothing_is_remembered_of_faded_weights(name: str) -> None:
     model = tiny_model()
     masks = tiny_masks(model)
@@ -102,6 +102,7 @@ def test_correctness_01_nothing_is_remembered_of_faded_weights(name: str) -> Non
         assert max(largest()) == 0.0
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_one_with_the_masks_in_force() -> None:
     """A network that is right as long as a pruned weight is above 0.1: after the first of three epochs, 0.27 is left of it."""
 

@@ -113,6 +113,7 @@ def test_the_copy_of_a_folder_that_cannot_be_written_is_the_users(
 
 
 @pytest.mark.parametrize(("rows", "validation"), [(30, 3), (12_000, 5_000)])
+@pytest.mark.fast("30-3")
 def test_cifar10_jpeg_sets_the_usual_aside_of_many_only(tmp_path: Path, rows: int, validation: int) -> None:
     for part in ("train", "test"):
         images = [IMAGES[0]] * (rows if part == "train" else 10)
@@ -140,7 +141,7 @@ def test_what_is_wrong_with_it_is_named(folder: Path) -> None:
     train.write_bytes(data)
     with pytest.raises(ValueError, match=r"train.parquet"):
         sculpt.load_data("parquet", folder, size=8, stream=True)
-    assert not list(folder.glob(".*partial")) and not list(folder.glob("*.arrow"))
+    assert not list(folder.glob(".*tmp")) and not list(folder.glob("*.arrow"))
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def test_a_kill_loses_no_policy(
 
 
 @pytest.mark.parametrize("policies_per_chunk", [1, 2])
-@pytest.mark.fast("2")
+@pytest.mark.slow
 def test_a_policy_that_diverges_does_not_stop_the_others(policies_per_chunk: int) -> None:
     def apply(params: Any, x: jax.Array) -> jax.Array:
         hidden = x.reshape(x.shape[0], -1) @ params["first"]["kernel"]
