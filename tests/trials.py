@@ -51,7 +51,9 @@ _CHANGES = re.compile(r"seconds|latency|per_second|^pid$|^seal$|^fingerprint|^fi
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the trials that the records lack; 1 if any went wrong."""
-    parser = argparse.ArgumentParser(prog="python -m tests.trials", description="Kill and corruption trials of run directories.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.trials", description="Kill and corruption trials of run directories."
+    )
     parser.add_argument("kind", choices=("kill", "corrupt"))
     parser.add_argument("--records", type=Path, required=True, help="file of records, which grows")
     parser.add_argument("--each", type=int, default=10, help="trials of each kind (10)")
