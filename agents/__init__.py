@@ -2,11 +2,12 @@
 
 from sculpt.agents.actor_critic import ActorCritic, SiteInputs, site_inputs
 from sculpt.agents.config import AgentConfig, Method, SearchConfig
-from sculpt.agents.pretrain import Lesson, pretrain
+from sculpt.agents.loop import search, trial_network
+from sculpt.agents.observation import SiteFeatures, site_features, to_graph
+from sculpt.agents.pretraining import Lesson, pretrain
 from sculpt.agents.result import FrontPoint, SearchResult
-from sculpt.agents.search import search, trial_network
 from sculpt.agents.seeds import search_seeds
-from sculpt.scoring.reward import RewardConfig
+from sculpt.scoring.rewards import RewardConfig
 
 __all__ = [
     "ActorCritic",
@@ -17,10 +18,13 @@ __all__ = [
     "RewardConfig",
     "SearchConfig",
     "SearchResult",
+    "SiteFeatures",
     "SiteInputs",
     "pretrain",
     "search",
     "search_seeds",
+    "site_features",
     "site_inputs",
+    "to_graph",
     "trial_network",
 ]

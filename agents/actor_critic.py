@@ -18,11 +18,13 @@ import numpy as np
 
 from sculpt.agents.config import AgentConfig
 from sculpt.agents.distributions import mask_invalid
+from sculpt.agents.environment import state_axes
 from sculpt.agents.gatv2 import Graph, GraphEncoder, take_rows
+from sculpt.agents.observation import OPTIONS, site_features
 from sculpt.model import Params
-from sculpt.pruning import FAMILIES, Space, energy_logits, site_features
-from sculpt.pruning.features import OPTIONS
-from sculpt.scoring.env import state_axes
+from sculpt.pruning.budget import energy_logits
+from sculpt.pruning.families.patterns import FAMILIES
+from sculpt.pruning.space import Space
 
 PolicyNetwork = nn.Module
 """Something that takes a graph and `SiteInputs` and gives logits and a value, as `ActorCritic` does."""

@@ -10,9 +10,9 @@ import numpy as np
 
 from sculpt.arguments import check_argument, checked_fields, did_you_mean, is_real, is_whole, without_numpy
 from sculpt.model import Model
+from sculpt.repair.recalibration import has_statistics
 from sculpt.scoring.problem import Repair
-from sculpt.scoring.recalibrate import has_statistics
-from sculpt.scoring.reward import Objective, RewardConfig
+from sculpt.scoring.rewards import Objective, RewardConfig
 from sculpt.training.config import FinetuneConfig
 
 Method = Literal["agent", "table", "random", "uniform", "magnitude", "lamp", "greedy", "evolution", "cma_es"]

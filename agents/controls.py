@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.agents import cma_es
+from sculpt.agents.archive import Archive
 from sculpt.agents.config import RULES, Method, SearchConfig
 from sculpt.agents.sensitivity import options_each, sensitivity_logits, singles, singles_first
 from sculpt.model import Params
-from sculpt.pruning import Space, lamp_policy, magnitude_policy, project, uniform_policy
-from sculpt.scoring.archive import Archive
-from sculpt.scoring.reward import Objective, quality
+from sculpt.pruning.budget import lamp_policy, magnitude_policy, project, uniform_policy
+from sculpt.pruning.space import Space
+from sculpt.scoring.rewards import Objective, quality
 
 POPULATION = 64
 """Aging evolution keeps the youngest so many policies."""

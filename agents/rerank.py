@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.agents.config import SearchConfig
+from sculpt.data.splits import Splits
 from sculpt.model import Model
-from sculpt.pruning import Space, apply_masks, make_masks
-from sculpt.scoring.evaluate import evaluate
-from sculpt.scoring.recalibrate import recalibrate
-from sculpt.scoring.reconstruct import NotFinite, reconstruct
-from sculpt.training.data import Splits
-from sculpt.training.finetune import finetune
+from sculpt.pruning.masks import apply_masks, make_masks
+from sculpt.pruning.space import Space
+from sculpt.repair.recalibration import recalibrate
+from sculpt.repair.reconstruction import NotFinite, reconstruct
+from sculpt.scoring.evaluation import evaluate
+from sculpt.training.finetuning import finetune
 from sculpt.training.run import TrainingDiverged
 
 

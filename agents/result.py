@@ -6,14 +6,15 @@ import dataclasses
 
 import numpy as np
 
+from sculpt.agents.archive import Archive
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.diagnosis import doubt
+from sculpt.agents.learning import TOLERANCE, Metrics, SearchState, ranking
 from sculpt.agents.transfer import portable
-from sculpt.agents.update import TOLERANCE, Metrics, SearchState, ranking
 from sculpt.model import Params
-from sculpt.pruning import Space, cost
-from sculpt.scoring.archive import Archive
-from sculpt.scoring.reward import RewardState
+from sculpt.pruning.costs import cost
+from sculpt.pruning.space import Space
+from sculpt.scoring.rewards import RewardState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,11 @@ import numpy as np
 
 from sculpt.agents import distributions
 from sculpt.agents.actor_critic import PolicyNetwork, SiteInputs, forward
+from sculpt.agents.environment import EnvParams, EnvState, PruningEnv, StepInfo
 from sculpt.agents.gatv2 import Graph
 from sculpt.agents.sensitivity import singles_first
-from sculpt.pruning import Space, project
-from sculpt.scoring.env import EnvParams, EnvState, PruningEnv, StepInfo
+from sculpt.pruning.budget import project
+from sculpt.pruning.space import Space
 
 _T = TypeVar("_T")
 

@@ -15,9 +15,8 @@ import numpy as np
 from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.controls import fixed_policy
-from sculpt.agents.sensitivity import options_each, starts_from_energy
-from sculpt.agents.transfer import check_agent
-from sculpt.agents.update import (
+from sculpt.agents.environment import EnvParams, PruningEnv, Scorer
+from sculpt.agents.learning import (
     Metrics,
     Program,
     SearchState,
@@ -28,17 +27,19 @@ from sculpt.agents.update import (
     snapshot,
     update,
 )
+from sculpt.agents.sensitivity import options_each, starts_from_energy
+from sculpt.agents.transfer import check_agent
+from sculpt.data.splits import Splits
 from sculpt.inputs import rows
 from sculpt.interrupts import check_interrupt
 from sculpt.model import Model, Params
-from sculpt.pruning import Space, check_budget
-from sculpt.scoring.env import EnvParams, PruningEnv, Scorer
-from sculpt.scoring.evaluate import evaluate, score_policies
+from sculpt.pruning.budget import check_budget
+from sculpt.pruning.space import Space
+from sculpt.repair.recalibration import check_calibration_images
+from sculpt.scoring.evaluation import evaluate, score_policies
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import make_problem
-from sculpt.scoring.recalibrate import check_calibration_images
-from sculpt.training.data import Splits
-from sculpt.training.finetune import check_request
+from sculpt.training.finetuning import check_request
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.agents.config import SearchConfig
+from sculpt.agents.environment import Scorer
+from sculpt.agents.learning import Program, SearchState, Task, init_state, metrics_of, update
 from sculpt.agents.rerank import Referee
 from sculpt.agents.result import SearchResult, make_result, shortlist
 from sculpt.agents.run import set_up, settled
-from sculpt.agents.update import Program, SearchState, Task, init_state, metrics_of, update
 from sculpt.arguments import checked, is_whole
+from sculpt.data.splits import Splits
 from sculpt.model import Model, Params
-from sculpt.pruning import Space
-from sculpt.scoring.env import Scorer
-from sculpt.scoring.evaluate import score_policies
+from sculpt.pruning.space import Space
+from sculpt.scoring.evaluation import score_policies
 from sculpt.scoring.plan import EvaluationPlan
-from sculpt.training.data import Splits
 
 
 @checked

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.agents.archive import Archive
 from sculpt.agents.config import LEARNERS, SearchConfig
-from sculpt.pruning import Space
-from sculpt.scoring.archive import Archive
+from sculpt.pruning.space import Space
 
 _TRUST = 8.0
 """Logits of an option whose effect on the loss is the mean of all; the draw adds Gumbel noise of scale 1."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from sculpt.agents.config import AgentConfig, SearchConfig
 from sculpt.model import Params
-from sculpt.tracing.trace import leaf_paths
+from sculpt.trees import leaf_paths
 
 _OF_ONE_NETWORK = "own"
 

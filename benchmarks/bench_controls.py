@@ -27,12 +27,11 @@ from benchmarks import records
 from benchmarks.stages import in_words, stage, test_accuracy
 from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, to_reconstruct, tuned
 from benchmarks.timing import RESULTS, provenance, write_results
-from sculpt.agents import Method
 from sculpt.agents.cma_es import load_evosax
-from sculpt.agents.config import RULES
+from sculpt.agents.config import RULES, Method
+from sculpt.data.splits import Splits
 from sculpt.model import Model
-from sculpt.pruning import Space
-from sculpt.training import Splits
+from sculpt.pruning.space import Space
 
 METHODS = {name: {"method": name} for name in get_args(Method)} | {
     f"{name}, warm": {"method": name, "warm_start": True} for name in ("agent", "random", "evolution")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import interleaved, provenance, spread, write_results
-from sculpt.scoring.lowering import lowered
+from sculpt.ir.lowering import lowered
 
 SHAPES = ((32, 32, 3, 1), (32, 96, 3, 1), (32, 96, 3, 2), (8, 240, 5, 1), (4, 672, 5, 2))
 """Side of the image, channels, side of the window, stride: layers of mobile networks on small images."""

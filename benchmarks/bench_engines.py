@@ -21,9 +21,9 @@ import numpy as np
 import sculpt
 from benchmarks.tasks import compacted
 from benchmarks.timing import provenance, write_results
-from sculpt.deploy.engines import ENGINES, engine_of
+from sculpt.latency.engines import ENGINES, engine_of
 from sculpt.model import Model
-from sculpt.pruning import Space
+from sculpt.pruning.space import Space
 
 BATCHES = (1, 32)
 

@@ -24,8 +24,8 @@ import numpy as np
 import sculpt
 from benchmarks.timing import interleaved, matmul_runs, provenance, seconds, spread, write_results
 from sculpt.model import Model
-from sculpt.scoring import make_problem
-from sculpt.scoring.evaluate import _scored
+from sculpt.scoring.evaluation import score_compiled
+from sculpt.scoring.problem import make_problem
 
 NETS: dict[str, tuple[int, ...]] = {
     "resnet20": (32, 32, 3),
@@ -113,7 +113,7 @@ def compiled_cost(task: Task, plan: sculpt.EvaluationPlan) -> tuple[float, float
     problem = make_problem(task.model, task.space, task.images, task.labels, plan=plan)
     jax.clear_caches()
     begun = time.perf_counter()
-    compiled = _scored.lower(problem, plan.place(task.policies), plan.place(jnp.int32(1))).compile()
+    compiled = score_compiled.lower(problem, plan.place(task.policies), plan.place(jnp.int32(1))).compile()
     took = time.perf_counter() - begun
     analysis = compiled.memory_analysis()
     return took, float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20

@@ -20,10 +20,15 @@ import numpy as np
 
 import sculpt
 from benchmarks.timing import interleaved, provenance, spread, write_results
-from sculpt.pruning.filter_groups import OVERHEAD, bind_in_groups, group_filters, split_convolutions
-from sculpt.pruning.rewrite import bind
-from sculpt.tracing.execute import as_written, execute
-from sculpt.tracing.program import flatten
+from sculpt.ir.interpreter import as_written, execute
+from sculpt.ir.program import flatten
+from sculpt.pruning.compaction.filter_groups import (
+    OVERHEAD,
+    bind_in_groups,
+    group_filters,
+    split_convolutions,
+)
+from sculpt.pruning.compaction.rewriting import bind
 
 SHAPES = ((32, 32), (64, 32), (128, 16), (256, 8), (512, 4))
 """Channels, and the side of the image."""

@@ -18,11 +18,11 @@ import numpy as np
 import sculpt
 from benchmarks.bench_engines import GROUPED, drawn, same_option
 from benchmarks.timing import provenance, write_results
-from sculpt.deploy.engines import ENGINES, engine_of
+from sculpt.latency.engines import ENGINES, engine_of
 from sculpt.model import Model
-from sculpt.pruning import Space
-from sculpt.pruning.compact import CompactFunction
-from sculpt.pruning.filter_groups import OVERHEAD
+from sculpt.pruning.compaction.compactor import CompactFunction
+from sculpt.pruning.compaction.filter_groups import OVERHEAD
+from sculpt.pruning.space import Space
 
 
 def describe(model: Model) -> tuple[str, ...]:

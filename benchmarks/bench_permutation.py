@@ -19,7 +19,7 @@ import numpy as np
 import sculpt
 from benchmarks.timing import provenance, write_results
 from sculpt.model import Model
-from sculpt.pruning import Space, make_choices
+from sculpt.pruning.space import Space, make_choices
 
 PATTERNS = ((2, 4), (1, 4))
 CALIBRATION_IMAGES = 512

@@ -25,10 +25,11 @@ import sculpt
 from benchmarks.stages import in_words, stage
 from benchmarks.tasks import Task, begin, compacted, parser_of, to_reconstruct
 from benchmarks.timing import provenance, write_results
+from sculpt.data.splits import Splits
 from sculpt.model import Model
-from sculpt.pruning import Space, energy_logits, project
-from sculpt.scoring import Repair
-from sculpt.training import Splits
+from sculpt.pruning.budget import energy_logits, project
+from sculpt.pruning.space import Space
+from sculpt.scoring.problem import Repair
 
 SCORE_IMAGES, CALIBRATION_IMAGES = 256, 128
 STEPS = (10, 50)

@@ -24,8 +24,8 @@ import sculpt
 from benchmarks.stages import in_words, stage, test_accuracy
 from benchmarks.tasks import TASKS, Task, begin, parser_of, tuned
 from benchmarks.timing import provenance, write_results
+from sculpt.data.splits import Splits
 from sculpt.model import Model
-from sculpt.training import Splits
 
 IMAGES = 512
 """Of the train split, for recalibration and reconstruction."""

@@ -26,11 +26,11 @@ import sculpt
 from benchmarks.stages import in_words, stage
 from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, tuned
 from benchmarks.timing import provenance, write_results
-from sculpt.deploy import LayerLatency, load_layers, save_layers
-from sculpt.deploy.engines import ENGINES
+from sculpt.data.splits import Splits
+from sculpt.latency.engines import ENGINES
+from sculpt.latency.layer_latency import LayerLatency, load_layers, save_layers
 from sculpt.model import Model
-from sculpt.pruning import Space
-from sculpt.training import Splits
+from sculpt.pruning.space import Space
 
 ALLOWANCE = 1.4
 """Where both are limited, the share of the latency may be so many times that of MACs."""

@@ -19,8 +19,9 @@ import numpy as np
 import sculpt
 from benchmarks.bench_evaluate import NETS
 from benchmarks.timing import provenance, spread, write_results
-from sculpt.agents import search_seeds
-from sculpt.scoring import Problem, Scores, score_policies
+from sculpt.agents.seeds import search_seeds
+from sculpt.scoring.evaluation import Scores, score_policies
+from sculpt.scoring.problem import Problem
 
 
 def free_scorer(problem: Problem, policies: jax.Array, count: jax.Array) -> Scores:

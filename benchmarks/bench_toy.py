@@ -24,9 +24,10 @@ import sculpt
 from benchmarks.stages import settle, stage
 from benchmarks.timing import provenance, write_results
 from sculpt.agents.config import RULES
-from sculpt.pruning import Space
-from sculpt.scoring import Problem, Scores
-from sculpt.training import Split, Splits
+from sculpt.data.splits import Split, Splits
+from sculpt.pruning.space import Space
+from sculpt.scoring.evaluation import Scores
+from sculpt.scoring.problem import Problem
 
 WIDTH = 16
 METHODS = ("agent", "table", "cma_es", "evolution", "random", "greedy", "uniform")

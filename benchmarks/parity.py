@@ -274,7 +274,7 @@ def pretrained_twins(data: Path) -> Iterator[tuple[Twin, Path, Any, np.ndarray]]
         state = load_file(Path(folder, "timm.safetensors"))
     module = _timm("tf_efficientnet_lite0", classes=1000).eval()
     module.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=False)
-    from sculpt.training.parquet import read_parquet
+    from sculpt.data.parquet import read_parquet
 
     pictures, _ = read_parquet(data / "imagenet" / "sample1000_224.parquet", None)
     yield (

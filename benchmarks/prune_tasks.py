@@ -25,8 +25,8 @@ import sculpt
 from benchmarks.stages import in_words, settle, stage, test_accuracy
 from benchmarks.tasks import DISTILLATION, TASKS, Task, dense_network, parser_of, tuned
 from benchmarks.timing import provenance, write_results
+from sculpt.data.splits import Splits
 from sculpt.model import Model
-from sculpt.training import Splits
 
 BUDGET = 0.5
 RECALIBRATION_IMAGES = 1024

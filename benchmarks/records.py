@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import commit
-from sculpt.deploy.environment import device_name, versions
 from sculpt.digest import digest_of
+from sculpt.environment import device_name, versions
 from sculpt.files import written_whole
 from sculpt.model import Model
 

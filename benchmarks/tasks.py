@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 import sculpt
 from benchmarks.stages import settle, stage, test_accuracy
+from sculpt.data.named import load_parquet
+from sculpt.data.splits import Splits
 from sculpt.model import Model
-from sculpt.pruning import Space
-from sculpt.training import Splits, load_parquet
+from sculpt.pruning.space import Space
 
 DISTILLATION, RECONSTRUCTION_IMAGES = 0.5, 512
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sculpt.deploy.environment import device_name, versions
+from sculpt.environment import device_name, versions
 
 _TOLD_BY_ENVIRONMENT = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -9,11 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sculpt import agents, nets
-    from sculpt.agents import AgentConfig, RewardConfig, SearchConfig, SearchResult, search
-    from sculpt.deploy import (
-        Latency,
-        compare_latency,
+    from sculpt import agents, data, export, latency, nets
+    from sculpt.agents import AgentConfig, RewardConfig, SearchConfig, SearchResult, search, to_graph
+    from sculpt.data import (
+        Split,
+        Splits,
+        from_arrays,
+        from_examples,
+        from_sources,
+        load_data,
+        load_folder,
+        load_parquet,
+    )
+    from sculpt.export import (
         export_litert,
         export_onnx,
         export_stablehlo,
@@ -21,11 +29,15 @@ if TYPE_CHECKING:
         load_model,
         load_params,
         load_stablehlo,
+        save_model,
+        save_params,
+    )
+    from sculpt.latency import (
+        Latency,
+        compare_latency,
         measure_group_overheads,
         measure_latency,
         measure_layers,
-        save_model,
-        save_params,
     )
     from sculpt.model import Model, from_function, from_linen, from_nnx
     from sculpt.pruning import (
@@ -48,10 +60,10 @@ if TYPE_CHECKING:
         permute_channels,
         policy_from,
         random_policies,
-        to_graph,
         uniform_policy,
         with_resource,
     )
+    from sculpt.repair import recalibrate, reconstruct
     from sculpt.scoring import (
         EvaluationPlan,
         Race,
@@ -62,8 +74,6 @@ if TYPE_CHECKING:
         evaluate_file,
         evaluate_policies,
         race_policies,
-        recalibrate,
-        reconstruct,
         tune_plan,
     )
     from sculpt.task import CLASSIFICATION, Task
@@ -71,18 +81,10 @@ if TYPE_CHECKING:
     from sculpt.training import (
         FinetuneConfig,
         Recipe,
-        Split,
-        Splits,
         TunedPolicies,
         finetune,
         finetune_policies,
-        from_arrays,
-        from_examples,
-        from_sources,
         hold_zeros,
-        load_data,
-        load_folder,
-        load_parquet,
         recipe_for,
         train,
     )
@@ -90,10 +92,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "sculpt.agents": ("AgentConfig", "RewardConfig", "SearchConfig", "SearchResult", "search"),
-    "sculpt.deploy": (
-        "Latency",
-        "compare_latency",
+    "sculpt.agents": (
+        "AgentConfig",
+        "RewardConfig",
+        "SearchConfig",
+        "SearchResult",
+        "search",
+        "to_graph",
+    ),
+    "sculpt.data": (
+        "Split",
+        "Splits",
+        "from_arrays",
+        "from_examples",
+        "from_sources",
+        "load_data",
+        "load_folder",
+        "load_parquet",
+    ),
+    "sculpt.export": (
         "export_litert",
         "export_onnx",
         "export_stablehlo",
@@ -101,13 +118,22 @@ _HOMES = {
         "load_model",
         "load_params",
         "load_stablehlo",
-        "measure_group_overheads",
-        "measure_latency",
-        "measure_layers",
         "save_model",
         "save_params",
     ),
-    "sculpt.model": ("Model", "from_function", "from_linen", "from_nnx"),
+    "sculpt.latency": (
+        "Latency",
+        "compare_latency",
+        "measure_group_overheads",
+        "measure_latency",
+        "measure_layers",
+    ),
+    "sculpt.model": (
+        "Model",
+        "from_function",
+        "from_linen",
+        "from_nnx",
+    ),
     "sculpt.pruning": (
         "Cost",
         "Importance",
@@ -119,8 +145,8 @@ _HOMES = {
         "cost",
         "count_cost",
         "importance",
-        "layer_macs",
         "lamp_policy",
+        "layer_macs",
         "magnitude_policy",
         "make_masks",
         "make_space",
@@ -128,9 +154,12 @@ _HOMES = {
         "permute_channels",
         "policy_from",
         "random_policies",
-        "to_graph",
         "uniform_policy",
         "with_resource",
+    ),
+    "sculpt.repair": (
+        "recalibrate",
+        "reconstruct",
     ),
     "sculpt.scoring": (
         "EvaluationPlan",
@@ -142,33 +171,40 @@ _HOMES = {
         "evaluate_file",
         "evaluate_policies",
         "race_policies",
-        "recalibrate",
-        "reconstruct",
         "tune_plan",
     ),
-    "sculpt.task": ("CLASSIFICATION", "Task"),
-    "sculpt.tracing": ("Trace", "trace"),
+    "sculpt.task": (
+        "CLASSIFICATION",
+        "Task",
+    ),
+    "sculpt.tracing": (
+        "Trace",
+        "trace",
+    ),
     "sculpt.training": (
         "FinetuneConfig",
         "Recipe",
-        "Split",
-        "Splits",
         "TunedPolicies",
         "finetune",
         "finetune_policies",
-        "from_arrays",
-        "from_examples",
-        "from_sources",
         "hold_zeros",
-        "load_data",
-        "load_folder",
-        "load_parquet",
         "recipe_for",
         "train",
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_SUBPACKAGES = ("agents", "deploy", "nets", "pruning", "scoring", "training")
+_SUBPACKAGES = (
+    "agents",
+    "data",
+    "export",
+    "latency",
+    "nets",
+    "pruning",
+    "repair",
+    "scoring",
+    "tracing",
+    "training",
+)
 
 __all__ = [
     "CLASSIFICATION",
@@ -202,9 +238,11 @@ __all__ = [
     "compare_latency",
     "cost",
     "count_cost",
+    "data",
     "evaluate",
     "evaluate_file",
     "evaluate_policies",
+    "export",
     "export_litert",
     "export_onnx",
     "export_stablehlo",
@@ -220,6 +258,7 @@ __all__ = [
     "hold_zeros",
     "importance",
     "lamp_policy",
+    "latency",
     "layer_macs",
     "load_data",
     "load_folder",

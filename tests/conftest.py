@@ -35,8 +35,8 @@ import jax
 import pytest
 
 if TYPE_CHECKING:
+    from sculpt.data.splits import Splits
     from sculpt.model import Model
-    from sculpt.training import Splits
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -127,17 +127,17 @@ FAULTS = (
         "scores = 1.0 + retained[:, 1:] / jnp.maximum(retained[:, :-1], 1e-6)",
     ),
     Fault(
-        "sculpt/pruning/rewrite.py",
+        "sculpt/pruning/compaction/rewriting.py",
         "last = len(units) - 1 - int(window[-1])",
         "last = len(units) - int(window[-1])",
     ),
     Fault(
-        "sculpt/pruning/rewrite.py",
+        "sculpt/pruning/compaction/rewriting.py",
         "starts[dim], limits[dim] = int(units[: starts[dim]].sum()), int(units[: limits[dim]].sum())",
         "starts[dim], limits[dim] = int(units[: starts[dim] + 1].sum()), int(units[: limits[dim] + 1].sum())",
     ),
     Fault(
-        "sculpt/pruning/importance_weights.py",
+        "sculpt/pruning/importance/weights.py",
         "total = total + share(jnp.sqrt(energy))",
         "total = total - share(jnp.sqrt(energy))",
     ),
@@ -147,39 +147,39 @@ FAULTS = (
         "return jax.lax.map(lambda row: jnp.maximum(row[None] - energy, 0.0).sum(axis=1), threshold).T",
     ),
     # Scoring: recalibration, evaluation, reconstruction, memory.
-    Fault("sculpt/scoring/recalibrate.py", "moved = 1.0 - momentum[0]", "moved = momentum[0]"),
+    Fault("sculpt/repair/recalibration.py", "moved = 1.0 - momentum[0]", "moved = momentum[0]"),
     Fault(
-        "sculpt/scoring/recalibrate.py",
+        "sculpt/repair/recalibration.py",
         "return n if n < images_per_batch else n - n % images_per_batch",
         "return n if n <= images_per_batch + 1 else n - n % images_per_batch",
     ),
     Fault(
-        "sculpt/scoring/evaluate.py",
+        "sculpt/scoring/evaluation.py",
         "totals[1] + jnp.where(real, losses, 0.0).sum(),",
         "totals[1] + losses.sum(),",
     ),
     Fault(
-        "sculpt/scoring/evaluate.py",
+        "sculpt/scoring/evaluation.py",
         "own = (count - jax.lax.axis_index(POLICY_AXIS) + shards - 1) // shards",
         "own = (count - jax.lax.axis_index(POLICY_AXIS)) // shards",
     ),
     Fault(
-        "sculpt/scoring/evaluate.py",
+        "sculpt/scoring/evaluation.py",
         "rank = jnp.argsort(order)  # the inverse: where a policy stands in `order`",
         "rank = order",
     ),
     Fault(
-        "sculpt/scoring/linear_layers.py",
+        "sculpt/repair/linear_layers.py",
         'spread = [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["lhs_dilation"])]',
         'spread = [(high, low, d - 1) for (low, high), d in zip(params["padding"], params["lhs_dilation"])]',
     ),
     Fault(
-        "sculpt/scoring/reconstruct.py",
+        "sculpt/repair/reconstruction.py",
         "shift = (mean_missing - mean_row @ change)[0]",
         "shift = (mean_missing + mean_row @ change)[0]",
     ),
     Fault(
-        "sculpt/scoring/archive.py",
+        "agents/archive.py",
         "fresh = ~remembered & (first == jnp.arange(number))",
         "fresh = ~remembered",
     ),
@@ -215,11 +215,13 @@ FAULTS = (
         'return found.at[row, option].set(dense - worth, mode="drop")',
     ),
     Fault(
-        "agents/update.py", "key = jax.random.fold_in(key, state.update)", "key = jax.random.fold_in(key, 0)"
+        "agents/learning.py",
+        "key = jax.random.fold_in(key, state.update)",
+        "key = jax.random.fold_in(key, 0)",
     ),
     # Training: zeros held, averages, sums over parts of a batch.
     Fault(
-        "sculpt/training/hold_zeros.py",
+        "sculpt/training/held_zeros.py",
         "return jnp.where(mask, update.astype(weight.dtype), -weight)",
         "return jnp.where(mask, update.astype(weight.dtype), jnp.zeros_like(weight))",
     ),
@@ -240,25 +242,29 @@ FAULTS = (
         "cut_share = share",
     ),
     # Export: folding, ONNX.
-    Fault("sculpt/deploy/chains.py", "return scale * other, shift * other", "return scale * other, shift"),
     Fault(
-        "sculpt/deploy/chains.py",
+        "sculpt/export/folding/chains.py",
+        "return scale * other, shift * other",
+        "return scale * other, shift",
+    ),
+    Fault(
+        "sculpt/export/folding/chains.py",
         "return (scale, shift - other) if first else (-scale, other - shift)",
         "return (scale, shift - other) if first else (scale, other - shift)",
     ),
     Fault(
-        "sculpt/deploy/onnx_elementwise.py",
+        "sculpt/export/onnx/pointwise.py",
         'return [Tensor(writer.node("Where", [which, second, first]), order, shape)]',
         'return [Tensor(writer.node("Where", [which, first, second]), order, shape)]',
     ),
     Fault(
-        "sculpt/deploy/onnx_contractions.py",
+        "sculpt/export/onnx/contractions.py",
         "pads=(*(low for low, _ in padding), *(high for _, high in padding)),",
         "pads=(*(high for _, high in padding), *(low for low, _ in padding)),",
     ),
-    Fault("sculpt/deploy/onnx_contractions.py", "lows.append(reach - low)", "lows.append(reach - high)"),
+    Fault("sculpt/export/onnx/contractions.py", "lows.append(reach - low)", "lows.append(reach - high)"),
     Fault(
-        "sculpt/deploy/onnx_windows.py",
+        "sculpt/export/onnx/windows.py",
         'name = writer.node("CumSum", [writer.held(x, x.order), axis], reverse=int(eqn.params["reverse"]))',
         'name = writer.node("CumSum", [writer.held(x, x.order), axis], reverse=0)',
     ),

@@ -13,16 +13,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from sculpt.pruning.importance.scores.scores import KINDS
 
 import sculpt
 from sculpt import nets
 from sculpt.cli import main, make_parser
 from sculpt.cli.console import print_any_text
 from sculpt.pipeline import TrainSettings, stages
-from sculpt.pruning import KINDS
 from sculpt.report import RunDirectory
-from sculpt.training import RECIPES, FinetuneConfig
-from sculpt.training.finetune import TrainingDiverged
+from sculpt.training.config import FinetuneConfig
+from sculpt.training.finetuning import TrainingDiverged
+from sculpt.training.recipes import RECIPES
 
 
 def run_main(*arguments: object) -> int:

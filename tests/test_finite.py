@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.scoring import evaluate_file
+from sculpt.scoring.journal import evaluate_file
 
 KEY = jax.random.key(0)
 IMAGES = np.asarray(jax.random.normal(KEY, (16, 1, 1, 3)))

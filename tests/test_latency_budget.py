@@ -13,10 +13,10 @@ import pytest
 
 import sculpt
 from sculpt.cli import main
-from sculpt.deploy import layer_latency, layer_sizes
-from sculpt.deploy.layer_latency import load_layers, save_layers
+from sculpt.latency import layer_latency, layer_sizes
+from sculpt.latency.layer_latency import load_layers, save_layers
 from sculpt.pipeline import Pipeline, artefacts
-from sculpt.pruning.compact_plan import grouped_kernels
+from sculpt.pruning.compaction.plan import grouped_kernels
 from sculpt.report import RunDirectory
 
 pytestmark = pytest.mark.optimised

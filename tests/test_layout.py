@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,26 +15,20 @@ import sculpt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ORDER = (
-    "arguments",
-    "cache",
-    "digest",
-    "files",
-    "interrupts",
-    "rows",
-    "task",
-    "calling",
-    "model",
-    "inputs",
-    "tracing",
-    "pruning",
-    "scoring",
-    "training",
-    "agents",
-    "deploy",
-    "report",
-    "pipeline",
-    "cli",
-    "__main__",
+    *(
+        "digest",
+        "files",
+        "interrupts",
+        "rows",
+        "arguments",
+        "cache",
+        "calling",
+        "task",
+        "trees",
+        "environment",
+    ),
+    *("model", "inputs", "ir", "tracing", "pruning", "repair", "scoring", "data", "training", "agents"),
+    *("export", "latency", "report", "pipeline", "cli", "__main__"),
 )
 """Each of these may import only itself and what stands before it."""
 FOLDERS = {"agents": REPOSITORY / "agents", "nets": REPOSITORY / "nets"}
@@ -91,6 +86,53 @@ def test_imports_run_one_way() -> None:
 
 def test_every_module_has_a_place_in_the_order() -> None:
     assert {name.split(".")[0] for name in MODULES} <= {*ORDER, "nets", "__init__"}
+
+
+def _imported_modules(path: Path) -> Iterator[tuple[str, ast.ImportFrom]]:
+    """Modules of the library that a file imports from when it is imported itself: name in `MODULES`, and the statement."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sculpt."):
+            assert node.module is not None
+            name = node.module.removeprefix("sculpt.")
+            for alias in node.names:
+                inner = f"{name}.{alias.name}"
+                yield (inner if inner in MODULES else name), node
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not by any way round, faces of packages aside, which name what is in them."""
+    arrows = {
+        name: {to for to, _ in _imported_modules(path) if to in MODULES} for name, path in MODULES.items()
+    }
+    left = {name: to for name, to in arrows.items() if not name.endswith("__init__")}
+    while free := {name for name, to in left.items() if not to & left.keys()}:
+        left = {name: to for name, to in left.items() if name not in free}
+    assert not left, f"a circle among {sorted(left)}"
+
+
+def test_names_with_an_underscore_stay_in_their_module() -> None:
+    wrong = [
+        f"{name}: {alias.name} of {node.module}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sculpt")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not wrong
+
+
+def test_no_module_is_named_like_something_in_it() -> None:
+    wrong = []
+    for name, path in MODULES.items():
+        defined = {
+            node.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+        if name.rsplit(".", 1)[-1] in defined:
+            wrong.append(name)
+    assert not wrong
 
 
 @pytest.mark.slow

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.agents import SearchConfig
 from sculpt.agents.actor_critic import site_inputs
-from sculpt.agents.update import Task, init_state, make_program, snapshot, update
-from sculpt.pruning.cost import _cost
-from sculpt.scoring import make_problem
-from sculpt.scoring.env import EnvParams, PruningEnv
-from sculpt.scoring.evaluate import _scored, _totals
-from sculpt.scoring.recalibrate import _recalibrated
+from sculpt.agents.config import SearchConfig
+from sculpt.agents.environment import EnvParams, PruningEnv
+from sculpt.agents.learning import Task, init_state, make_program, snapshot, update
+from sculpt.pruning.costs import _cost
+from sculpt.repair.recalibration import _recalibrated
+from sculpt.scoring.evaluation import _totals, score_compiled
+from sculpt.scoring.problem import make_problem
 from sculpt.training import program as training_program
 from sculpt.training import step as training
 from tests.conftest import untrained_digits
@@ -48,7 +48,7 @@ def lowers(function: Any, *arguments: Any) -> None:
 @pytest.mark.slow
 def test_scoring_lowers(plan: sculpt.EvaluationPlan) -> None:
     problem = make_problem(MODEL, SPACE, IMAGES, LABELS, IMAGES, plan)
-    lowers(_scored, problem, jnp.zeros((8, SPACE.num_sites), jnp.int32), jnp.int32(8))
+    lowers(score_compiled, problem, jnp.zeros((8, SPACE.num_sites), jnp.int32), jnp.int32(8))
 
 
 def test_evaluation_of_one_model_and_costs_lower() -> None:

@@ -26,7 +26,7 @@ from sculpt.report import RunDirectory, check_result
 from sculpt.report.run_directory import STAGE_FILES, fingerprint, write_json
 from sculpt.report.tables import engine_cells
 from tests.architectures.equality import distance, outputs
-from tests.deploy.onnx_files import run as run_onnx
+from tests.export.onnx_files import run as run_onnx
 
 OPTIONS = [
     *("--model", "resnet8", "--dataset", "digits", "--budget", "0.5", "--seed", "1"),

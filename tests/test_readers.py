@@ -23,14 +23,15 @@ from PIL import Image
 from safetensors.numpy import save
 
 import sculpt
-from sculpt.deploy import load_layers, load_metadata
+from sculpt.data.decode import decode_image
+from sculpt.data.idx import read_idx
+from sculpt.data.parquet import ParquetSource
+from sculpt.export.params import load_metadata
+from sculpt.latency.layer_latency import load_layers
 from sculpt.report import RunDirectory
 from sculpt.rows import encode_row
 from sculpt.scoring.policy_file import COLUMNS, pack_rows, read_policies, read_rows, unpack_rows
 from sculpt.training.checkpoint import Checkpoints
-from sculpt.training.decode import decode_image
-from sculpt.training.idx import read_idx
-from sculpt.training.parquet import ParquetSource
 
 POLICIES = np.arange(12, dtype=np.int32).reshape(4, 3)
 SCORES = [{"index": i, "policy": [i], **dict.fromkeys(COLUMNS, 0.5)} for i in range(3)]

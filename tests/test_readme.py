@@ -17,7 +17,7 @@ import pytest
 
 import sculpt
 from sculpt.cli import main, make_parser
-from sculpt.deploy import layer_latency, layer_sizes
+from sculpt.latency import layer_latency, layer_sizes
 from tests.conftest import untrained_digits
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sculpt
-from sculpt.agents import AgentConfig
+from sculpt.agents.config import AgentConfig
 from sculpt.inputs import rows
 from sculpt.task import correctness, cross_entropy
 

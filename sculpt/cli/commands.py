@@ -14,8 +14,8 @@ from sculpt.cli.devices import (
     use_compilation_cache,
     wait_for_devices,
 )
-from sculpt.cli.info import info
 from sculpt.cli.options import make_parser
+from sculpt.cli.show import info
 from sculpt.interrupts import EXIT_CODE, check_interrupt, deferred_interrupts
 
 
@@ -87,7 +87,10 @@ def _evaluate_policies(options: dict[str, Any]) -> None:
     from sculpt.pipeline.policies import PLAN_FIELDS, PolicyOptions, score_policies_of_run
     from sculpt.pipeline.progress import watching
     from sculpt.report import RunDirectory
-    from sculpt.scoring import EvaluationPlan, PrecisionGap, StreamReport, Tuning
+    from sculpt.scoring.journal import StreamReport
+    from sculpt.scoring.plan import EvaluationPlan
+    from sculpt.scoring.precision import PrecisionGap
+    from sculpt.scoring.tune import Tuning
 
     if missing := sorted({"policies", "out"} - set(options)):
         raise ValueError(f"scores of many policies need --{' and --'.join(missing)}")

@@ -14,18 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt import nets
-from sculpt.agents import SearchConfig
+from sculpt.agents.config import SearchConfig
 from sculpt.agents.transfer import size_of
-from sculpt.deploy import (
-    LayerLatency,
-    device_name,
-    load_layers,
-    load_params,
-    measure_group_overheads,
-    measure_layers,
-    save_layers,
-)
-from sculpt.deploy.environment import cores
+from sculpt.data.named import load_data
+from sculpt.data.splits import Splits, add_examples
+from sculpt.environment import cores, device_name
+from sculpt.export.params import load_params
+from sculpt.latency.group_overheads import measure_group_overheads
+from sculpt.latency.layer_latency import LayerLatency, load_layers, measure_layers, save_layers
 from sculpt.model import Model, Params, from_linen
 from sculpt.pipeline.settings import (
     DEFAULT_IMPORTANCE,
@@ -34,12 +30,13 @@ from sculpt.pipeline.settings import (
     TrainSettings,
     read_settings,
 )
-from sculpt.pruning import Importance, Space, check_budget, compact, importance, make_space, with_resource
-from sculpt.pruning.compact_plan import grouped_kernels
+from sculpt.pruning.budget import check_budget
+from sculpt.pruning.compaction.compactor import compact
+from sculpt.pruning.compaction.plan import grouped_kernels
+from sculpt.pruning.importance.scores.scores import Importance, importance
+from sculpt.pruning.space import Space, make_space, with_resource
 from sculpt.report import RunDirectory
-from sculpt.tracing import Trace, trace
-from sculpt.training import Splits, load_data
-from sculpt.training.data import add_examples
+from sculpt.tracing.tracer import Trace, trace
 
 _DRAWS = {
     "init": 0,

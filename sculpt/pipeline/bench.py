@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sculpt.deploy import compare_latency, export_litert, export_onnx, save_model
-from sculpt.deploy.engines import engine_of
-from sculpt.deploy.environment import check_threads
+from sculpt.environment import check_threads
+from sculpt.export.litert import export_litert
+from sculpt.export.model_file.files import save_model
+from sculpt.export.onnx.exporter import export_onnx
+from sculpt.latency.engines import engine_of
+from sculpt.latency.measurement import compare_latency
 from sculpt.pipeline import closing
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pipeline.stages import Pipeline
@@ -30,7 +33,7 @@ class LatencyOptions:
     """What is measured."""
 
     engines: tuple[str, ...] = ("xla", "onnxruntime")
-    """Names of `sculpt.deploy.engines.ENGINES`."""
+    """Names of `sculpt.latency.engines.ENGINES`."""
     threads: int | None = None
     """CPU cores that an engine has; None: all that this process may use."""
     batches: tuple[int, ...] = (1, 8, 32)

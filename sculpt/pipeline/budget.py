@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sculpt.deploy import LayerLatency, compare_latency
-from sculpt.deploy.environment import cores
+from sculpt.environment import cores
+from sculpt.latency.layer_latency import LayerLatency
+from sculpt.latency.measurement import compare_latency
 
 if TYPE_CHECKING:
     from sculpt.pipeline.stages import Pipeline

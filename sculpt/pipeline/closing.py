@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from sculpt.deploy import compare_latency, device_name, versions
+from sculpt.environment import device_name, versions
 from sculpt.files import written_whole
+from sculpt.latency.measurement import compare_latency
 from sculpt.pipeline.budget import budget_sentence, kept_of_budget
-from sculpt.pruning import Space, apply_masks
+from sculpt.pruning.masks import apply_masks
+from sculpt.pruning.space import Space
+from sculpt.repair.recalibration import images_used, recalibrate
 from sculpt.report import (
     Number,
     Report,
@@ -26,15 +29,14 @@ from sculpt.report import (
     write_html,
 )
 from sculpt.report.json_files import read_sealed
-from sculpt.scoring import evaluate, recalibrate
-from sculpt.scoring.recalibrate import images_used
+from sculpt.scoring.evaluation import evaluate
 
 if TYPE_CHECKING:
+    from sculpt.data.splits import Split
     from sculpt.model import Model
     from sculpt.pipeline.stages import Pipeline
     from sculpt.tracing.axes import Atom
     from sculpt.tracing.layers import Monomials
-    from sculpt.training import Split
 
 _CALIBRATION = 512
 LATENCY = "latency.json"

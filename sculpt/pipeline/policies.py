@@ -11,22 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from sculpt.agents import SearchConfig
+from sculpt.agents.config import SearchConfig
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pruning.masks import check_policies
+from sculpt.repair.recalibration import check_calibration_images
 from sculpt.report import RunDirectory
-from sculpt.scoring import (
-    EvaluationPlan,
-    PrecisionGap,
-    Repair,
-    StreamReport,
-    Tuning,
-    evaluate_file,
-    precision_gap,
-    tune_plan,
-)
+from sculpt.scoring.journal import StreamReport, evaluate_file
+from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.policy_file import check_scores_file, count_policies, read_policies
-from sculpt.scoring.recalibrate import check_calibration_images
+from sculpt.scoring.precision import PrecisionGap, precision_gap
+from sculpt.scoring.problem import Repair
+from sculpt.scoring.tune import Tuning, tune_plan
 
 PLAN_FIELDS = tuple(field.name for field in dataclasses.fields(EvaluationPlan))
 _IMAGES = 512

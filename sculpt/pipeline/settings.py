@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from sculpt import nets
-from sculpt.agents import SearchConfig
-from sculpt.agents.config import LEARNERS, RULES
+from sculpt.agents.config import LEARNERS, RULES, SearchConfig
 from sculpt.arguments import did_you_mean, is_whole
-from sculpt.deploy.engines import engine_of
+from sculpt.data.decode import check_size
+from sculpt.data.named import ONE_SIZE
+from sculpt.data.splits import Splits
+from sculpt.latency.engines import engine_of
 from sculpt.model import Model
-from sculpt.pruning import KINDS
+from sculpt.pruning.importance.scores.scores import KINDS
+from sculpt.repair.recalibration import check_calibration_images, has_statistics, images_used
 from sculpt.report.run_directory import RunDirectory
-from sculpt.scoring.recalibrate import check_calibration_images, has_statistics, images_used
-from sculpt.training import RECIPES, FinetuneConfig, Recipe, Splits, recipe_for
-from sculpt.training.decode import check_size
-from sculpt.training.load import ONE_SIZE
-from sculpt.training.recipes import LARGE_IMAGES
+from sculpt.training.config import FinetuneConfig
+from sculpt.training.recipes import LARGE_IMAGES, RECIPES, Recipe, recipe_for
 
 _RECONSTRUCTION_IMAGES = 512
 _PATHS = ("data_dir", "weights", "agent")

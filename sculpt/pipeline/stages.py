@@ -12,9 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sculpt.agents import SearchConfig, SearchResult, search, trial_network
-from sculpt.deploy import export_stablehlo, save_params
-from sculpt.deploy.environment import check_threads
+from sculpt.agents.config import SearchConfig
+from sculpt.agents.loop import search, trial_network
+from sculpt.agents.result import SearchResult
+from sculpt.environment import check_threads
+from sculpt.export.params import save_params
+from sculpt.export.stablehlo import export_stablehlo
 from sculpt.files import remove_folder
 from sculpt.interrupts import check_interrupt
 from sculpt.model import Model
@@ -23,13 +26,16 @@ from sculpt.pipeline.artefacts import Artefacts
 from sculpt.pipeline.budget import about_latency, latency_note
 from sculpt.pipeline.progress import Watcher
 from sculpt.pipeline.settings import SECTIONS
-from sculpt.pruning import check_budget, count_cost, make_masks
+from sculpt.pruning.budget import check_budget
+from sculpt.pruning.costs import count_cost
+from sculpt.pruning.masks import make_masks
+from sculpt.repair.reconstruction import NotFinite, reconstruct
 from sculpt.report import RunDirectory
-from sculpt.scoring import EvaluationPlan, evaluate, reconstruct, tune_plan
-from sculpt.scoring.reconstruct import NotFinite
-from sculpt.training import finetune, train
+from sculpt.scoring.evaluation import evaluate
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.tune import tune_plan
 from sculpt.training.devices import check_devices
-from sculpt.training.finetune import TrainingDiverged, check_request
+from sculpt.training.finetuning import TrainingDiverged, check_request, finetune, train
 
 STAGES = ("train", "search", "finetune", "compact", "evaluate", "export", "report")
 """In the order in which they run; each is a command."""

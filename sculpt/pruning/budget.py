@@ -12,7 +12,7 @@ import numpy as np
 
 from sculpt.arguments import checked, is_real
 from sculpt.model import Params
-from sculpt.pruning.cost import resource_used
+from sculpt.pruning.costs import resource_used
 from sculpt.pruning.space import Space, make_choices, retained_shares
 
 _BISECTIONS = 48

@@ -11,8 +11,8 @@ import numpy as np
 from sculpt.arguments import checked
 from sculpt.inputs import check_finite
 from sculpt.model import Model
-from sculpt.pruning.importance_units import fitting_leaves, slot_labels
-from sculpt.tracing import Trace
+from sculpt.pruning.importance.units import fitting_leaves, slot_labels
+from sculpt.tracing.tracer import Trace
 
 
 @checked

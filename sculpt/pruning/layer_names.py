@@ -10,10 +10,10 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
 
-from sculpt.pruning.family import Site
-from sculpt.tracing import Trace
+from sculpt.pruning.families.family import Site
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.layers import Layer
+from sculpt.tracing.tracer import Trace
 
 _SIDES = ("inputs", "outputs")
 

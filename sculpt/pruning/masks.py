@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from sculpt.arguments import checked
 from sculpt.model import Model, Params
-from sculpt.pruning.family import Choice
+from sculpt.pruning.families.family import Choice
 from sculpt.pruning.space import Space, make_choices
 
 

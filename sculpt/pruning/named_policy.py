@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sculpt.arguments import checked, is_real, is_whole
-from sculpt.pruning.family import Site
+from sculpt.pruning.families.family import Site
 from sculpt.pruning.layer_names import nearest, sites_named
 from sculpt.pruning.space import Space
 

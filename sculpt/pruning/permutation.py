@@ -16,11 +16,11 @@ from scipy import optimize
 
 from sculpt.arguments import checked, is_whole
 from sculpt.model import Model
-from sculpt.pruning.family import kernel_of
-from sculpt.pruning.importance_units import fitting_leaves
-from sculpt.tracing import Trace
+from sculpt.pruning.families.family import kernel_of
+from sculpt.pruning.importance.units import fitting_leaves
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.flow import Flow
+from sculpt.tracing.tracer import Trace
 
 _LEAST_GAIN = 1e-4
 """Sweeps end when one adds less than this share of the energy."""

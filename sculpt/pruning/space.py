@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, did_you_mean, is_real, is_whole
-from sculpt.pruning.family import Choice, Limits, Option, Site
-from sculpt.pruning.importance import Importance, check_importance
-from sculpt.pruning.importance_units import fitting_leaves
+from sculpt.pruning.families.family import Choice, Limits, Option, Site
+from sculpt.pruning.families.patterns import FAMILIES, ROUND_TO
+from sculpt.pruning.importance.scores import Importance, check_importance
+from sculpt.pruning.importance.units import fitting_leaves
 from sculpt.pruning.layer_names import kept_out, nearest, sites_named
-from sculpt.pruning.patterns import FAMILIES, ROUND_TO
 from sculpt.pruning.resources import Counted, Lookup, Polynomial, Resource, Several
-from sculpt.tracing import Trace
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.layers import Monomials
+from sculpt.tracing.tracer import Trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from sculpt.pruning.family import Limits
-from sculpt.tracing import Trace
+from sculpt.pruning.families.family import Limits
 from sculpt.tracing.axes import Atom
-from sculpt.tracing.trace import Group
+from sculpt.tracing.tracer import Group, Trace
 
 
 def kept_counts(trace: Trace, limits: Limits) -> dict[Atom, dict[int, str]]:

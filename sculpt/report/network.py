@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sculpt.pruning import Space
-from sculpt.pruning.patterns import Site
-from sculpt.tracing.trace import Frozen
+from sculpt.pruning.families.patterns import Site
+from sculpt.pruning.space import Space
+from sculpt.tracing.tracer import Frozen
 
 if TYPE_CHECKING:
     from rich.table import Table

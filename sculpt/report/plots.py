@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sculpt.pruning import Space, layer_macs
+from sculpt.pruning.costs import layer_macs
+from sculpt.pruning.space import Space
 from sculpt.tracing.graph import EDGE_KINDS, topology
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""How good a policy is: batched evaluation, rewards, the environment of the agent."""
+"""How good policies are: many masked networks scored in one compiled program."""
 
-from sculpt.scoring.evaluate import (
+from sculpt.scoring.evaluation import (
     Scores,
     evaluate,
     evaluate_policies,
@@ -15,8 +15,6 @@ from sculpt.scoring.policy_file import read_policies
 from sculpt.scoring.precision import PrecisionGap, precision_gap
 from sculpt.scoring.problem import Problem, Repair, make_problem
 from sculpt.scoring.race import Race, Rung, race_policies
-from sculpt.scoring.recalibrate import recalibrate
-from sculpt.scoring.reconstruct import reconstruct
 from sculpt.scoring.stream import Block, score_stream
 from sculpt.scoring.tune import Trial, Tuning, tune_plan
 
@@ -39,8 +37,6 @@ __all__ = [
     "precision_gap",
     "race_policies",
     "read_policies",
-    "recalibrate",
-    "reconstruct",
     "score_batch",
     "score_params",
     "score_policies",

@@ -20,6 +20,7 @@ import numpy as np
 from sculpt.arguments import checked
 from sculpt.digest import digest_of
 from sculpt.files import named_disk_full, remove_leftovers, written_whole
+from sculpt.ir.identity import add_task, outline
 from sculpt.model import Model
 from sculpt.pruning.space import Space
 from sculpt.rows import encode_row
@@ -36,7 +37,6 @@ from sculpt.scoring.policy_file import (
 from sculpt.scoring.problem import Problem, Repair, make_problem
 from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
 from sculpt.task import CLASSIFICATION
-from sculpt.tracing.outline import add_task, outline
 
 
 @dataclasses.dataclass(frozen=True)

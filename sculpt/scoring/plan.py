@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sculpt.arguments import checked_fields
-from sculpt.scoring.lowering import Convolution, Precision
+from sculpt.ir.lowering import Convolution, Precision
 
 POLICY_AXIS, IMAGE_AXIS = "policy", "data"
 """Axes of the mesh: policies and images are spread over them."""

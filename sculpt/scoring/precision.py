@@ -10,7 +10,7 @@ import numpy as np
 from sculpt.inputs import number_of
 from sculpt.model import Model
 from sculpt.pruning.space import Space
-from sculpt.scoring.evaluate import evaluate_policies
+from sculpt.scoring.evaluation import evaluate_policies
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import Repair
 

@@ -19,11 +19,11 @@ from sculpt.inputs import (
     number_of,
 )
 from sculpt.model import ApplyFn, Model, TrainFn
-from sculpt.pruning.patterns import Choice
+from sculpt.pruning.families.patterns import Choice
 from sculpt.pruning.space import Space, make_choices
+from sculpt.repair.recalibration import into_batches
+from sculpt.repair.reconstruction import BRIEF, dense_rows, linear_network
 from sculpt.scoring.plan import IMAGE_AXIS, EvaluationPlan
-from sculpt.scoring.recalibrate import into_batches
-from sculpt.scoring.reconstruct import BRIEF, dense_rows, linear_network
 from sculpt.task import Task
 
 Repair = Literal["recalibrate", "reconstruct"]

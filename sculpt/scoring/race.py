@@ -14,11 +14,11 @@ from sculpt.inputs import number_of, rows
 from sculpt.model import Model
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space
-from sculpt.scoring.evaluate import score_batch
+from sculpt.repair.recalibration import images_used
+from sculpt.scoring.evaluation import score_batch
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import Repair, make_problem
-from sculpt.scoring.recalibrate import images_used
-from sculpt.scoring.reward import Objective, quality
+from sculpt.scoring.rewards import Objective, quality
 
 
 @dataclasses.dataclass(frozen=True)

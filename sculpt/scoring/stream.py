@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.interrupts import check_interrupt
-from sculpt.pruning.cost import Cost, cost
+from sculpt.pruning.costs import Cost, cost
 from sculpt.pruning.masks import check_policies
 from sculpt.pruning.space import Space
-from sculpt.scoring.evaluate import Scores, _scored
+from sculpt.scoring.evaluation import Scores, score_compiled
 from sculpt.scoring.problem import Problem
 
 CHUNK = 256
@@ -157,7 +157,7 @@ def _launch(
     rows = np.asarray(fresh, np.int64)
     place = problem.plan.place
     padded = _padded(policies[rows], chunk)
-    scores = _scored(problem, place(padded), place(jnp.int32(len(rows))))
+    scores = score_compiled(problem, place(padded), place(jnp.int32(len(rows))))
     return _Flight(start, policies, rows, known, scores, problem.space)
 
 

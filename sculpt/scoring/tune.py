@@ -19,10 +19,10 @@ from sculpt.arguments import checked
 from sculpt.files import written_whole
 from sculpt.inputs import number_of
 from sculpt.interrupts import check_interrupt
+from sculpt.ir.lowering import Precision
 from sculpt.model import Model
 from sculpt.pruning.space import Space
-from sculpt.scoring.evaluate import _scored
-from sculpt.scoring.lowering import Precision
+from sculpt.scoring.evaluation import score_compiled
 from sculpt.scoring.plan import EvaluationPlan
 from sculpt.scoring.problem import Repair, make_problem
 
@@ -199,7 +199,7 @@ def _try(
     compile_seconds, memory, seconds = 0.0, None, []
     try:
         begun = time.perf_counter()
-        compiled = _scored.lower(*arguments).compile()
+        compiled = score_compiled.lower(*arguments).compile()
         compile_seconds = time.perf_counter() - begun
         analysis = compiled.memory_analysis()
         memory = None if analysis is None else int(analysis.temp_size_in_bytes)

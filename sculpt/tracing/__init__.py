@@ -1,6 +1,14 @@
 """What is connected to what: from a JAX function to layers, coupled axes and data-flow edges."""
 
 from sculpt.tracing.layers import Layer, Leaf, Product
-from sculpt.tracing.trace import Frozen, Group, Trace, trace
+from sculpt.tracing.tracer import Frozen, Group, Trace, trace
 
-__all__ = ["Frozen", "Group", "Layer", "Leaf", "Product", "Trace", "trace"]
+__all__ = [
+    "Frozen",
+    "Group",
+    "Layer",
+    "Leaf",
+    "Product",
+    "Trace",
+    "trace",
+]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from sculpt.ir.jax_calls import scan_parts, scan_results, scan_steps, shard_counts, while_parts
+from sculpt.ir.program import Equation, Operand, Program, derivative, is_inexact
 from sculpt.tracing.axes import Axis, Term
 from sculpt.tracing.flow import Flow, because, rule
-from sculpt.tracing.jax_calls import scan_parts, scan_results, scan_steps, shard_counts, while_parts
-from sculpt.tracing.program import Equation, Operand, Program, derivative, is_inexact
 
 _DIFFER = "axes of different structure meet"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from sculpt.ir.program import CONTRACTIONS, Equation
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.program import CONTRACTIONS, Equation
-from sculpt.tracing.trace import Trace
+from sculpt.tracing.tracer import Trace
 
 _PRODUCTS = ("mul", "div", *CONTRACTIONS)
 """What these give is the same for every image, perhaps zero, as soon as one of their operands is."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from sculpt.ir.program import Equation, Program
 from sculpt.tracing.axes import Atom, Axes, Axis, Term
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.program import Equation, Program
 from sculpt.tracing.rules import ELEMENTWISE
 from sculpt.tracing.zeros import ZeroPass
 

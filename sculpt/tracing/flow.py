@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sculpt.ir.program import Equation, Literal, Operand, Program
 from sculpt.tracing.axes import Axes, Axis, Term
-from sculpt.tracing.program import Equation, Literal, Operand, Program
 
 Rule = Callable[["Flow", Equation], list[Term]]
 RULES: dict[str, Rule] = {}

@@ -8,10 +8,10 @@ import functools
 import jax
 import numpy as np
 
+from sculpt.ir.jax_calls import while_parts
+from sculpt.ir.program import Equation, Literal
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.jax_calls import while_parts
-from sculpt.tracing.program import Equation, Literal
-from sculpt.tracing.trace import Trace
+from sculpt.tracing.tracer import Trace
 
 _JOINS = ("concatenate", "stack")
 _MERGES = ("add", "add_any", "sub", *_JOINS)

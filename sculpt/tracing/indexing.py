@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from jax.lax import GatherScatterMode
 
+from sculpt.ir.interpreter import table_value
+from sculpt.ir.program import Equation
 from sculpt.tracing.axes import Axis, Term
-from sculpt.tracing.execute import table_value
 from sculpt.tracing.flow import Flow, because, rule
-from sculpt.tracing.program import Equation
 
 _DIFFER = "axes of different structure meet"
 

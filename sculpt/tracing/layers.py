@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from sculpt.ir.jax_calls import scan_parts, scan_steps, while_parts
+from sculpt.ir.program import CONTRACTIONS, Equation
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.jax_calls import scan_parts, scan_steps, while_parts
-from sculpt.tracing.program import CONTRACTIONS, Equation
 from sculpt.tracing.rules import dot_numbers
 
 Monomials = tuple[tuple[int, tuple[Atom, ...]], ...]

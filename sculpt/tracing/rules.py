@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from sculpt.ir.program import Equation
 from sculpt.tracing.axes import ONE, Axis, Term
 from sculpt.tracing.flow import Flow, because, rule
-from sculpt.tracing.program import Equation
 
 WINDOW = "window of a convolution"
 """Why a kernel's spatial axes are frozen: units cannot go one by one, but a smaller window may be kept."""

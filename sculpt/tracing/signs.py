@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sculpt.tracing.program import Equation, Operand, Program
+from sculpt.ir.program import Equation, Operand, Program
 
 _ALWAYS = frozenset("abs acosh cosh erfc exp exp2 logistic sqrt square".split())
 _IF_ALL_ARE = frozenset(

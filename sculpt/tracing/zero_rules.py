@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from typing import Any
 
+from sculpt.ir.program import Equation
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.equal_units import find_slices
 from sculpt.tracing.flow import because
-from sculpt.tracing.program import Equation
 from sculpt.tracing.rules import dot_numbers
 from sculpt.tracing.zeros import Zero, ZeroPass, zero_rule
 

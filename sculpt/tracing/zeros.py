@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from jax.lax import GatherScatterMode
 
+from sculpt.ir.jax_calls import scan_parts, scan_results, while_parts
+from sculpt.ir.program import OWN_DERIVATIVES, Equation, Literal, Operand
 from sculpt.tracing.axes import Atom
 from sculpt.tracing.flow import Flow
-from sculpt.tracing.jax_calls import scan_parts, scan_results, while_parts
-from sculpt.tracing.program import OWN_DERIVATIVES, Equation, Literal, Operand
 from sculpt.tracing.signs import never_negative
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sculpt.data.splits import normalise
 from sculpt.inputs import rows
 from sculpt.task import CLASSIFICATION, Task, cross_entropy, in_float32, mean_of_real
 from sculpt.training.augment import AUGMENTATIONS, mix, rand_augment
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import normalise
 
 
 @jax.tree_util.register_dataclass

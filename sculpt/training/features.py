@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sculpt.tracing.execute import as_written, execute
-from sculpt.tracing.program import CONTRACTIONS, Equation, Program, flatten
+from sculpt.ir.interpreter import as_written, execute
+from sculpt.ir.program import CONTRACTIONS, Equation, Program, flatten
 
 Features = tuple[jax.Array, ...]
 

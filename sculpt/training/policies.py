@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.arguments import checked, is_whole
+from sculpt.data.splits import Splits
 from sculpt.model import Model
 from sculpt.pruning.masks import apply_masks, check_policies, masks_from_choices
 from sculpt.pruning.space import Space, make_choices
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Splits
-from sculpt.training.finetune import check_fading, check_request, open_checkpoints
+from sculpt.training.finetuning import check_fading, check_request, open_checkpoints
 from sculpt.training.run import Run, TrainingDiverged
 
 

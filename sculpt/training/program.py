@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sculpt.data.splits import Splits
+from sculpt.data.stream import StreamedImages
+from sculpt.ir.lowering import lowered
+from sculpt.ir.program import CONTRACTIONS
 from sculpt.model import ApplyFn, Model, Params, State, TrainFn
 from sculpt.pruning.masks import mask_params
-from sculpt.scoring.lowering import lowered
 from sculpt.task import Task
-from sculpt.tracing.program import CONTRACTIONS
-from sculpt.tracing.trace import leaf_paths
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Splits
 from sculpt.training.features import Features, with_features
-from sculpt.training.stream import StreamedImages
+from sculpt.trees import leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)

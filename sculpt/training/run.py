@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sculpt.data.splits import Split, Splits
+from sculpt.data.stream import StreamedImages, sent_ahead
 from sculpt.inputs import rows
 from sculpt.interrupts import check_interrupt
 from sculpt.model import Model
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Split, Splits
 from sculpt.training.devices import from_each, place, place_batch, place_shared
 from sculpt.training.program import Program, make_program
 from sculpt.training.step import (
@@ -30,7 +31,6 @@ from sculpt.training.step import (
     start,
     validate,
 )
-from sculpt.training.stream import StreamedImages, sent_ahead
 
 Metrics = dict[str, float]
 _LOOK_EVERY = 50

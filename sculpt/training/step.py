@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sculpt.data.splits import normalise
 from sculpt.inputs import rows
+from sculpt.ir.lowering import lowered
 from sculpt.model import ApplyFn, Params, State
-from sculpt.scoring.lowering import lowered
 from sculpt.task import Task
 from sculpt.training.batch import Batch, draw_batch
-from sculpt.training.data import normalise
 from sculpt.training.devices import on_each, shared
 from sculpt.training.features import distance, with_features
 from sculpt.training.program import Program

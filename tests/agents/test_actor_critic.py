@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from sculpt.agents import SiteInputs
-from sculpt.agents.actor_critic import forward
+from sculpt.agents.actor_critic import SiteInputs, forward
 from sculpt.agents.distributions import INVALID
-from sculpt.pruning import energy_logits, to_graph
+from sculpt.agents.observation import to_graph
+from sculpt.pruning.budget import energy_logits
 from tests.agents.toys import SMALL, batched, free_sites, toy_model, toy_space, toy_state
 
 
@@ -178,7 +178,7 @@ def test_a_batch_is_the_single_state_many_times() -> None:
 
 @pytest.mark.parametrize("change", [{"hidden": 8}, {"layers": 2}, {"heads": 4}, {"own_logits": False}])
 def test_every_size_changes_the_agent(change: dict) -> None:
-    from sculpt.agents import ActorCritic
+    from sculpt.agents.actor_critic import ActorCritic
 
     _, _, graph, sites = toy_state()
 

@@ -10,7 +10,7 @@ import pytest
 
 import sculpt
 from benchmarks.bench_toy import Chain, chain_space, noise
-from sculpt.pruning import resource_used
+from sculpt.pruning.costs import resource_used
 
 pytestmark = pytest.mark.optimised
 

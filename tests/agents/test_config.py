@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sculpt.agents import AgentConfig, RewardConfig, SearchConfig
-from sculpt.training import FinetuneConfig
+from sculpt.agents.config import AgentConfig, SearchConfig
+from sculpt.scoring.rewards import RewardConfig
+from sculpt.training.config import FinetuneConfig
 
 LAGRANGIAN = RewardConfig(kind="lagrangian")
 

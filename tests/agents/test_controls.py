@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sculpt.agents import SearchConfig
-from sculpt.agents.config import LEARNERS, RULES, Method
+from sculpt.agents.archive import Archive, empty_archive
+from sculpt.agents.config import LEARNERS, RULES, Method, SearchConfig
 from sculpt.agents.controls import Proposals, after, fixed_policy, propose, start
 from sculpt.agents.sensitivity import singles
-from sculpt.pruning import cost, make_choices
-from sculpt.scoring.archive import Archive, empty_archive
+from sculpt.pruning.costs import cost
+from sculpt.pruning.space import make_choices
 from tests.agents.toys import toy_model, toy_space
 
 BUDGET = 0.4

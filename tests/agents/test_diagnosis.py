@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sculpt.agents import SearchConfig
+from sculpt.agents.config import SearchConfig
 from sculpt.agents.diagnosis import best_by_luck, doubt
 from tests.agents.test_search import BASE, plain, run
 

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sculpt.agents import SearchConfig
 from sculpt.agents.actor_critic import forward
+from sculpt.agents.config import SearchConfig
 from sculpt.agents.credit import leave_one_out, site_advantages
 from sculpt.agents.distributions import at_price, log_prob
+from sculpt.agents.environment import PruningEnv
+from sculpt.agents.learning import TOLERANCE, init_state, make_program, network_of
 from sculpt.agents.ppo import prepare
 from sculpt.agents.rollout import play
 from sculpt.agents.run import set_up
 from sculpt.agents.sensitivity import singles
-from sculpt.agents.update import TOLERANCE, init_state, make_program, network_of
-from sculpt.scoring import EvaluationPlan
-from sculpt.scoring.env import PruningEnv
+from sculpt.scoring.plan import EvaluationPlan
 from tests.agents.test_search import BASE, plain, run
 from tests.agents.toys import toy_model, toy_space, toy_splits
 

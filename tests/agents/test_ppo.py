@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sculpt.agents import SearchConfig, distributions, ppo
+from sculpt.agents import distributions, ppo
 from sculpt.agents.actor_critic import forward
+from sculpt.agents.config import SearchConfig
 from sculpt.agents.credit import init_credit
+from sculpt.agents.environment import StepInfo
 from sculpt.agents.rollout import Rollout
-from sculpt.scoring.env import StepInfo
 from tests.agents.toys import SMALL, batched, toy_space, toy_state
 
 CONFIG = SearchConfig(evaluations=64, batch_size=8, agent=SMALL)

@@ -14,11 +14,11 @@ from flax import linen as nn
 from flax import nnx
 
 import sculpt
-from sculpt.agents import trial_network
+from sculpt.agents.loop import trial_network
 from sculpt.agents.rerank import Referee
 from sculpt.model import Model
-from sculpt.pruning import Space
-from sculpt.training import FinetuneConfig
+from sculpt.pruning.space import Space
+from sculpt.training.config import FinetuneConfig
 from tests.training.tiny import tiny_splits
 
 IMAGE = jnp.zeros((1, 8, 8, 1))

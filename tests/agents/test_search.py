@@ -20,20 +20,23 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.agents import AgentConfig, Method, RewardConfig, SearchConfig, SearchResult, search
-from sculpt.agents.config import RULES
-from sculpt.agents.update import update
+from sculpt.agents.config import RULES, AgentConfig, Method, SearchConfig
+from sculpt.agents.environment import Scorer
+from sculpt.agents.learning import update
+from sculpt.agents.loop import search
+from sculpt.agents.result import SearchResult
+from sculpt.data.splits import Split, Splits
 from sculpt.model import Model
-from sculpt.pruning import cost, resource_used
-from sculpt.scoring import evaluate, score_policies
-from sculpt.scoring.env import Scorer
-from sculpt.training import FinetuneConfig, Split, Splits
+from sculpt.pruning.costs import cost, resource_used
+from sculpt.scoring.evaluation import evaluate, score_policies
+from sculpt.scoring.rewards import RewardConfig
+from sculpt.training.config import FinetuneConfig
 from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
 
 BASE = SearchConfig(budget=0.5, evaluations=256, batch_size=16, rerank=0, agent=SMALL, checkpoint_every=4)
 CONTROL = dataclasses.replace(BASE, method="random", agent=AgentConfig())
 # The package's name `search` is the function.
-search_module = importlib.import_module("sculpt.agents.search")
+search_module = importlib.import_module("sculpt.agents.loop")
 run_module = importlib.import_module("sculpt.agents.run")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -452,7 +455,7 @@ def test_candidates_are_reconstructed_where_that_is_asked_for(
 @pytest.mark.slow
 def test_a_candidate_that_cannot_be_reconstructed_counts_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from sculpt.agents import rerank as module
-    from sculpt.scoring.reconstruct import NotFinite
+    from sculpt.repair.reconstruction import NotFinite
 
     def fail(*_: Any) -> Model:
         raise NotFinite("layer stem reads or gives numbers that are not finite on these images")
@@ -483,8 +486,8 @@ def test_impossible_wishes_are_refused() -> None:
 
 @pytest.mark.slow
 def test_on_digits_the_agent_beats_chance(trained_digits: tuple[Model, Splits]) -> None:
-    from sculpt.pruning import make_space
-    from sculpt.tracing import trace
+    from sculpt.pruning.space import make_space
+    from sculpt.tracing.tracer import trace
 
     model, splits = trained_digits
     space = make_space(trace(model, jnp.zeros((1, 8, 8, 1))))

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sculpt.agents import AgentConfig, Method, SearchConfig, search_seeds
+from sculpt.agents.config import AgentConfig, Method, SearchConfig
+from sculpt.agents.environment import Scorer
+from sculpt.agents.learning import init_state, snapshot, update
 from sculpt.agents.rerank import Referee
 from sculpt.agents.run import set_up
-from sculpt.agents.update import init_state, snapshot, update
-from sculpt.pruning import random_policies
-from sculpt.scoring import EvaluationPlan, make_problem, score_policies
-from sculpt.scoring.env import Scorer
-from sculpt.scoring.problem import Problem
+from sculpt.agents.seeds import search_seeds
+from sculpt.pruning.budget import random_policies
+from sculpt.scoring.evaluation import score_policies
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.scoring.problem import Problem, make_problem
 from tests.agents.toys import SMALL, TableScorer, toy_model, toy_space, toy_splits
 from tests.networks import slow_but
 

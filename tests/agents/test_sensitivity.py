@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sculpt.agents import SearchConfig
+from sculpt.agents.archive import Archive, empty_archive
+from sculpt.agents.config import SearchConfig
+from sculpt.agents.learning import init_state, snapshot, update
+from sculpt.agents.observation import site_features
 from sculpt.agents.run import set_up
 from sculpt.agents.sensitivity import (
     options_each,
@@ -20,10 +23,7 @@ from sculpt.agents.sensitivity import (
     singles_first,
     starts_from_energy,
 )
-from sculpt.agents.update import init_state, snapshot, update
-from sculpt.pruning import site_features
-from sculpt.scoring import EvaluationPlan
-from sculpt.scoring.archive import Archive, empty_archive
+from sculpt.scoring.plan import EvaluationPlan
 from tests.agents.test_search import BASE, plain, run, search_module
 from tests.agents.toys import TableScorer, toy_model, toy_space, toy_splits
 

@@ -12,10 +12,12 @@ import pytest
 
 import sculpt
 from benchmarks.bench_toy import Chain, chain_space, noise
-from sculpt.agents import AgentConfig, Lesson, SearchConfig, SearchResult, pretrain
+from sculpt.agents.config import AgentConfig, SearchConfig
+from sculpt.agents.pretraining import Lesson, pretrain
+from sculpt.agents.result import SearchResult
 from sculpt.agents.transfer import portable, size_of
 from sculpt.model import Params
-from sculpt.pruning import Space
+from sculpt.pruning.space import Space
 from tests.agents.test_search import BASE, plain, run, same
 from tests.agents.toys import SMALL
 

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.agents import AgentConfig, SiteInputs, site_inputs
+from sculpt.agents.actor_critic import SiteInputs, site_inputs
+from sculpt.agents.config import AgentConfig
+from sculpt.agents.observation import to_graph
+from sculpt.data.splits import Split, Splits
 from sculpt.model import Model, from_function
-from sculpt.pruning import Space, make_space, to_graph
-from sculpt.scoring.evaluate import Scores
+from sculpt.pruning.space import Space, make_space
+from sculpt.scoring.evaluation import Scores
 from sculpt.scoring.problem import Problem
-from sculpt.tracing import trace
-from sculpt.training import Split, Splits
+from sculpt.tracing.tracer import trace
 
 SMALL = AgentConfig(hidden=16, layers=1, heads=2)
 _SHAPES = {
@@ -88,7 +90,7 @@ def toy_splits(train: int = 600, validation: int = 40) -> Splits:
 @functools.cache
 def toy_state(seed: int = 0, config: AgentConfig = SMALL) -> tuple:
     """(agent, its parameters, graph of the dense network, `SiteInputs`), the agent not near zero but away from it."""
-    from sculpt.agents import ActorCritic
+    from sculpt.agents.actor_critic import ActorCritic
 
     space, model = toy_space(), toy_model()
     graph = jax.jit(lambda params: to_graph(space, params, None, 0.5))(model.params)

@@ -15,7 +15,7 @@ import pytest
 
 import sculpt
 from sculpt.model import ApplyFn, Model, Params, State, TrainFn
-from sculpt.pruning.importance import Importance
+from sculpt.pruning.importance.scores import Importance
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,8 +12,9 @@ import pytest
 
 import sculpt
 from sculpt.pipeline.closing import theoretical_macs
-from sculpt.pruning import FAMILIES, make_choices
-from sculpt.pruning.compact import max_difference
+from sculpt.pruning.compaction.compactor import max_difference
+from sculpt.pruning.families.patterns import FAMILIES
+from sculpt.pruning.space import make_choices
 from tests.networks import network, slow_but, traced
 from tests.scoring.test_evaluate import IMAGES, LABELS, one_by_one
 from tests.training.tiny import BASE, KEY, largest_masked, tiny_model, tiny_splits

@@ -9,8 +9,8 @@ import pytest
 
 import sculpt
 from sculpt import nets
-from sculpt.pruning.compact import max_difference
-from sculpt.training import Splits, from_arrays
+from sculpt.data.splits import Splits, from_arrays
+from sculpt.pruning.compaction.compactor import max_difference
 from tests.nets.test_prunable import NARROW
 from tests.networks import slow_but
 

@@ -13,7 +13,7 @@ import sculpt
 from sculpt.model import Model
 from sculpt.pipeline.closing import theoretical_macs
 from sculpt.pruning.budget import random_policies
-from sculpt.pruning.compact import max_difference
+from sculpt.pruning.compaction.compactor import max_difference
 from tests.networks import NETWORKS, network, slow_but, traced
 
 IMAGES = jax.random.normal(jax.random.key(11), (4, 8, 8, 3))

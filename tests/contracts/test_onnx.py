@@ -14,7 +14,7 @@ from tests.architectures import ARCHITECTURES
 from tests.architectures.architecture import from_linen
 from tests.architectures.equality import distance, drawn_policy, outputs, prune
 from tests.contracts.test_architectures import WITH_GROUPS, built, inputs, pruned
-from tests.deploy.onnx_files import operators, run, sizes
+from tests.export.onnx_files import operators, run, sizes
 from tests.nets.test_prunable import NARROW, images, narrow
 from tests.nets.test_prunable import space_of as narrow_space
 from tests.networks import slow_but

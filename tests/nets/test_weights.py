@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import sculpt
 from sculpt import nets
-from sculpt.training.parquet import read_parquet
+from sculpt.data.parquet import read_parquet
 from tests.architectures.architecture import draw
 from tests.conftest import optimised
 from tests.nets.test_prunable import NARROW

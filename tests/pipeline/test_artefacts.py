@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 import sculpt
 from sculpt import nets
 from sculpt.cli import main
+from sculpt.data.stream import StreamedImages
 from sculpt.pipeline import artefacts
 from sculpt.pipeline.artefacts import Artefacts
 from sculpt.report import RunDirectory
-from sculpt.training.stream import StreamedImages
 from tests.architectures.architecture import draw
 
 pytestmark = pytest.mark.optimised

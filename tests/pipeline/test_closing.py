@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sculpt.agents import SearchResult
+from sculpt.agents.result import SearchResult
 from sculpt.pipeline import Pipeline, progress
 from sculpt.pipeline.budget import budget_sentence, latency_note
 from sculpt.pipeline.closing import caption_of, chosen_point

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 import sculpt
+from sculpt.data.splits import Splits, from_arrays
 from sculpt.pipeline import FinetuneSettings, SearchSettings, TrainSettings
 from sculpt.pipeline.policies import PolicyOptions
 from sculpt.pipeline.settings import read_settings
+from sculpt.repair.recalibration import images_used, into_batches
 from sculpt.report import RunDirectory
-from sculpt.scoring import EvaluationPlan
-from sculpt.scoring.recalibrate import images_used, into_batches
-from sculpt.training import RECIPES, FinetuneConfig, Splits, from_arrays
+from sculpt.scoring.plan import EvaluationPlan
+from sculpt.training.config import FinetuneConfig
+from sculpt.training.recipes import RECIPES
 
 NETWORK: dict[str, Any] = {"model": "resnet8", "dataset": "digits"}
 

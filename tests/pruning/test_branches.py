@@ -12,10 +12,10 @@ import pytest
 from flax import linen as nn
 
 import sculpt
+from sculpt.ir.program import flatten
 from sculpt.model import Model
-from sculpt.pruning.compact import max_difference
+from sculpt.pruning.compaction.compactor import max_difference
 from sculpt.tracing.branches import branch_atoms
-from sculpt.tracing.program import flatten
 from tests.architectures.architecture import from_linen
 from tests.networks import NETWORKS, network, traced
 
@@ -241,7 +241,7 @@ def test_a_difference_is_named_where_a_branch_has_gone(monkeypatch: pytest.Monke
     policy = np.zeros(space.num_sites, np.int32)
     policy[[site.index for site in space.sites if site.options[-1].kept == 0]] = 8
     masked = sculpt.apply_masks(model, sculpt.make_masks(space, model.params, policy))
-    monkeypatch.setattr(sys.modules["sculpt.pruning.compact"], "TOLERANCE", -1.0)
-    monkeypatch.setattr(sys.modules["sculpt.pruning.compact"], "_ROUNDINGS", -1)
+    monkeypatch.setattr(sys.modules["sculpt.pruning.compaction.compactor"], "TOLERANCE", -1.0)
+    monkeypatch.setattr(sys.modules["sculpt.pruning.compaction.compactor"], "_ROUNDINGS", -1)
     with pytest.raises(ValueError, match=r"compacted and masked outputs differ by .* first"):
         sculpt.compact(masked, space, policy)

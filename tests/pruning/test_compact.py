@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import sculpt
 from sculpt.model import Model
-from sculpt.pruning import compact_plan
+from sculpt.pruning.compaction import plan as compact_plan
 from tests.architectures import ARCHITECTURES
 
 

@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 import sculpt
-from sculpt.pruning import FAMILIES
+from sculpt.pruning.families.patterns import FAMILIES
 
 IMAGE = jnp.zeros((1, 6, 6, 3))
 

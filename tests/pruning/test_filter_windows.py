@@ -13,8 +13,8 @@ import pytest
 
 import sculpt
 from sculpt.model import Model
-from sculpt.pruning.compact import max_difference
-from sculpt.pruning.filter_groups import MIN_GROUP, OVERHEAD, group_filters
+from sculpt.pruning.compaction.compactor import max_difference
+from sculpt.pruning.compaction.filter_groups import MIN_GROUP, OVERHEAD, group_filters
 from tests.networks import network, traced
 
 LINES = {2: [(0, 1), (1, 2)], 1: [(0,), (1,), (2,)]}

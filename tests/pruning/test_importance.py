@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sculpt.pruning.importance.scores.scores import KINDS, Importance
 
 import sculpt
+from sculpt.agents.observation import site_features
 from sculpt.model import Model
-from sculpt.pruning import KINDS, Importance, make_choices, site_features
-from sculpt.pruning.compact import max_difference
-from sculpt.tracing import Group, Trace
+from sculpt.pruning.compaction.compactor import max_difference
+from sculpt.pruning.space import make_choices
+from sculpt.tracing.tracer import Group, Trace
 from tests.networks import network, traced
 
 NAMES = ("biased", "residual", "concatenated", "separable", "nnx", "function")

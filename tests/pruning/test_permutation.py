@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import sculpt
 from sculpt.model import Model
-from sculpt.pruning import make_choices
-from sculpt.pruning.compact import max_difference
+from sculpt.pruning.compaction.compactor import max_difference
 from sculpt.pruning.permutation import best_order
+from sculpt.pruning.space import make_choices
 from tests.networks import NETWORKS, network, traced
 
 IMAGES = jax.random.normal(jax.random.key(11), (4, 8, 8, 3))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.pruning import compact_plan
-from sculpt.pruning.random_inputs import draw_inputs, telling_inputs
+from sculpt.pruning.compaction import plan as compact_plan
+from sculpt.pruning.compaction.random_inputs import draw_inputs, telling_inputs
 
 PAIR = (jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.float32))
 PARAMS = {"a": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "b": np.ones((4, 2), np.float32)}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.pruning import Lookup, resource_used
+from sculpt.pruning.costs import resource_used
+from sculpt.pruning.resources import Lookup
 from tests.networks import traced
 
 BUDGET = 0.4

@@ -12,9 +12,10 @@ import pytest
 from flax import linen as nn
 
 import sculpt
-from sculpt.pruning import importance_weights, make_choices
 from sculpt.pruning import space as space_module
-from sculpt.pruning.patterns import window_shapes
+from sculpt.pruning.families.patterns import window_shapes
+from sculpt.pruning.importance.scores import weights as importance_weights
+from sculpt.pruning.space import make_choices
 from tests.networks import network, traced
 
 

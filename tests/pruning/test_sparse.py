@@ -12,7 +12,8 @@ import pytest
 
 import sculpt
 from sculpt.model import Model
-from sculpt.pruning import is_nm, make_choices
+from sculpt.pruning.families.sparse import is_nm
+from sculpt.pruning.space import make_choices
 from tests.networks import network, traced
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.scoring.evaluate import _scored
-from sculpt.scoring.reconstruct import BRIEF, RIDGE, _reconstructed
+from sculpt.repair.reconstruction import BRIEF, RIDGE, _reconstructed
+from sculpt.scoring.evaluation import score_compiled
 from tests.networks import network, traced
 
 IMAGES = jax.random.normal(jax.random.key(0), (50, 8, 8, 3))
@@ -20,7 +20,7 @@ LABELS = jax.random.randint(jax.random.key(1), (50,), 0, 5)
 
 def cache_size() -> int:
     """Programs that `evaluate_policies` has compiled."""
-    return getattr(_scored, "_cache_size")()  # noqa: B009
+    return getattr(score_compiled, "_cache_size")()  # noqa: B009
 
 
 def one_by_one(

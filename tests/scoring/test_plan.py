@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.scoring import Repair
-from sculpt.scoring.evaluate import _scored
+from sculpt.scoring.evaluation import score_compiled
+from sculpt.scoring.problem import Repair
 from tests.networks import network, slow_but, traced
 
 IMAGES = jax.random.normal(jax.random.key(0), (150, 8, 8, 3))
@@ -81,7 +81,7 @@ def test_unknown_choices_are_refused(field: str) -> None:
 def test_no_retrace_on_several_devices() -> None:
     plan = sculpt.EvaluationPlan(policy_shards=2)
     scores("plain", plan, 8)
-    compiled = getattr(_scored, "_cache_size")()  # noqa: B009
+    compiled = getattr(score_compiled, "_cache_size")()  # noqa: B009
     for number in (8, 7, 5):
         scores("plain", plan, number)
-    assert getattr(_scored, "_cache_size")() == compiled  # noqa: B009
+    assert getattr(score_compiled, "_cache_size")() == compiled  # noqa: B009

@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import spearmanr
 
 import sculpt
+from sculpt.data.splits import Splits
 from sculpt.model import Model
-from sculpt.training.data import Splits
 from tests.networks import network, traced
 
 pytestmark = pytest.mark.optimised

@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 
 import sculpt
-from sculpt.scoring import evaluate_file, make_problem, read_policies, score_stream
-from sculpt.scoring.evaluate import _scored
-from sculpt.scoring.journal import Journal
-from sculpt.scoring.policy_file import count_policies
+from sculpt.scoring.evaluation import score_compiled
+from sculpt.scoring.journal import Journal, evaluate_file
+from sculpt.scoring.policy_file import count_policies, read_policies
+from sculpt.scoring.problem import make_problem
+from sculpt.scoring.stream import score_stream
 from tests.conftest import REPOSITORY
 
 IMAGES = jax.random.normal(jax.random.key(0), (40, 6))
@@ -113,10 +114,10 @@ def test_an_endless_stream_is_read_no_further_than_a_block_ahead_and_compiles_on
     stream = score_stream(PROBLEM, endless(), chunk=4)
     next(stream)
     assert taken == 8
-    compiled = getattr(_scored, "_cache_size")()  # noqa: B009
+    compiled = getattr(score_compiled, "_cache_size")()  # noqa: B009
     for _ in range(5):
         next(stream)
-    assert getattr(_scored, "_cache_size")() == compiled  # noqa: B009
+    assert getattr(score_compiled, "_cache_size")() == compiled  # noqa: B009
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".npz", ".npy"])

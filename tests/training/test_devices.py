@@ -12,7 +12,7 @@ import pytest
 
 import sculpt
 from sculpt.model import Model
-from sculpt.training.finetune import finetune, train
+from sculpt.training.finetuning import finetune, train
 from sculpt.training.run import Run
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_masks, tiny_model, tiny_splits
 

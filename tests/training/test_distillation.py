@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import sculpt
-from sculpt.training import finetune, train
 from sculpt.training.batch import divergence
+from sculpt.training.finetuning import finetune, train
 from tests.training.tiny import BASE, KEY, same_bits, tiny_model, tiny_splits
 
 SPLITS = tiny_splits()

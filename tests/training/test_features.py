@@ -12,8 +12,8 @@ from flax import linen as nn
 
 import sculpt
 from sculpt.model import Model
-from sculpt.training import finetune
 from sculpt.training.features import distance, with_features
+from sculpt.training.finetuning import finetune
 from tests.conftest import untrained_digits
 from tests.networks import network
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_masks, tiny_model, tiny_splits

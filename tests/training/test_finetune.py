@@ -15,16 +15,16 @@ import pytest
 from flax import linen as nn
 
 import sculpt
+from sculpt.data.splits import Split, Splits
 from sculpt.model import Model
 from sculpt.pruning.masks import mask_params
-from sculpt.tracing.trace import leaf_paths
 from sculpt.training.batch import smoothed_cross_entropy
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Split, Splits
-from sculpt.training.finetune import TrainingDiverged, finetune, train
+from sculpt.training.finetuning import TrainingDiverged, finetune, train
 from sculpt.training.program import Program, decayed, make_program
 from sculpt.training.step import epoch_order, run_step, start
+from sculpt.trees import leaf_paths
 from tests.training.tiny import (
     BASE,
     KEY,

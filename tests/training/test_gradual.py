@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import sculpt
-from sculpt.training import finetune, train
-from sculpt.training.data import Split
+from sculpt.data.splits import Split
+from sculpt.training.finetuning import finetune, train
 from sculpt.training.program import make_program
 from sculpt.training.run import Run
 from tests.training.tiny import (

@@ -13,8 +13,10 @@ import pytest
 
 import sculpt
 from sculpt.model import Model
-from sculpt.pruning import Space
-from sculpt.training import FinetuneConfig, TrainingDiverged, finetune, finetune_policies
+from sculpt.pruning.space import Space
+from sculpt.training.config import FinetuneConfig
+from sculpt.training.finetuning import TrainingDiverged, finetune
+from sculpt.training.policies import finetune_policies
 from sculpt.training.run import Run
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_model, tiny_splits
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sculpt import nets
-from sculpt.training import RECIPES, recipe_for
+from sculpt.training.recipes import RECIPES, recipe_for
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import sculpt
+from sculpt.data.splits import Split, Splits
 from sculpt.model import Model
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Split, Splits
-from sculpt.training.finetune import finetune, train
+from sculpt.training.finetuning import finetune, train
 from tests.training.tiny import (
     BASE,
     KEY,
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 SLOW_RUN = """
 import sys, time
 from tests.training.tiny import BASE, KEY, tiny_masks, tiny_model, tiny_splits
-from sculpt.training.finetune import finetune
+from sculpt.training.finetuning import finetune
 model = tiny_model()
 finetune(
     model, tiny_masks(model), tiny_splits(), BASE, KEY,

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 
 import sculpt
+from sculpt.data.splits import Splits, from_arrays, from_sources
+from sculpt.data.stream import StreamedImages
 from sculpt.training import run as run_module
-from sculpt.training.data import Splits, from_arrays, from_sources
-from sculpt.training.finetune import finetune, train
+from sculpt.training.finetuning import finetune, train
 from sculpt.training.policies import finetune_policies
 from sculpt.training.step import run_step
-from sculpt.training.stream import StreamedImages
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_masks, tiny_model, tiny_splits
 
 DIGITS = tiny_splits(240, 70)
@@ -153,8 +153,8 @@ def test_a_search_reads_what_it_scores_on() -> None:
 
 
 def test_a_bounded_number_is_set_aside_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sculpt.training.data._MOST_VALIDATION", 11)
-    monkeypatch.setattr("sculpt.training.data._MEASURED", 50)
+    monkeypatch.setattr("sculpt.data.splits._MOST_VALIDATION", 11)
+    monkeypatch.setattr("sculpt.data.splits._MEASURED", 50)
     source = Rows(*TRAIN)
     stream = from_sources(source, Rows(*TEST), train_labels=TRAIN[1])
     assert len(stream.validation.labels) == 11
@@ -394,7 +394,7 @@ INTERRUPTED = """
 import os, threading, time
 from tests.training.test_stream import Failing, TRAIN, streamed
 from tests.training.tiny import BASE, KEY, tiny_model
-from sculpt.training.finetune import train
+from sculpt.training.finetuning import train
 source = Failing(*TRAIN)
 splits = streamed(source, train_labels=TRAIN[1])
 def slow(row):
@@ -493,7 +493,7 @@ KILLED = """
 import dataclasses, sys, time
 from tests.training.test_stream import Rows, TRAIN, streamed
 from tests.training.tiny import BASE, KEY, tiny_masks, tiny_model
-from sculpt.training.finetune import finetune
+from sculpt.training.finetuning import finetune
 class Slow(Rows):
     def __getitem__(self, row):
         time.sleep(0.01)

@@ -10,9 +10,9 @@ import numpy as np
 from flax import linen as nn
 
 import sculpt
+from sculpt.data.splits import Split, Splits
 from sculpt.model import Model
 from sculpt.training.config import FinetuneConfig
-from sculpt.training.data import Split, Splits
 
 KEY = jax.random.key(3)
 BASE = FinetuneConfig(epochs=3, batch_size=32, learning_rate=0.05)

@@ -1,0 +1,1 @@
+"""Folding: scales, shifts and dead branches become part of the kernels beside them."""

@@ -1,0 +1,1 @@
+"""Model files: a network as JSON and safetensors, which runs without the code that built it."""

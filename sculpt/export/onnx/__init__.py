@@ -1,0 +1,1 @@
+"""ONNX: from a flat program to nodes of the operator set."""

@@ -1,0 +1,1 @@
+"""Compaction: from masks to smaller arrays and operations with the same outputs."""
