@@ -41,7 +41,7 @@ TOLERANCE = 1e-5
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Task:
+class SearchTask:
     """The arrays of a search that do not change."""
 
     env: EnvParams
@@ -74,7 +74,7 @@ class SearchState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class SearchProgram:
     """The static half of a search. Hash and compare by value, so that equal searches share compiled code."""
 
     env: PruningEnv
@@ -83,7 +83,7 @@ class Program:
     """The settings, less those that only matter outside the update (they are set to fixed values)."""
 
 
-def make_program(env: PruningEnv, config: SearchConfig) -> Program:
+def make_program(env: PruningEnv, config: SearchConfig) -> SearchProgram:
     """The program of a search with this environment; budget and sizes of arrays are not part of it."""
     outside = {
         "budget": 1.0,
@@ -93,12 +93,14 @@ def make_program(env: PruningEnv, config: SearchConfig) -> Program:
         "rerank_finetune": FinetuneConfig(),
         "checkpoint_every": 1,
     }
-    return Program(
+    return SearchProgram(
         env, dataclasses.replace(config, score_images=1, calibration_images=0, repair=None, **outside)
     )
 
 
-def init_state(program: Program, task: Task, key: jax.Array, learnt: Params | None = None) -> SearchState:
+def init_state(
+    program: SearchProgram, task: SearchTask, key: jax.Array, learnt: Params | None = None
+) -> SearchState:
     """The state before the first update; `key` initialises the agent, but for what was `learnt` elsewhere.
 
     Raises:
@@ -127,14 +129,14 @@ def network_of(config: SearchConfig) -> ActorCritic | TablePolicy:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init_agent(program: Program, task: Task, env_state: EnvState, key: jax.Array) -> Any:
+def _init_agent(program: SearchProgram, task: SearchTask, env_state: EnvState, key: jax.Array) -> Any:
     graphs = program.env.observe(env_state, task.env)
     one = graphs._replace(nodes=graphs.nodes[0], globals=graphs.globals[0])
     return network_of(program.config).init(key, one, task.sites)["params"]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def update(program: Program, task: Task, state: SearchState, key: jax.Array) -> SearchState:
+def update(program: SearchProgram, task: SearchTask, state: SearchState, key: jax.Array) -> SearchState:
     """One update: propose a batch, score what is new of it, learn. `key` is the search's: it is folded with the update.
 
     The buffers of `state` are reused: take a `snapshot` of what is to be read later.
@@ -154,7 +156,7 @@ def snapshot(state: SearchState) -> SearchState:
 
 
 def _update(
-    program: Program, task: Task, state: SearchState, key: jax.Array
+    program: SearchProgram, task: SearchTask, state: SearchState, key: jax.Array
 ) -> tuple[SearchState, dict[str, jax.Array]]:
     config, env = program.config, program.env
     key = jax.random.fold_in(key, state.update)
@@ -184,7 +186,7 @@ _Turn = tuple[EnvState, dict[str, Any], jax.Array, StepInfo, dict[str, jax.Array
 """State of the environment, changed fields of the search's state, rewards, measurements of the policies and of learning."""
 
 
-def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:
+def _learning_turn(program: SearchProgram, task: SearchTask, state: SearchState, key: jax.Array) -> _Turn:
     config, env = program.config, program.env
     agent = network_of(config)
     each, alone = options_each(config, env.space), _alone(program)
@@ -216,12 +218,12 @@ def _learning_turn(program: Program, task: Task, state: SearchState, key: jax.Ar
     return env_state, learnt, rollout.rewards, rollout.info, measured
 
 
-def _alone(program: Program) -> np.ndarray:
+def _alone(program: SearchProgram) -> np.ndarray:
     """int32 `[m, sites]`: the policies of single sites that this search scores before any other."""
     return singles(program.env.space, options_each(program.config, program.env.space))
 
 
-def _control_turn(program: Program, task: Task, state: SearchState, key: jax.Array) -> _Turn:
+def _control_turn(program: SearchProgram, task: SearchTask, state: SearchState, key: jax.Array) -> _Turn:
     config, env = program.config, program.env
     propose_key, step_key, learn_key = jax.random.split(key, 3)
     proposals = controls.propose(

@@ -16,7 +16,7 @@ from sculpt.agents.environment import EnvParams, Scorer
 from sculpt.agents.learning import Metrics
 from sculpt.agents.rerank import Referee
 from sculpt.agents.result import SearchResult, make_result, shortlist
-from sculpt.agents.run import Run, draw_images, set_up, settled
+from sculpt.agents.run import SearchRun, draw_images, set_up, settled
 from sculpt.arguments import checked
 from sculpt.data.splits import Splits, add_examples
 from sculpt.digest import add_arrays
@@ -74,7 +74,7 @@ def search(
     plan, config = plan or EvaluationPlan(), settled(config, space, agent)
     data_key, init_key, update_key, rerank_key = jax.random.split(key, 4)
     program, task, calibration = set_up(model, space, splits, config, data_key, plan, scorer)
-    run = Run.start(program, task, plan, init_key, config, agent)
+    run = SearchRun.start(program, task, plan, init_key, config, agent)
     keeper = (
         None
         if directory is None

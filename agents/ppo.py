@@ -78,7 +78,7 @@ def generalised_advantages(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Experience:
     """What PPO learns from: m = R * n samples."""
 
     rollout: Rollout
@@ -90,7 +90,7 @@ class Batch:
 
 def prepare(
     config: SearchConfig, rollout: Rollout, credit: CreditState, options: int, budgets: int = 1
-) -> tuple[Batch, CreditState, jax.Array]:
+) -> tuple[Experience, CreditState, jax.Array]:
     """Turns a rollout, whose environments take so many budgets in turn, into advantages and returns.
 
     Returns:
@@ -111,7 +111,7 @@ def prepare(
         rows = rollout.rewards.reshape(len(rollout.rewards), -1, budgets)
         advantage, returns = leave_one_out(rows, axis=1).reshape(rollout.rewards.shape), rollout.rewards
     advantages = site_advantages(advantage.reshape(number), explained, budgets)
-    batch = Batch(rollout, advantages, jax.lax.stop_gradient(returns.reshape(number)))
+    batch = Experience(rollout, advantages, jax.lax.stop_gradient(returns.reshape(number)))
     return batch, credit, explained_variance(rewards, jnp.sum(explained, axis=1))
 
 
@@ -125,7 +125,7 @@ def explained_variance(targets: jax.Array, predictions: jax.Array) -> jax.Array:
 def ppo_loss(
     params: dict,
     agent: PolicyNetwork,
-    batch: Batch,
+    batch: Experience,
     sites: SiteInputs,
     config: SearchConfig,
     entropy: jax.Array,
@@ -172,7 +172,7 @@ def learn(
     params: dict,
     optimizer_state: optax.OptState,
     agent: PolicyNetwork,
-    batch: Batch,
+    batch: Experience,
     sites: SiteInputs,
     config: SearchConfig,
     entropy: jax.Array,

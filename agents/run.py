@@ -18,9 +18,9 @@ from sculpt.agents.controls import fixed_policy
 from sculpt.agents.environment import EnvParams, PruningEnv, Scorer
 from sculpt.agents.learning import (
     Metrics,
-    Program,
+    SearchProgram,
     SearchState,
-    Task,
+    SearchTask,
     init_state,
     make_program,
     metrics_of,
@@ -43,7 +43,7 @@ from sculpt.training.finetuning import check_request
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class UpdateBlock:
     """Some updates that the device was told to do."""
 
     start: int
@@ -53,11 +53,11 @@ class Block:
 
 
 @dataclasses.dataclass
-class Run:
+class SearchRun:
     """A search under way: the device's state, and what the host keeps beside it."""
 
-    program: Program
-    task: Task
+    program: SearchProgram
+    task: SearchTask
     plan: EvaluationPlan
     config: SearchConfig
     state: SearchState
@@ -74,19 +74,19 @@ class Run:
 
     @staticmethod
     def start(
-        program: Program,
-        task: Task,
+        program: SearchProgram,
+        task: SearchTask,
         plan: EvaluationPlan,
         key: jax.Array,
         config: SearchConfig,
         agent: Params | None,
-    ) -> Run:
+    ) -> SearchRun:
         # A copy: an update reuses the buffers of its state, and equal constants may share one.
         state = plan.place(snapshot(init_state(program, task, key, agent)))
         judged = np.full(max(config.rerank, 1), np.nan, np.float32)
         seconds = np.zeros(config.updates, np.float32)
         now = time.perf_counter()
-        return Run(program, task, plan, config, state, 0, now, seconds, judged, np.zeros_like(judged))
+        return SearchRun(program, task, plan, config, state, 0, now, seconds, judged, np.zeros_like(judged))
 
     def tree(self, state: SearchState) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -100,7 +100,7 @@ class Run:
         )
         self.done, self.clock = int(self.state.update), time.perf_counter()
 
-    def launch(self, key: jax.Array) -> Block | None:
+    def launch(self, key: jax.Array) -> UpdateBlock | None:
         """Gives the device its next block of updates without waiting for it; None where all are done or under way."""
         start, stop = self.done, min(self.done + self.config.checkpoint_every, self.config.updates)
         if start == stop:
@@ -109,9 +109,9 @@ class Run:
             check_interrupt()
             self.state = update(self.program, self.task, self.state, key)
         self.done = stop
-        return Block(start, stop, snapshot(self.state))
+        return UpdateBlock(start, stop, snapshot(self.state))
 
-    def settle(self, block: Block, on_metrics: Callable[[Metrics], None] | None) -> None:
+    def settle(self, block: UpdateBlock, on_metrics: Callable[[Metrics], None] | None) -> None:
         """Waits for a block and reads its metrics, while an accelerator goes on with the next one."""
         jax.block_until_ready(block.state)
         now = time.perf_counter()
@@ -157,7 +157,7 @@ def set_up(
     key: jax.Array,
     plan: EvaluationPlan,
     scorer: Scorer = score_policies,
-) -> tuple[Program, Task, jax.Array | None]:
+) -> tuple[SearchProgram, SearchTask, jax.Array | None]:
     """The program of a search, its arrays (images are drawn by `key`), and the images to calibrate on.
 
     Raises:
@@ -179,7 +179,7 @@ def set_up(
             "are normalised"
         )
     env = EnvParams(problem, jnp.asarray(config.budgets, jnp.float32))
-    task = plan.place(Task(env, sites, fixed_policy(config.method, space, model.params, config.budget)))
+    task = plan.place(SearchTask(env, sites, fixed_policy(config.method, space, model.params, config.budget)))
     static = PruningEnv(space, config.batch, config.rounds, config.objective, config.reward, scorer)
     return make_program(static, config), task, calibration
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.environment import Scorer
-from sculpt.agents.learning import Program, SearchState, Task, init_state, metrics_of, update
+from sculpt.agents.learning import SearchProgram, SearchState, SearchTask, init_state, metrics_of, update
 from sculpt.agents.rerank import Referee
 from sculpt.agents.result import SearchResult, make_result, shortlist
 from sculpt.agents.run import set_up, settled
@@ -93,6 +93,8 @@ def search_seeds(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _update_seeds(program: Program, task: Task, states: SearchState, keys: jax.Array) -> SearchState:
+def _update_seeds(
+    program: SearchProgram, task: SearchTask, states: SearchState, keys: jax.Array
+) -> SearchState:
     """One update of every seed: leaves of `states` and `keys` are `[seeds, ...]`."""
     return jax.vmap(functools.partial(update, program, task))(states, keys)

@@ -25,7 +25,7 @@ import numpy as np
 import sculpt
 from benchmarks import records
 from benchmarks.stages import in_words, stage, test_accuracy
-from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, to_reconstruct, tuned
+from benchmarks.tasks import TASKS, BenchmarkTask, begin, compacted, parser_of, to_reconstruct, tuned
 from benchmarks.timing import RESULTS, provenance, write_results
 from sculpt.agents.cma_es import load_evosax
 from sculpt.agents.config import RULES, Method
@@ -48,7 +48,7 @@ def searched(
     model: Model,
     space: Space,
     splits: Splits,
-    task: Task,
+    task: BenchmarkTask,
     config: sculpt.SearchConfig,
     seed: int,
     folder: Path,
@@ -82,7 +82,7 @@ def improvements(history: Sequence[Mapping[str, float]]) -> list[tuple[int, floa
 
 
 def tested(
-    model: Model, space: Space, splits: Splits, task: Task, policy: Any, key: int, place: Path
+    model: Model, space: Space, splits: Splits, task: BenchmarkTask, policy: Any, key: int, place: Path
 ) -> dict[str, Any]:
     """Fine-tunes what a policy leaves, with a key of that number, and tests it."""
     small = compacted(model, space, policy, to_reconstruct(model, splits))

@@ -41,7 +41,7 @@ NETS: dict[str, tuple[int, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class ScoringTask:
     """What is scored."""
 
     name: str
@@ -57,7 +57,7 @@ class Task:
         return 2e-9 * self.space.trace.macs * len(self.images)
 
 
-def make_task(name: str, policies: int, images: int, budget: float) -> Task:
+def make_task(name: str, policies: int, images: int, budget: float) -> ScoringTask:
     """Random weights and images: neither changes the work."""
     size = NETS[name]
     module = sculpt.nets.create(name, num_classes=10 if size[0] == 32 else 1000)
@@ -67,10 +67,12 @@ def make_task(name: str, policies: int, images: int, budget: float) -> Task:
     drawn = sculpt.random_policies(space, jax.random.key(0), policies, budget)
     x = jax.random.normal(jax.random.key(1), (images, *size))
     classes = jax.eval_shape(model, x).shape[1]
-    return Task(name, model, space, drawn, x, jax.random.randint(jax.random.key(2), (images,), 0, classes))
+    return ScoringTask(
+        name, model, space, drawn, x, jax.random.randint(jax.random.key(2), (images,), 0, classes)
+    )
 
 
-def rivals(task: Task, side_by_side: int) -> dict[str, tuple[Callable[[], Any], int]]:
+def rivals(task: ScoringTask, side_by_side: int) -> dict[str, tuple[Callable[[], Any], int]]:
     """Name -> (what scores policies as (accuracy, loss) arrays, how many of them)."""
     space, model = task.space, task.model
 
@@ -96,7 +98,7 @@ def rivals(task: Task, side_by_side: int) -> dict[str, tuple[Callable[[], Any], 
     }
 
 
-def scored(task: Task, plan: sculpt.EvaluationPlan) -> Callable[[], jax.Array]:
+def scored(task: ScoringTask, plan: sculpt.EvaluationPlan) -> Callable[[], jax.Array]:
     """`evaluate_policies` with this plan."""
 
     def run() -> jax.Array:
@@ -108,7 +110,7 @@ def scored(task: Task, plan: sculpt.EvaluationPlan) -> Callable[[], jax.Array]:
     return run
 
 
-def compiled_cost(task: Task, plan: sculpt.EvaluationPlan) -> tuple[float, float]:
+def compiled_cost(task: ScoringTask, plan: sculpt.EvaluationPlan) -> tuple[float, float]:
     """(seconds to trace and compile, MiB of temporary arrays on a device)."""
     problem = make_problem(task.model, task.space, task.images, task.labels, plan=plan)
     jax.clear_caches()
@@ -119,7 +121,9 @@ def compiled_cost(task: Task, plan: sculpt.EvaluationPlan) -> tuple[float, float
     return took, float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20
 
 
-def check_scores(task: Task, name: str, found: Any, expected: Any, precision: str) -> tuple[float, float]:
+def check_scores(
+    task: ScoringTask, name: str, found: Any, expected: Any, precision: str
+) -> tuple[float, float]:
     """Largest differences in images and in loss; ends the program where they are more than rounding."""
     found, expected = np.asarray(found), np.asarray(expected)[: len(found)]
     images = float(np.abs(found[:, 0] - expected[:, 0]).max()) * len(task.images)
@@ -129,7 +133,7 @@ def check_scores(task: Task, name: str, found: Any, expected: Any, precision: st
     return images, loss
 
 
-def compare(task: Task, options: argparse.Namespace) -> list[str]:
+def compare(task: ScoringTask, options: argparse.Namespace) -> list[str]:
     """The table of one network."""
     tuned = sculpt.tune_plan(task.model, task.space, task.images, task.labels, precision=options.precision)
     plan = tuned.plan
@@ -168,7 +172,7 @@ def compare(task: Task, options: argparse.Namespace) -> list[str]:
     return lines
 
 
-def sweep(task: Task, options: argparse.Namespace) -> list[str]:
+def sweep(task: ScoringTask, options: argparse.Namespace) -> list[str]:
     """Rates over chunk and batch sizes and both convolutions."""
     plans = [
         sculpt.EvaluationPlan(chunk, batch, convolution, options.precision)  # type: ignore[arg-type]
@@ -187,7 +191,7 @@ def sweep(task: Task, options: argparse.Namespace) -> list[str]:
     return [f"### {task.name}: chunk and batch sizes", "", *lines, ""]
 
 
-def growth(task: Task, options: argparse.Namespace) -> list[str]:
+def growth(task: ScoringTask, options: argparse.Namespace) -> list[str]:
     """Seconds over the number of policies: linear, with the same memory."""
     plan = sculpt.EvaluationPlan()
     lines = [

@@ -23,7 +23,7 @@ import scipy.stats
 
 import sculpt
 from benchmarks.stages import in_words, stage
-from benchmarks.tasks import Task, begin, compacted, parser_of, to_reconstruct
+from benchmarks.tasks import BenchmarkTask, begin, compacted, parser_of, to_reconstruct
 from benchmarks.timing import provenance, write_results
 from sculpt.data.splits import Splits
 from sculpt.model import Model
@@ -69,7 +69,7 @@ def removed(space: Space, params: Any, scores: sculpt.Importance, policies: np.n
 
 
 def foretold(
-    model: Model, space: Space, splits: Splits, task: Task, policies: np.ndarray
+    model: Model, space: Space, splits: Splits, task: BenchmarkTask, policies: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     """Proxy -> its values, higher is better, and its seconds per policy, the compilation of a first call left out."""
     drawn = np.random.default_rng(0).permutation(len(splits.train.labels))
@@ -125,7 +125,9 @@ def foretold(
     return result
 
 
-def finetuned(model: Model, space: Space, splits: Splits, task: Task, policy: np.ndarray) -> dict[str, float]:
+def finetuned(
+    model: Model, space: Space, splits: Splits, task: BenchmarkTask, policy: np.ndarray
+) -> dict[str, float]:
     """Accuracy in percent of the compact network after the task's fine-tuning, on validation and test images together."""
     small = compacted(model, space, policy, to_reconstruct(model, splits))
     after = sculpt.finetune(small, None, splits, task.finetune, jax.random.key(0))

@@ -22,7 +22,7 @@ import numpy as np
 
 import sculpt
 from benchmarks.stages import in_words, stage, test_accuracy
-from benchmarks.tasks import TASKS, Task, begin, parser_of, tuned
+from benchmarks.tasks import TASKS, BenchmarkTask, begin, parser_of, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.data.splits import Splits
 from sculpt.model import Model
@@ -57,7 +57,9 @@ def before(model: Model, splits: Splits, budget: float, seed: int) -> dict[str, 
     return {"macs": macs[0] / macs[1], **accuracies}
 
 
-def after(model: Model, splits: Splits, task: Task, budget: float, seed: int, folder: Path) -> dict[str, Any]:
+def after(
+    model: Model, splits: Splits, task: BenchmarkTask, budget: float, seed: int, folder: Path
+) -> dict[str, Any]:
     """Test accuracies in percent after fine-tuning."""
     networks, compact = untrained(model, splits, budget, seed)
     found = {}

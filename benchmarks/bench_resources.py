@@ -24,7 +24,7 @@ import numpy as np
 
 import sculpt
 from benchmarks.stages import in_words, stage
-from benchmarks.tasks import TASKS, Task, begin, compacted, parser_of, tuned
+from benchmarks.tasks import TASKS, BenchmarkTask, begin, compacted, parser_of, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.data.splits import Splits
 from sculpt.latency.engines import ENGINES
@@ -63,7 +63,7 @@ def searched(
     space: Space,
     latencies: Sequence[LayerLatency],
     splits: Splits,
-    task: Task,
+    task: BenchmarkTask,
     budget: float,
     seed: int,
     folder: Path,

@@ -34,7 +34,7 @@ METHODS = ("agent", "table", "cma_es", "evolution", "random", "greedy", "uniform
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class ToyChain:
     """A chain of dense layers of one width, and what a policy for it is worth."""
 
     sites: int = 20
@@ -100,7 +100,7 @@ class Chain:
         return float(np.max(head))
 
 
-def chain_space(chain: Chain) -> tuple[sculpt.Model, Space]:
+def chain_space(chain: ToyChain) -> tuple[sculpt.Model, Space]:
     """The network of a chain, untrained, for images `[n, 4, 4, 1]` and ten classes, and its search space."""
     rng = np.random.default_rng(1)
     widths = [WIDTH] * (chain.sites + 1) + [10]
@@ -127,7 +127,7 @@ def noise() -> Splits:
     return Splits("noise", split, split, split, 10, (0.5,), (0.5,))
 
 
-def share(method: str, chain: Chain, evaluations: int, budget: float) -> dict[str, float]:
+def share(method: str, chain: ToyChain, evaluations: int, budget: float) -> dict[str, float]:
     """What the policy that a search finds is worth, as a share of the optimum."""
     model, space = chain_space(chain)
     config = sculpt.SearchConfig(
@@ -158,7 +158,7 @@ def main() -> None:
     settle(options.run, {"sites": options.sites, "budget": options.budget})
     counts = " | ".join(f"{pairs:g}, {n}" for pairs in options.pairs for n in options.evaluations)
     columns = len(options.pairs) * len(options.evaluations)
-    options_per_site = int(chain_space(Chain(options.sites))[1].num_options[0])
+    options_per_site = int(chain_space(ToyChain(options.sites))[1].num_options[0])
     lines = [
         "# Searches whose optimum is known",
         "",
@@ -175,7 +175,7 @@ def main() -> None:
         for pairs, evaluations in itertools.product(options.pairs, options.evaluations):
             shares = []
             for seed in options.seeds:
-                chain = Chain(options.sites, pairs, seed)
+                chain = ToyChain(options.sites, pairs, seed)
                 file = options.run / method / f"pairs{pairs:g}-{evaluations}-seed{seed}.json"
                 compute = functools.partial(share, method, chain, evaluations, options.budget)
                 shares.append(100 * stage(file, compute)["share"])

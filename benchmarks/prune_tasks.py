@@ -23,7 +23,7 @@ import numpy as np
 
 import sculpt
 from benchmarks.stages import in_words, settle, stage, test_accuracy
-from benchmarks.tasks import DISTILLATION, TASKS, Task, dense_network, parser_of, tuned
+from benchmarks.tasks import DISTILLATION, TASKS, BenchmarkTask, dense_network, parser_of, tuned
 from benchmarks.timing import provenance, write_results
 from sculpt.data.splits import Splits
 from sculpt.model import Model
@@ -34,14 +34,16 @@ _FILES = ("dense", "search", "pruned", "labels", "taught")
 """Stages of a task, in order."""
 
 
-def search_of(task: Task) -> sculpt.SearchConfig:
+def search_of(task: BenchmarkTask) -> sculpt.SearchConfig:
     """By the cross-entropy of 256 train images; the best four are fine-tuned briefly before the last choice."""
     return sculpt.SearchConfig(
         budget=BUDGET, evaluations=task.evaluations, objective="loss", rerank=4, rerank_finetune=task.brief
     )
 
 
-def searched(model: Model, space: Any, splits: Splits, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+def searched(
+    model: Model, space: Any, splits: Splits, task: BenchmarkTask, seed: int, folder: Path
+) -> dict[str, Any]:
     """The agent's policy."""
     key = jax.random.key(100 + seed)
     found = sculpt.search(model, space, splits, search_of(task), key, directory=folder / "search")
@@ -66,7 +68,7 @@ def pruned(model: Model, small: Model, splits: Splits) -> dict[str, Any]:
     }
 
 
-def run(task: Task, splits: Splits, seed: int, folder: Path, data: Path) -> None:
+def run(task: BenchmarkTask, splits: Splits, seed: int, folder: Path, data: Path) -> None:
     """All stages of a task for one seed."""
     dense = dense_network(task, splits, seed, folder, data)
     trace = sculpt.trace(dense, jnp.zeros((1, *splits.train.images.shape[1:])))

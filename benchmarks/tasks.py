@@ -22,7 +22,7 @@ DISTILLATION, RECONSTRUCTION_IMAGES = 0.5, 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class BenchmarkTask:
     """A data set, a network and how both its forms are trained."""
 
     load: Callable[[Path], Splits]
@@ -74,13 +74,13 @@ def _cifar(data: Path) -> Splits:
 
 
 TASKS = {
-    "digits-resnet8": Task(
+    "digits-resnet8": BenchmarkTask(
         _digits,
         "resnet8",
         _recipe("resnet8", 8).train(epochs=20, augment="shift"),
         _recipe("resnet8", 8).finetune(augment="shift"),
     ),
-    "digits-vit": Task(
+    "digits-vit": BenchmarkTask(
         _digits,
         "vit_tiny_patch2",
         _recipe("vit_tiny_patch2", 8).train(epochs=100, batch_size=32, learning_rate=1e-3, augment="shift"),
@@ -88,21 +88,21 @@ TASKS = {
         options={"depth": 4, "width": 64, "heads": 4, "hidden": 128},
         evaluations=256,
     ),
-    "cifar10-jpeg-resnet20": Task(
+    "cifar10-jpeg-resnet20": BenchmarkTask(
         _cifar,
         "resnet20",
         _recipe("resnet20", 32).finetune(epochs=1, augment="crop_flip"),
         _recipe("resnet20", 32).finetune(epochs=1, augment="crop_flip"),
         weights="weights/cifar10_resnet20.safetensors",
     ),
-    "cifar10-jpeg-resnet56": Task(
+    "cifar10-jpeg-resnet56": BenchmarkTask(
         _cifar,
         "resnet56",
         _recipe("resnet56", 32).finetune(epochs=1, augment="crop_flip"),
         _recipe("resnet56", 32).finetune(epochs=1, augment="crop_flip"),
         weights="weights/cifar10_resnet56.safetensors",
     ),
-    "tiny-imagenet-100-efficientnet": Task(
+    "tiny-imagenet-100-efficientnet": BenchmarkTask(
         _tiny_imagenet,
         "efficientnet_lite0",
         _recipe("efficientnet_lite0", 64).finetune(epochs=2, augment="crop_flip"),
@@ -111,20 +111,20 @@ TASKS = {
         new_head=True,
         evaluations=128,
     ),
-    "tiny-imagenet-100-mobilenet_v2": Task(
+    "tiny-imagenet-100-mobilenet_v2": BenchmarkTask(
         _tiny_imagenet,
         "mobilenet_v2",
         _recipe("mobilenet_v2", 64).train(epochs=4, augment="crop_flip"),
         _recipe("mobilenet_v2", 64).finetune(epochs=2, augment="crop_flip"),
         evaluations=128,
     ),
-    "fashion-mnist-resnet20": Task(
+    "fashion-mnist-resnet20": BenchmarkTask(
         _fashion,
         "resnet20",
         _recipe("resnet20", 28).train(epochs=1, augment="shift"),
         _recipe("resnet20", 28).finetune(epochs=1, augment="shift"),
     ),
-    "fashion-mnist-vgg": Task(
+    "fashion-mnist-vgg": BenchmarkTask(
         _fashion,
         "vgg16_bn_cifar",
         _recipe("vgg16_bn_cifar", 28).train(epochs=2, augment="shift"),
@@ -135,7 +135,7 @@ TASKS = {
 """Name -> task. VGG on fashion_mnist is a small one: six convolutions of 16 to 64 channels in four stages."""
 
 
-def starting_model(task: Task, splits: Splits, seed: int, data: Path) -> Model:
+def starting_model(task: BenchmarkTask, splits: Splits, seed: int, data: Path) -> Model:
     """The network before its dense training."""
     key, image = jax.random.key(seed), jnp.zeros((1, *splits.train.images.shape[1:]))
     if task.weights is None:
@@ -186,7 +186,7 @@ def tuned(
     return {"test_accuracy": test_accuracy(trained, splits), "validation_accuracies": progress}
 
 
-def dense_network(task: Task, splits: Splits, seed: int, folder: Path, data: Path) -> Model:
+def dense_network(task: BenchmarkTask, splits: Splits, seed: int, folder: Path, data: Path) -> Model:
     """The network after its dense training, which is kept in `folder`."""
     start = starting_model(task, splits, seed, data)
     stage(folder / "dense.json", lambda: tuned(start, splits, task.train, seed, folder / "dense"))
@@ -208,7 +208,7 @@ def compacted(model: Model, space: Space, policy: Any, images: Any = None) -> Mo
     return sculpt.compact(left, space, policy, masks=masks)
 
 
-def begin(name: str, folder: Path, data: Path, **settings: Any) -> tuple[Task, Splits, Model]:
+def begin(name: str, folder: Path, data: Path, **settings: Any) -> tuple[BenchmarkTask, Splits, Model]:
     """A task, its data, and its dense network of seed 0; ends the program where `folder` was begun with other settings."""
     task = TASKS[name]
     settle(folder, {"train": repr(task.train), "finetune": repr(task.finetune), **settings})

@@ -13,7 +13,7 @@ Layout = Literal["same", "vector", "dense", "heads", "conv", "pointwise", "flatt
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where a file keeps one of our arrays."""
 
     key: str
@@ -30,13 +30,13 @@ class Source:
     """Whether a flattened dense layer lies there as a convolution `[out, channels, side, side]`."""
 
 
-def shape_in_file(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
+def shape_in_file(source: WeightSource, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that the file's array must have for one of ours; of all its parts together."""
     first, *rest = to_file(np.broadcast_to(np.float32(0), shape), source).shape
     return (first * source.parts, *rest)
 
 
-def from_file(array: np.ndarray, source: Source, shape: tuple[int, ...]) -> np.ndarray:
+def from_file(array: np.ndarray, source: WeightSource, shape: tuple[int, ...]) -> np.ndarray:
     """Our array of that shape; the file's has `shape_in_file`."""
     length = len(array) // source.parts if array.ndim else 0
     if source.parts > 1:
@@ -44,19 +44,19 @@ def from_file(array: np.ndarray, source: Source, shape: tuple[int, ...]) -> np.n
     return _READ[source.layout](array, source).reshape(shape)
 
 
-def to_file(array: np.ndarray, source: Source) -> np.ndarray:
+def to_file(array: np.ndarray, source: WeightSource) -> np.ndarray:
     """The file's array, or its part, of ours."""
     return _WRITE[source.layout](array, source)
 
 
-def _flattened(array: np.ndarray, source: Source) -> np.ndarray:
+def _flattened(array: np.ndarray, source: WeightSource) -> np.ndarray:
     area = source.side**2
     channels = math.prod(array.shape[:-1]) // area
     windows = array.reshape(source.side, source.side, channels, array.shape[-1]).transpose(3, 2, 0, 1)
     return windows if source.window else windows.reshape(array.shape[-1], -1)
 
 
-_READ: dict[str, Callable[[np.ndarray, Source], np.ndarray]] = {
+_READ: dict[str, Callable[[np.ndarray, WeightSource], np.ndarray]] = {
     "same": lambda a, s: a,
     "vector": lambda a, s: a,
     "dense": lambda a, s: a.T,
@@ -65,7 +65,7 @@ _READ: dict[str, Callable[[np.ndarray, Source], np.ndarray]] = {
     "pointwise": lambda a, s: a[:, :, 0, 0].T,
     "flattened": lambda a, s: a.reshape(len(a), -1, s.side, s.side).transpose(2, 3, 1, 0),
 }
-_WRITE: dict[str, Callable[[np.ndarray, Source], np.ndarray]] = {
+_WRITE: dict[str, Callable[[np.ndarray, WeightSource], np.ndarray]] = {
     "same": lambda a, s: a,
     "vector": lambda a, s: a.reshape(-1),
     "dense": lambda a, s: a.reshape(-1, a.shape[-1]).T,

@@ -12,7 +12,7 @@ from sculpt.nets.layers import ConvNorm, divisible, single
 from sculpt.nets.mobilenet import InvertedResidual
 
 
-class Row(NamedTuple):
+class BlockRow(NamedTuple):
     """A block of MobileNet-V3, as in the paper's tables."""
 
     kernel: int
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 class MobileNetV3(nn.Module):
     """A stem, inverted residuals with hard activations, a 1x1 convolution, a global mean, a dense layer and a dense head."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[BlockRow, ...]
     num_classes: int
     hidden: int = 1280
     """Width of the dense layer."""
@@ -66,29 +66,29 @@ class MobileNetV3(nn.Module):
 
 
 _SMALL = (
-    Row(3, 16, 16, True, False, 2),
-    Row(3, 72, 24, False, False, 2),
-    Row(3, 88, 24, False, False, 1),
-    Row(5, 96, 40, True, True, 2),
-    *[Row(5, 240, 40, True, True, 1)] * 2,
-    Row(5, 120, 48, True, True, 1),
-    Row(5, 144, 48, True, True, 1),
-    Row(5, 288, 96, True, True, 2),
-    *[Row(5, 576, 96, True, True, 1)] * 2,
+    BlockRow(3, 16, 16, True, False, 2),
+    BlockRow(3, 72, 24, False, False, 2),
+    BlockRow(3, 88, 24, False, False, 1),
+    BlockRow(5, 96, 40, True, True, 2),
+    *[BlockRow(5, 240, 40, True, True, 1)] * 2,
+    BlockRow(5, 120, 48, True, True, 1),
+    BlockRow(5, 144, 48, True, True, 1),
+    BlockRow(5, 288, 96, True, True, 2),
+    *[BlockRow(5, 576, 96, True, True, 1)] * 2,
 )
 _LARGE = (
-    Row(3, 16, 16, False, False, 1),
-    Row(3, 64, 24, False, False, 2),
-    Row(3, 72, 24, False, False, 1),
-    Row(5, 72, 40, True, False, 2),
-    *[Row(5, 120, 40, True, False, 1)] * 2,
-    Row(3, 240, 80, False, True, 2),
-    Row(3, 200, 80, False, True, 1),
-    *[Row(3, 184, 80, False, True, 1)] * 2,
-    Row(3, 480, 112, True, True, 1),
-    Row(3, 672, 112, True, True, 1),
-    Row(5, 672, 160, True, True, 2),
-    *[Row(5, 960, 160, True, True, 1)] * 2,
+    BlockRow(3, 16, 16, False, False, 1),
+    BlockRow(3, 64, 24, False, False, 2),
+    BlockRow(3, 72, 24, False, False, 1),
+    BlockRow(5, 72, 40, True, False, 2),
+    *[BlockRow(5, 120, 40, True, False, 1)] * 2,
+    BlockRow(3, 240, 80, False, True, 2),
+    BlockRow(3, 200, 80, False, True, 1),
+    *[BlockRow(3, 184, 80, False, True, 1)] * 2,
+    BlockRow(3, 480, 112, True, True, 1),
+    BlockRow(3, 672, 112, True, True, 1),
+    BlockRow(5, 672, 160, True, True, 2),
+    *[BlockRow(5, 960, 160, True, True, 1)] * 2,
 )
 MODELS = {
     "mobilenet_v3_small": (MobileNetV3, {"rows": _SMALL, "hidden": 1024}, 224),

@@ -13,17 +13,17 @@ from typing import Any
 from flax import linen as nn
 
 from sculpt.nets.efficientnet import EfficientNetLite
-from sculpt.nets.layouts import Layout, Source
+from sculpt.nets.layouts import Layout, WeightSource
 from sculpt.nets.mobilenet import MobileNetV1, MobileNetV2
-from sculpt.nets.mobilenet_v3 import MobileNetV3, Row
+from sculpt.nets.mobilenet_v3 import BlockRow, MobileNetV3
 from sculpt.nets.resnet import CifarResNet, ResNet
 from sculpt.nets.vgg import VGG
 from sculpt.nets.vit import VisionTransformer
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """A layer whose kernel does not lie there as it usually does; see `Source`."""
+class NamedLayer:
+    """A layer whose kernel does not lie there as it usually does; see `WeightSource`."""
 
     name: str
     layout: Layout
@@ -33,7 +33,7 @@ class Layer:
     window: bool = False
 
 
-Names = dict[str, str | Layer]
+Names = dict[str, str | NamedLayer]
 _KINDS = {
     "kernel": "weight",
     "scale": "weight",
@@ -54,7 +54,7 @@ def namings(module: nn.Module) -> tuple[str, ...]:
 
 def sources(
     module: nn.Module, naming: str, paths: Sequence[tuple[str, ...]], dims: Sequence[int]
-) -> list[Source]:
+) -> list[WeightSource]:
     """Where a file of that naming keeps each array.
 
     Args:
@@ -67,17 +67,17 @@ def sources(
     return [_source(names, path, ndim) for path, ndim in zip(paths, dims, strict=True)]
 
 
-def _source(names: Names, path: tuple[str, ...], ndim: int) -> Source:
+def _source(names: Names, path: tuple[str, ...], ndim: int) -> WeightSource:
     whole, owner, kind = "/".join(path[1:]), "/".join(path[1:-1]), path[-1]
     if whole in names:
-        return Source(str(names[whole]), "same")
+        return WeightSource(str(names[whole]), "same")
     layer = names[owner]
     if isinstance(layer, str):
-        layer = Layer(layer, "conv" if ndim == 4 else "dense")
+        layer = NamedLayer(layer, "conv" if ndim == 4 else "dense")
     key = f"{layer.name}{'_' if layer.name.endswith('in_proj') else '.'}{_KINDS[kind]}"
     if kind == "kernel":
-        return Source(key, layer.layout, layer.part, layer.parts, layer.side, layer.window)
-    return Source(key, "vector", layer.part, layer.parts)
+        return WeightSource(key, layer.layout, layer.part, layer.parts, layer.side, layer.window)
+    return WeightSource(key, "vector", layer.part, layer.parts)
 
 
 def _namings(module: nn.Module) -> dict[str, Callable[[Any], Names]]:
@@ -172,14 +172,14 @@ def _vgg_torchvision(net: VGG) -> Names:
     for index, ours in enumerate(layers):
         theirs = f"classifier.{3 * index}" if net.hidden else "classifier"
         first = index == 0 and net.pool > 1
-        names[ours] = Layer(theirs, "flattened", side=net.pool) if first else theirs
+        names[ours] = NamedLayer(theirs, "flattened", side=net.pool) if first else theirs
     return names
 
 
 def _vgg_timm(net: VGG) -> Names:
     return _vgg_features(net) | {
-        "dense1": Layer("pre_logits.fc1", "flattened", side=net.pool, window=True),
-        "dense2": Layer("pre_logits.fc2", "pointwise"),
+        "dense1": NamedLayer("pre_logits.fc1", "flattened", side=net.pool, window=True),
+        "dense2": NamedLayer("pre_logits.fc2", "pointwise"),
         "head": "head.fc",
     }
 
@@ -226,8 +226,8 @@ def _inverted_timm(ours: str, theirs: str, expands: bool) -> Names:
     names: Names = {}
     for part, conv, norm in parts:
         names[f"{ours}/{part}/conv"], names[f"{ours}/{part}/norm"] = f"{theirs}.{conv}", f"{theirs}.{norm}"
-    names[f"{ours}/squeeze"] = Layer(f"{theirs}.se.conv_reduce", "pointwise")
-    names[f"{ours}/excite"] = Layer(f"{theirs}.se.conv_expand", "pointwise")
+    names[f"{ours}/squeeze"] = NamedLayer(f"{theirs}.se.conv_reduce", "pointwise")
+    names[f"{ours}/excite"] = NamedLayer(f"{theirs}.se.conv_expand", "pointwise")
     return names
 
 
@@ -279,8 +279,8 @@ def _mobilenet_v3_torchvision(net: MobileNetV3) -> Names:
         parts = ["expand"] * expands + ["depthwise"] + ["squeeze"] * row.squeeze + ["project"]
         for place, part in enumerate(parts):
             if part == "squeeze":
-                names[f"{ours}/squeeze"] = Layer(f"{theirs}.{place}.fc1", "pointwise")
-                names[f"{ours}/excite"] = Layer(f"{theirs}.{place}.fc2", "pointwise")
+                names[f"{ours}/squeeze"] = NamedLayer(f"{theirs}.{place}.fc1", "pointwise")
+                names[f"{ours}/excite"] = NamedLayer(f"{theirs}.{place}.fc2", "pointwise")
             else:
                 names[f"{ours}/{part}/conv"] = f"{theirs}.{place}.0"
                 names[f"{ours}/{part}/norm"] = f"{theirs}.{place}.1"
@@ -298,11 +298,11 @@ def _mobilenet_v3_timm(net: MobileNetV3) -> Names:
     return names | {
         "last/conv": f"blocks.{stage + 1}.0.conv",
         "last/norm": f"blocks.{stage + 1}.0.bn1",
-        "dense": Layer("conv_head", "pointwise"),
+        "dense": NamedLayer("conv_head", "pointwise"),
     }
 
 
-def _expanding(rows: Sequence[Row]) -> list[tuple[Row, bool]]:
+def _expanding(rows: Sequence[BlockRow]) -> list[tuple[BlockRow, bool]]:
     """Rows, and whether each widens what it is given, which is 16 channels at first."""
     given = [16, *(row.width for row in rows)]
     return [(row, row.hidden != width) for row, width in zip(rows, given)]
@@ -324,9 +324,9 @@ def _vit(
                 names[f"{ours}/{name}"] = f"{theirs}.{inner}"
         for place, name in enumerate(("query", "key", "value")):
             names[f"{ours}/attention/{name}"] = (
-                Layer(f"{theirs}.{parts['qkv']}", "heads", place, 3)
+                NamedLayer(f"{theirs}.{parts['qkv']}", "heads", place, 3)
                 if separate is None
-                else Layer(f"{theirs}.{separate[place]}", "heads")
+                else NamedLayer(f"{theirs}.{separate[place]}", "heads")
             )
     return names
 

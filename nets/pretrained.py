@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from sculpt.arguments import check_key
 from sculpt.nets.keras import read_keras
-from sculpt.nets.layouts import Source, from_file, shape_in_file, to_file
+from sculpt.nets.layouts import WeightSource, from_file, shape_in_file, to_file
 from sculpt.nets.naming import namings, sources
 from sculpt.nets.registry import create, family, image_size, list_models
 
@@ -238,7 +238,7 @@ def _leaves(tree: Any) -> Iterator[tuple[ArrayPath, Any]]:
         yield tuple(str(part.key) for part in path), leaf
 
 
-def _sources(module: nn.Module, naming: str, shapes: Shapes) -> list[Source]:
+def _sources(module: nn.Module, naming: str, shapes: Shapes) -> list[WeightSource]:
     return sources(module, naming, list(shapes), [len(shape) for shape in shapes.values()])
 
 

@@ -14,7 +14,7 @@ import sculpt
 from sculpt.agents.actor_critic import site_inputs
 from sculpt.agents.config import SearchConfig
 from sculpt.agents.environment import EnvParams, PruningEnv
-from sculpt.agents.learning import Task, init_state, make_program, snapshot, update
+from sculpt.agents.learning import SearchTask, init_state, make_program, snapshot, update
 from sculpt.pruning.costs import _cost
 from sculpt.repair.recalibration import _recalibrated
 from sculpt.scoring.evaluation import _totals, score_compiled
@@ -65,7 +65,7 @@ def test_a_search_lowers(method: Any) -> None:
     env = PruningEnv(SPACE, config.batch, config.rounds, config.objective, config.reward)
     program = make_program(env, config)
     problem = make_problem(MODEL, SPACE, IMAGES, LABELS, IMAGES)
-    task = Task(
+    task = SearchTask(
         env=EnvParams(problem, jnp.asarray([0.5])),
         sites=site_inputs(SPACE, MODEL.params),
         rule=jnp.zeros(SPACE.num_sites, jnp.int32),

@@ -33,7 +33,7 @@ _CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Archive:
+class CifarArchive:
     """Where a data set comes from, and how its archive is laid out."""
 
     url: str
@@ -50,7 +50,7 @@ class Archive:
 
 
 ARCHIVES = {
-    "cifar10": Archive(
+    "cifar10": CifarArchive(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         folder="cifar-10-batches-bin",
@@ -59,7 +59,7 @@ ARCHIVES = {
         labels=("label",),
         names=("batches.meta.txt",),
     ),
-    "cifar100": Archive(
+    "cifar100": CifarArchive(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         folder="cifar-100-binary",
@@ -171,7 +171,7 @@ def _download(url: str, file: Path, timeout: float) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path, source: Archive) -> dict[str, bytes]:
+def _read(file: Path, source: CifarArchive) -> dict[str, bytes]:
     """The files of the archive that matter, by base name; nothing is unpacked to disk."""
     wanted = {f"{source.folder}/{name}": name for name in (*source.train, *source.test, *source.names)}
     contents = {}
@@ -196,7 +196,9 @@ def _read(file: Path, source: Archive) -> dict[str, bytes]:
     return contents
 
 
-def _write(name: str, source: Archive, contents: dict[str, bytes], directory: Path, scratch: Path) -> Path:
+def _write(
+    name: str, source: CifarArchive, contents: dict[str, bytes], directory: Path, scratch: Path
+) -> Path:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
@@ -219,7 +221,9 @@ def _write(name: str, source: Archive, contents: dict[str, bytes], directory: Pa
     return Path(builder.data_dir)
 
 
-def _examples(split: str, source: Archive, files: Sequence[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _examples(
+    split: str, source: CifarArchive, files: Sequence[bytes]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Index and record, in the official order, as the official builder yields them but for the PNG encoding."""
     from PIL import Image
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from sculpt.inputs import arrays_of, as_text, check_finite
-from sculpt.ir.program import ImpureProgram, Program, flatten, with_derivatives
+from sculpt.ir.program import FlatProgram, ImpureProgram, flatten, with_derivatives
 from sculpt.model import Model
 from sculpt.trees import leaf_paths, shapes_of
 
@@ -52,7 +52,7 @@ def flatten_open(
     example_input: Any,
     *after: Any,
     derivatives: bool = False,
-) -> Program:
+) -> FlatProgram:
     """The program of `function(*before, x, *after)`. Its batch size is open where the model's code allows it, and is that of the
     example otherwise.
 
@@ -89,7 +89,7 @@ def with_open_batch(x: Any) -> tuple[Any, ...]:
     return (jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), x),)
 
 
-def flatten_model(model: Model, example_input: Any, derivatives: bool = False) -> Program:
+def flatten_model(model: Model, example_input: Any, derivatives: bool = False) -> FlatProgram:
     """The program of a model's evaluation function, as `flatten_open` gives it.
 
     Raises:

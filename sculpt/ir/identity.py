@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from sculpt.digest import add_arrays
-from sculpt.ir.program import Literal, Operand, Program, flatten
+from sculpt.ir.program import FlatProgram, Literal, Operand, flatten
 from sculpt.model import Model
 from sculpt.task import CLASSIFICATION
 
@@ -34,7 +34,7 @@ def add_task(digest: Any, model: Model, images: Any, labels: jax.ShapeDtypeStruc
         add_arrays(digest, program.constants)
 
 
-def outline(program: Program) -> str:
+def outline(program: FlatProgram) -> str:
     """What a program does, as text that is the same in every process; without the arrays that it closes over."""
     lines = []
     for eqn in program.equations:

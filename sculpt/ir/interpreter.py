@@ -23,9 +23,9 @@ from sculpt.ir.jax_calls import (
 )
 from sculpt.ir.program import (
     Equation,
+    FlatProgram,
     Literal,
     Operand,
-    Program,
     is_inexact,
     live_equations,
     with_known_sizes,
@@ -36,7 +36,7 @@ from sculpt.ir.program import (
 class Executable:
     """A program with the static parameters to run it with."""
 
-    program: Program
+    program: FlatProgram
     constants: dict[int, Any]
     """Arrays in place of the program's own constants, by value id."""
     params: dict[int, dict[str, Any]]
@@ -59,12 +59,12 @@ Addition = Callable[[Callable[[int], Any], Binder | None], Any]
 """`(read, bind) -> array`, of the values of the program that are known by then."""
 
 
-def as_written(program: Program) -> Executable:
+def as_written(program: FlatProgram) -> Executable:
     """The program with its own constants and parameters."""
     return Executable(program, program.constants, {}, {}, {})
 
 
-def by_bodies(program: Program) -> Executable:
+def by_bodies(program: FlatProgram) -> Executable:
     """The program as written, whose loops, branches and own derivatives (those that `with_derivatives` has noted) are run operation
     by operation too: as functions they know only the sizes that they were traced with."""
     inner = [eqn for eqn in program.equations if eqn.bodies]
@@ -73,7 +73,7 @@ def by_bodies(program: Program) -> Executable:
     return dataclasses.replace(as_written(program), bodies=bodies, derivatives=derivatives)
 
 
-def table_value(program: Program, operand: Operand) -> np.ndarray | None:
+def table_value(program: FlatProgram, operand: Operand) -> np.ndarray | None:
     """The value of a literal, or of one of the program's tables; None where it depends on inputs."""
     if isinstance(operand, Literal):
         return np.asarray(operand.value)
@@ -91,7 +91,7 @@ def table_value(program: Program, operand: Operand) -> np.ndarray | None:
 
 
 def execute_at(
-    program: Program, size: Any, arguments: Sequence[Any], observe: Observer | None = None
+    program: FlatProgram, size: Any, arguments: Sequence[Any], observe: Observer | None = None
 ) -> list[Any]:
     """Runs a program of an open batch size (or of this one) on arguments of the batch size `size`, which may be symbolic."""
     return execute(by_bodies(with_known_sizes(program, size)), arguments, _bind_known, observe)

@@ -19,7 +19,7 @@ import numpy as np
 
 from sculpt.ir.interpreter import Executable, execute
 from sculpt.ir.jax_calls import apply
-from sculpt.ir.program import CONTRACTIONS, Equation, Program, derivative, flatten
+from sculpt.ir.program import CONTRACTIONS, Equation, FlatProgram, derivative, flatten
 
 Convolution = Literal["lax", "im2col"]
 """`lax`: the convolution of XLA. `im2col`: patches of the image, then one matrix product, where a convolution allows it."""
@@ -57,7 +57,7 @@ def lowered(
     return changed
 
 
-def _with_bodies(program: Program, own_derivatives: bool) -> Executable:
+def _with_bodies(program: FlatProgram, own_derivatives: bool) -> Executable:
     """The program as written, whose bodies with convolutions or products in them are run operation by operation too.
 
     Functions with derivatives of their own keep them. Inside such a derivative they are run whole: a rule may well call the
@@ -76,11 +76,11 @@ def _with_bodies(program: Program, own_derivatives: bool) -> Executable:
     return Executable(program, program.constants, {}, bodies, derivatives)
 
 
-def _has_product(program: Program) -> bool:
+def _has_product(program: FlatProgram) -> bool:
     return any(eqn.name in CONTRACTIONS or any(map(_has_product, eqn.bodies)) for eqn in program.equations)
 
 
-def _has_depthwise(program: Program) -> bool:
+def _has_depthwise(program: FlatProgram) -> bool:
     return any(
         (
             eqn.name == "conv_general_dilated"

@@ -50,12 +50,12 @@ class Equation:
     params: dict[str, Any]
     source: str
     """File, line and function that the equation comes from."""
-    bodies: tuple[Program, ...] = ()
+    bodies: tuple[FlatProgram, ...] = ()
     """The programs inside a loop, a branch, or a function with its own derivative."""
     function: Callable[..., list[Any]] | None = None
     """The equation as a function of its operands, own derivatives included; only where there are bodies. Knows the sizes that it was
     traced with and no others."""
-    own_derivative: Program | None = None
+    own_derivative: FlatProgram | None = None
     """What `derivative` gives, where `with_derivatives` has asked for it."""
 
     @property
@@ -64,7 +64,7 @@ class Equation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
+class FlatProgram:
     """A straight list of equations over numbered values."""
 
     equations: tuple[Equation, ...]
@@ -92,7 +92,7 @@ class ImpureProgram(ValueError):
     """What is to be traced changes arrays in place."""
 
 
-def flatten(function: Callable[..., Any], *arguments: Any) -> Program:
+def flatten(function: Callable[..., Any], *arguments: Any) -> FlatProgram:
     """Traces `function` on arguments given as arrays or `ShapeDtypeStruct`s and inlines all calls.
 
     Nothing is run or allocated. Equations whose results nobody reads are dropped.
@@ -109,7 +109,7 @@ def is_inexact(value: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def derivative(program: Program, eqn: Equation) -> Program:
+def derivative(program: FlatProgram, eqn: Equation) -> FlatProgram:
     """The derivative that an equation with a rule of its own (`custom_jvp_call`, `custom_vjp_call`) is given by that rule.
 
     Inputs are the operands, then the tangents of inexact operands (`custom_jvp_call`) or the cotangents of inexact results
@@ -142,7 +142,7 @@ def derivative(program: Program, eqn: Equation) -> Program:
     return flatten(backward, operands, others)
 
 
-def with_derivatives(program: Program) -> Program:
+def with_derivatives(program: FlatProgram) -> FlatProgram:
     """The same program, value ids included, that holds the derivative of every equation with a rule of its own: for a program that
     is to be run at other sizes, which its equations do not know as functions."""
 
@@ -155,7 +155,7 @@ def with_derivatives(program: Program) -> Program:
     return dataclasses.replace(program, equations=equations)
 
 
-def _abstract(program: Program, operand: Operand) -> jax.ShapeDtypeStruct:
+def _abstract(program: FlatProgram, operand: Operand) -> jax.ShapeDtypeStruct:
     if isinstance(operand, Literal):
         return jax.ShapeDtypeStruct(np.shape(operand.value), np.asarray(operand.value).dtype)
     aval = program.avals[operand]
@@ -168,7 +168,7 @@ _ONLY_FOR_DERIVATIVES = (*OWN_DERIVATIVES, "checkpoint", "remat2")
 """Primitives whose body is all that evaluation needs."""
 
 
-def inlined(program: Program) -> Program:
+def inlined(program: FlatProgram) -> FlatProgram:
     """The same program without what only derivatives need: the bodies of functions with a derivative of their own and of
     rematerialised regions stand in place of the calls. For evaluation; values get new ids."""
     avals = list(program.avals)
@@ -179,7 +179,7 @@ def inlined(program: Program) -> Program:
         avals.append(aval)
         return len(avals) - 1
 
-    def visit(inner: Program, values: dict[int, Operand]) -> tuple[Operand, ...]:
+    def visit(inner: FlatProgram, values: dict[int, Operand]) -> tuple[Operand, ...]:
         for eqn in inner.equations:
             inputs = tuple(i if isinstance(i, Literal) else values[i] for i in eqn.inputs)
             if eqn.name in _ONLY_FOR_DERIVATIVES:
@@ -196,7 +196,7 @@ def inlined(program: Program) -> Program:
         return tuple(o if isinstance(o, Literal) else values[o] for o in inner.outputs)
 
     outputs = visit(program, {i: i for i in (*program.inputs, *program.constants)})
-    return Program(tuple(equations), tuple(avals), program.inputs, outputs, constants, frozenset())
+    return FlatProgram(tuple(equations), tuple(avals), program.inputs, outputs, constants, frozenset())
 
 
 def size_at(expression: Any, size: Any) -> Any:
@@ -205,7 +205,7 @@ def size_at(expression: Any, size: Any) -> Any:
     return found if jax.export.is_symbolic_dim(found) else int(found)
 
 
-def with_known_sizes(program: Program, size: Any) -> Program:
+def with_known_sizes(program: FlatProgram, size: Any) -> FlatProgram:
     """The same program, value ids included, with every symbolic dimension (of `jax.export`) taken to be `size`, which may be
     another symbolic one."""
 
@@ -230,7 +230,7 @@ def with_known_sizes(program: Program, size: Any) -> Program:
     return dataclasses.replace(program, equations=equations, avals=avals)
 
 
-def _program(closed: Any, caller: str, among_devices: bool = False) -> Program:
+def _program(closed: Any, caller: str, among_devices: bool = False) -> FlatProgram:
     builder = _Builder(among_devices)
     inputs = [builder.new(v.aval) for v in closed.jaxpr.invars]
     constants = [builder.constant(v.aval, value) for v, value in zip(closed.jaxpr.constvars, closed.consts)]
@@ -242,7 +242,7 @@ def _program(closed: Any, caller: str, among_devices: bool = False) -> Program:
     for eqn in equations:
         if all(isinstance(i, Literal) or i in tables for i in eqn.inputs):
             tables.update(eqn.outputs)
-    return Program(
+    return FlatProgram(
         equations=tuple(equations),
         avals=tuple(builder.avals),
         inputs=tuple(inputs),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sculpt.ir.program import CONTRACTIONS, Equation, Literal, Program
+from sculpt.ir.program import CONTRACTIONS, Equation, FlatProgram, Literal
 from sculpt.latency.layer_grid import Dimension, Part
 from sculpt.pruning.space import Space
 from sculpt.tracing.axes import Atom, Axis
@@ -72,7 +72,7 @@ def find_parts(space: Space, batch: int, all_sizes: bool = False) -> list[Part]:
     return parts
 
 
-def _macs(program: Program, eqn: Equation) -> int:
+def _macs(program: FlatProgram, eqn: Equation) -> int:
     """Multiply-accumulates at the sizes that the program was traced with."""
     first, kernel = (program.shape(value) for value in eqn.inputs)
     numbers, result = eqn.params["dimension_numbers"], list(program.shape(eqn.outputs[0]))

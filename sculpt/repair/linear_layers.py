@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.ir.program import Equation, Literal, Program
+from sculpt.ir.program import Equation, FlatProgram, Literal
 from sculpt.tracing.layers import RENAMING, Layer, Leaf, find_layers
 from sculpt.tracing.tracer import axis_flow
 
@@ -32,7 +32,7 @@ class View:
             array = step.primitive.bind(array, **step.params)
         return array
 
-    def places(self, program: Program, shape: Sequence[int]) -> np.ndarray:
+    def places(self, program: FlatProgram, shape: Sequence[int]) -> np.ndarray:
         """int64 of the value's shape: which entry of the leaf of this `shape`, row by row, each of its entries is."""
         places: Any = np.arange(math.prod(shape)).reshape(shape)
         for step in self.steps:
@@ -115,7 +115,7 @@ class LinearLayer:
 class LinearNetwork:
     """A network as a program, and those of its layers that can be fitted."""
 
-    program: Program
+    program: FlatProgram
     """Its inputs are the leaves of the parameters, those of the state, and the images."""
     views: Mapping[int, View]
     """By value, what is a leaf of the parameters."""
@@ -123,7 +123,9 @@ class LinearNetwork:
     """By `id(equation)`, in the order of the program."""
 
 
-def find_linear_layers(program: Program, leaves: Sequence[Leaf], rows: int, inputs: int = 1) -> LinearNetwork:
+def find_linear_layers(
+    program: FlatProgram, leaves: Sequence[Leaf], rows: int, inputs: int = 1
+) -> LinearNetwork:
     """What can be fitted, on at most `rows` places of each layer, drawn once and for all. The last `inputs` of the program are images.
 
     Not layers inside loops, convolutions in groups, and kernels that are read more than once, are computed from other parameters, or
@@ -153,7 +155,7 @@ def find_linear_layers(program: Program, leaves: Sequence[Leaf], rows: int, inpu
 
 @dataclasses.dataclass(frozen=True)
 class _Finder:
-    program: Program
+    program: FlatProgram
     leaves: Sequence[Leaf]
     rows: int
     views: Mapping[int, View]
@@ -236,7 +238,7 @@ class _Finder:
         return view.leaf, wide.transpose([*_others(wide.ndim, outputs), *outputs]).reshape(-1)
 
 
-def _result_axes(program: Program, eqn: Equation, operand: int) -> tuple[list[int], list[int]]:
+def _result_axes(program: FlatProgram, eqn: Equation, operand: int) -> tuple[list[int], list[int]]:
     """The axes of a layer's result that are places, in the order of what it reads, and those that its kernel gives."""
     numbers = eqn.params["dimension_numbers"]
     if eqn.name == "conv_general_dilated":

@@ -15,17 +15,17 @@ from sculpt.scoring.policy_file import read_policies
 from sculpt.scoring.precision import PrecisionGap, precision_gap
 from sculpt.scoring.problem import Problem, Repair, make_problem
 from sculpt.scoring.race import Race, Rung, race_policies
-from sculpt.scoring.stream import Block, score_stream
+from sculpt.scoring.stream import ScoredBlock, score_stream
 from sculpt.scoring.tune import Trial, Tuning, tune_plan
 
 __all__ = [
-    "Block",
     "EvaluationPlan",
     "PrecisionGap",
     "Problem",
     "Race",
     "Repair",
     "Rung",
+    "ScoredBlock",
     "Scores",
     "StreamReport",
     "Trial",

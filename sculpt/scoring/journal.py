@@ -35,7 +35,7 @@ from sculpt.scoring.policy_file import (
     unpack_rows,
 )
 from sculpt.scoring.problem import Problem, Repair, make_problem
-from sculpt.scoring.stream import CHUNK, Block, Memory, score_stream
+from sculpt.scoring.stream import CHUNK, Memory, ScoredBlock, score_stream
 from sculpt.task import CLASSIFICATION
 
 
@@ -144,7 +144,7 @@ class _Nothing:
 
     rows: int
 
-    def append(self, block: Block) -> None: ...
+    def append(self, block: ScoredBlock) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -243,7 +243,7 @@ class Journal:
             accuracy, loss = (np.nan if row[name] is None else row[name] for name in COLUMNS[:2])
             memory.put(np.asarray(row["policy"], np.int32), accuracy, loss)
 
-    def append(self, block: Block) -> None:
+    def append(self, block: ScoredBlock) -> None:
         """Writes a block, and sees it safely on disk."""
         columns = {"accuracy": block.scores.accuracy, "loss": block.scores.loss}
         columns |= {name: getattr(block.cost, name) for name in COLUMNS[2:]}

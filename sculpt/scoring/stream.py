@@ -51,7 +51,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class ScoredBlock:
     """Some policies of a stream, in its order, with their scores."""
 
     start: int
@@ -80,7 +80,7 @@ class _Flight:
     """Of the fresh rows, not waited for."""
     space: Space
 
-    def land(self, memory: Memory, before: dict[bytes, Pair]) -> tuple[Block, dict[bytes, Pair]]:
+    def land(self, memory: Memory, before: dict[bytes, Pair]) -> tuple[ScoredBlock, dict[bytes, Pair]]:
         """Waits for the scores.
 
         Args:
@@ -98,7 +98,7 @@ class _Flight:
         rows = [pairs[policy.tobytes()] for policy in self.policies]
         accuracy, loss = (np.asarray([pair[i] for pair in rows], np.float32) for i in range(2))
         costs = cost(self.space, self.policies)
-        block = Block(self.start, self.policies, Scores(accuracy, loss), costs, len(self.fresh))  # type: ignore[arg-type]
+        block = ScoredBlock(self.start, self.policies, Scores(accuracy, loss), costs, len(self.fresh))  # type: ignore[arg-type]
         return block, scored
 
 
@@ -109,7 +109,7 @@ def score_stream(
     start: int = 0,
     chunk: int = CHUNK,
     memory: Memory | None = None,
-) -> Iterator[Block]:
+) -> Iterator[ScoredBlock]:
     """Scores policies as they come; while the device works on a block, the host reads the next one.
 
     The number of policies may be unknown, and unbounded: one program of `chunk` policies serves all of them.

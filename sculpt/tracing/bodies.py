@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sculpt.ir.jax_calls import scan_parts, scan_results, scan_steps, shard_counts, while_parts
-from sculpt.ir.program import Equation, Operand, Program, derivative, is_inexact
+from sculpt.ir.program import Equation, FlatProgram, Operand, derivative, is_inexact
 from sculpt.tracing.axes import Axis, Term
 from sculpt.tracing.flow import Flow, because, rule
 
@@ -92,5 +92,5 @@ def _custom(flow: Flow, eqn: Equation) -> list[Term]:
     return results
 
 
-def _inexact(program: Program, operand: Operand) -> bool:
+def _inexact(program: FlatProgram, operand: Operand) -> bool:
     return is_inexact(program.avals[operand]) if isinstance(operand, int) else is_inexact(operand.value)

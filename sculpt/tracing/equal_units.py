@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sculpt.ir.program import Equation, Program
+from sculpt.ir.program import Equation, FlatProgram
 from sculpt.tracing.axes import Atom, Axes, Axis, Term
 from sculpt.tracing.flow import Flow
 from sculpt.tracing.rules import ELEMENTWISE
@@ -136,7 +136,7 @@ def _unit_by_unit(flow: Flow, eqn: Equation) -> bool:
     return all(map(_pointwise, (*eqn.bodies, *(() if own is None else (own.program,)))))
 
 
-def _pointwise(program: Program) -> bool:
+def _pointwise(program: FlatProgram) -> bool:
     return not any(map(np.ndim, program.constants.values())) and all(
         eqn.name in ELEMENTWISE
         or (eqn.name == "broadcast_in_dim" and not program.shape(eqn.inputs[0]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sculpt.ir.program import Equation, Literal, Operand, Program
+from sculpt.ir.program import Equation, FlatProgram, Literal, Operand
 from sculpt.tracing.axes import Axes, Axis, Term
 
 Rule = Callable[["Flow", Equation], list[Term]]
@@ -33,7 +33,7 @@ class Flow:
     """The terms of all values of a program, its bodies included. Complete once constructed."""
 
     def __init__(
-        self, program: Program, axes: Axes, inputs: Sequence[Term], with_derivatives: bool = True
+        self, program: FlatProgram, axes: Axes, inputs: Sequence[Term], with_derivatives: bool = True
     ) -> None:
         self.program = program
         self.axes = axes

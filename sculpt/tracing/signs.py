@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sculpt.ir.program import Equation, Operand, Program
+from sculpt.ir.program import Equation, FlatProgram, Operand
 
 _ALWAYS = frozenset("abs acosh cosh erfc exp exp2 logistic sqrt square".split())
 _IF_ALL_ARE = frozenset(
@@ -21,7 +21,7 @@ _IF_ALL_ARE = frozenset(
 
 
 def never_negative(
-    program: Program,
+    program: FlatProgram,
     eqn: Equation,
     known: Callable[[Operand], bool],
     maker: Callable[[Operand], Equation | None],

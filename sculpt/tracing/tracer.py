@@ -17,7 +17,7 @@ import sculpt.tracing.indexing
 import sculpt.tracing.rules
 import sculpt.tracing.zero_rules  # noqa: F401
 from sculpt.arguments import checked
-from sculpt.ir.program import ImpureProgram, Program, flatten
+from sculpt.ir.program import FlatProgram, ImpureProgram, flatten
 from sculpt.model import Model
 from sculpt.tracing.axes import Atom, Axes, Axis
 from sculpt.tracing.flow import Flow, because
@@ -73,7 +73,7 @@ class Trace:
     """Tree of `ShapeDtypeStruct`, of size 2 along `batch_axis`: what the network was traced on; most take one array."""
     batch_axis: int | None
     """The axis of the inputs along which there may be any number of examples; None: there is no such axis."""
-    program: Program
+    program: FlatProgram
     flow: Flow
     """Axes of every value of `program`."""
     leaf_monomials: tuple[Monomials, ...]
@@ -206,7 +206,7 @@ def trace(model: Model, example_input: Any, batch_axis: int | None = 0) -> Trace
 
 def _evaluation_program(
     model: Model, arrays: tuple[Any, Any], example_input: Any, batch_axis: int | None
-) -> tuple[Program, Any, int | None]:
+) -> tuple[FlatProgram, Any, int | None]:
     """The program for two examples, the inputs that it takes, and the axis of the examples; for inputs of the given shapes, and None, if
     the network does not take two."""
     given = jax.tree.map(_shape_of, example_input)
@@ -311,7 +311,7 @@ def _follow_training(
         flow.axes.freeze(((atom,),), "not read in evaluation")
 
 
-def axis_flow(program: Program) -> Flow:
+def axis_flow(program: FlatProgram) -> Flow:
     """Runs the axis-flow rules over a whole program, whose inputs are unrelated to begin with."""
     axes = Axes()
     inputs = [tuple(axes.fresh(n) for n in program.shape(value)) for value in program.inputs]

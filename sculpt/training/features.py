@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sculpt.ir.interpreter import as_written, execute
-from sculpt.ir.program import CONTRACTIONS, Equation, Program, flatten
+from sculpt.ir.program import CONTRACTIONS, Equation, FlatProgram, flatten
 
 Features = tuple[jax.Array, ...]
 
@@ -63,7 +63,7 @@ def _place(arguments: Sequence[Any], position: int) -> tuple[int, int]:
     return first, first + len(jax.tree.leaves(arguments[position]))
 
 
-def _products_of(program: Program, images: Sequence[int]) -> frozenset[int]:
+def _products_of(program: FlatProgram, images: Sequence[int]) -> frozenset[int]:
     """`id(equation)` of the convolutions and matrix products that depend on the inputs at these positions."""
     reached = {program.inputs[position] for position in images}
     products = set()

@@ -27,7 +27,7 @@ from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.devices import check_devices
 from sculpt.training.features import with_features
-from sculpt.training.run import Metrics, Run, TrainingDiverged
+from sculpt.training.run import Metrics, TrainingDiverged, TrainRun
 
 __all__ = ["FinetuneConfig", "Metrics", "TrainingDiverged", "finetune", "train"]
 
@@ -89,7 +89,7 @@ def finetune(
         check_fading(model, masks, config)
     elif masks is not None:
         model = apply_masks(model, masks)
-    run = Run.begin(model, masks, splits, config, key, teacher, devices)
+    run = TrainRun.begin(model, masks, splits, config, key, teacher, devices)
     with open_checkpoints(directory, model, masks, splits, config, key, teacher) as keeper:
         run.complete(keeper, on_metrics, on_progress)
     return run.result()

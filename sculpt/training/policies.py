@@ -20,7 +20,7 @@ from sculpt.pruning.masks import apply_masks, check_policies, masks_from_choices
 from sculpt.pruning.space import Space, make_choices
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.finetuning import check_fading, check_request, open_checkpoints
-from sculpt.training.run import Run, TrainingDiverged
+from sculpt.training.run import TrainingDiverged, TrainRun
 
 
 @jax.tree_util.register_dataclass
@@ -127,7 +127,7 @@ def _tune(
     else:
         every = masks[0]
         model = model if config.gradual else apply_masks(model, every)
-    run = Run.begin(model, every, splits, config, key, teacher, stacked=stacked)
+    run = TrainRun.begin(model, every, splits, config, key, teacher, stacked=stacked)
     with open_checkpoints(directory, model, every, splits, config, key, teacher) as keeper:
         try:
             run.complete(keeper)

@@ -25,7 +25,7 @@ from sculpt.trees import leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TrainProgram:
     """The static half of a training run. Compares by value: equal runs share compiled code, whatever their masks."""
 
     apply_train: TrainFn
@@ -131,13 +131,13 @@ def make_program(
     teacher: ApplyFn | None = None,
     devices: int = 1,
     stacked: bool = False,
-) -> Program:
+) -> TrainProgram:
     """The program that trains by `config` on `splits`, which hold a batch at least."""
     # What does not shape the compiled step is set to fixed values, so that more runs share it.
     shaping = dataclasses.replace(
         config, epochs=1, max_steps=None, select_best=True, checkpoint_every=None, steps_per_call=None
     )
-    return Program(
+    return TrainProgram(
         apply_train=model.apply_train,
         task=model.task,
         config=shaping,

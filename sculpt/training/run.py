@@ -22,7 +22,7 @@ from sculpt.model import Model
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.devices import from_each, place, place_batch, place_shared
-from sculpt.training.program import Program, make_program
+from sculpt.training.program import TrainProgram, make_program
 from sculpt.training.step import (
     TrainState,
     epoch_order,
@@ -59,13 +59,13 @@ class TrainingDiverged(ValueError):
 
 
 @dataclasses.dataclass
-class Run:
+class TrainRun:
     """A run under way: its arrays on the device, and what the host keeps beside them."""
 
     model: Model
     """The network to start from."""
     config: FinetuneConfig
-    program: Program
+    program: TrainProgram
     masks: Any
     teacher: Any
     """The teacher's (params, state), or None."""
@@ -106,14 +106,14 @@ class Run:
         teacher: Model | None,
         devices: int = 1,
         stacked: bool = False,
-    ) -> Run:
+    ) -> TrainRun:
         program = make_program(model, splits, config, teacher and teacher.apply, devices, stacked)
         images = splits.train.images
         stream = images if isinstance(images, StreamedImages) else None
         order_key, step_key = jax.random.split(key)
         state = place(start(program, model.params, model.state, masks), devices)
         selects = config.select_best and program.total_steps > program.steps_per_epoch
-        return Run(
+        return TrainRun(
             model=model,
             config=config,
             program=program,

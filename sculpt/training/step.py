@@ -18,7 +18,7 @@ from sculpt.task import Task
 from sculpt.training.batch import Batch, draw_batch
 from sculpt.training.devices import on_each, shared
 from sculpt.training.features import distance, with_features
-from sculpt.training.program import Program
+from sculpt.training.program import TrainProgram
 
 
 @jax.tree_util.register_dataclass
@@ -55,13 +55,13 @@ _STACKED = TrainState(**_AXES)
 """Axes of networks that train side by side."""
 
 
-def start(program: Program, params: Params, state: State, masks: Any) -> TrainState:
+def start(program: TrainProgram, params: Params, state: State, masks: Any) -> TrainState:
     """The state before the first step; owns copies of all arrays, since steps overwrite theirs."""
     begin = functools.partial(_start, program, params, state)
     return jax.vmap(begin, out_axes=_STACKED)(masks) if program.stacked else begin(masks)
 
 
-def _start(program: Program, params: Params, state: State, masks: Any) -> TrainState:
+def _start(program: TrainProgram, params: Params, state: State, masks: Any) -> TrainState:
     params = params if masks is None else program.pruned(params, masks, jnp.int32(0))
     params, state = _copy((params, state))
     return TrainState(
@@ -87,7 +87,7 @@ def epoch_order(key: jax.Array, images: int, epoch: jax.Array) -> jax.Array:
 
 
 def one_step(
-    program: Program,
+    program: TrainProgram,
     train: TrainState,
     masks: Any,
     teacher: Any,
@@ -108,7 +108,7 @@ def one_step(
 
 
 def learn(
-    program: Program,
+    program: TrainProgram,
     train: TrainState,
     masks: Any,
     teacher: Any,
@@ -180,7 +180,7 @@ def learn(
     return on_each(new, program.devices)
 
 
-def _step(program: Program, train: TrainState, masks: Any, *shared_by_all: Any) -> TrainState:
+def _step(program: TrainProgram, train: TrainState, masks: Any, *shared_by_all: Any) -> TrainState:
     """`one_step`, of several networks side by side where the program says so."""
     step = functools.partial(one_step, program)
     if program.stacked:
@@ -207,7 +207,7 @@ def _averaged(decay: float, train: TrainState, new: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def run_step(program: Program, train: TrainState, *arguments: Any) -> tuple[TrainState, jax.Array]:
+def run_step(program: TrainProgram, train: TrainState, *arguments: Any) -> tuple[TrainState, jax.Array]:
     """`one_step` on its further arguments, compiled by itself: what CPUs and streams want. Also returns `diverged` in a buffer that
     the next call leaves alone."""
     train = _step(program, train, *arguments)
@@ -216,7 +216,7 @@ def run_step(program: Program, train: TrainState, *arguments: Any) -> tuple[Trai
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def run_steps(
-    program: Program, train: TrainState, count: jax.Array, *arguments: Any
+    program: TrainProgram, train: TrainState, count: jax.Array, *arguments: Any
 ) -> tuple[TrainState, jax.Array]:
     """`count` steps (int32 scalar, traced) of one epoch in one compiled loop: what accelerators want."""
     train = jax.lax.fori_loop(0, count, lambda _, t: _step(program, t, *arguments), train)

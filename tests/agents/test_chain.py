@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sculpt
-from benchmarks.bench_toy import Chain, chain_space, noise
+from benchmarks.bench_toy import ToyChain, chain_space, noise
 from sculpt.pruning.costs import resource_used
 
 pytestmark = pytest.mark.optimised
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.optimised
 
 @pytest.mark.parametrize("pairs", [0.0, 1.0])
 def test_the_optimum_is_that_of_trying_everything(pairs: float) -> None:
-    _, space = chain_space(Chain(3))
-    chain = Chain(3, pairs)
+    _, space = chain_space(ToyChain(3))
+    chain = ToyChain(3, pairs)
     every = np.asarray(list(itertools.product(range(int(space.num_options[0])), repeat=3)), np.int32)
     kept = space.kept[0][every].astype(np.float64)
     worth = (chain.importance()[None] * (1 - (1 - kept) ** 2)).mean(axis=1)
@@ -31,11 +31,11 @@ def test_the_optimum_is_that_of_trying_everything(pairs: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pairs", [0.0, 1.0])
 def test_the_agent_comes_within_two_percent_of_the_optimum(pairs: float) -> None:
-    model, space = chain_space(Chain(20))
+    model, space = chain_space(ToyChain(20))
     config = sculpt.SearchConfig(budget=0.4, evaluations=1024, score_images=1, calibration_images=0, rerank=0)
     shares = []
     for seed in range(3):
-        chain = Chain(20, pairs, seed)
+        chain = ToyChain(20, pairs, seed)
         found = sculpt.search(model, space, noise(), config, jax.random.key(seed), scorer=chain)
         shares.append(found.score / chain.optimum(space, 0.4))
     assert max(shares) <= 1 + 1e-5

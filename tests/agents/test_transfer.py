@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sculpt
-from benchmarks.bench_toy import Chain, chain_space, noise
+from benchmarks.bench_toy import ToyChain, chain_space, noise
 from sculpt.agents.config import AgentConfig, SearchConfig
 from sculpt.agents.pretraining import Lesson, pretrain
 from sculpt.agents.result import SearchResult
@@ -27,9 +27,9 @@ CONFIG = SearchConfig(
 
 
 @functools.cache
-def chain(sites: int, seed: int) -> tuple[Chain, sculpt.Model, Space]:
+def chain(sites: int, seed: int) -> tuple[ToyChain, sculpt.Model, Space]:
     """Layers whose weights tell which of them matter."""
-    made = Chain(sites, 0.0, seed, told=True)
+    made = ToyChain(sites, 0.0, seed, told=True)
     return made, *chain_space(made)
 
 
@@ -43,7 +43,7 @@ def taught() -> Params:
     return pretrain(lessons, CONFIG, jax.random.key(0))
 
 
-def first_batch(agent: Params | None, model: sculpt.Model, space: Space, scorer: Chain) -> SearchResult:
+def first_batch(agent: Params | None, model: sculpt.Model, space: Space, scorer: ToyChain) -> SearchResult:
     """Sixty-four policies by an agent that has learned nothing on this network."""
     config = dataclasses.replace(CONFIG, evaluations=64, batch_size=64)
     return sculpt.search(model, space, noise(), config, jax.random.key(5), scorer=scorer, agent=agent)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sculpt.ir.program import Program, flatten
+from sculpt.ir.program import FlatProgram, flatten
 from tests.architectures.high_level import Rounded, Softsign, new_rematerialisation
 
 X = jax.ShapeDtypeStruct((3, 4), jnp.float32)
 
 
-def names(program: Program) -> list[str]:
+def names(program: FlatProgram) -> list[str]:
     return [eqn.name for eqn in program.equations]
 
 

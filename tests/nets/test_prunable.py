@@ -13,7 +13,7 @@ import pytest
 import sculpt
 from sculpt import nets
 from sculpt.model import Model
-from sculpt.nets.mobilenet_v3 import Row
+from sculpt.nets.mobilenet_v3 import BlockRow
 from sculpt.pipeline.closing import theoretical_macs
 from tests.architectures.architecture import draw
 from tests.architectures.equality import (
@@ -51,9 +51,9 @@ NARROW: dict[str, tuple[dict[str, Any], int]] = {
     "mobilenet_v3_small": (
         {
             "rows": (
-                Row(3, 16, 8, True, False, 2),
-                Row(5, 12, 8, True, True, 1),
-                Row(3, 10, 6, False, True, 1),
+                BlockRow(3, 16, 8, True, False, 2),
+                BlockRow(5, 12, 8, True, True, 1),
+                BlockRow(3, 10, 6, False, True, 1),
             ),
             "hidden": 10,
             "dropout": 0.0,

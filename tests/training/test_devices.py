@@ -13,7 +13,7 @@ import pytest
 import sculpt
 from sculpt.model import Model
 from sculpt.training.finetuning import finetune, train
-from sculpt.training.run import Run
+from sculpt.training.run import TrainRun
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_masks, tiny_model, tiny_splits
 
 SPLITS = tiny_splits()
@@ -61,7 +61,7 @@ def test_eight_devices_compute_what_one_does(build: object, change: dict[str, ob
 @pytest.mark.slow
 def test_images_are_spread_and_weights_are_everywhere() -> None:
     model = tiny_model()
-    run = Run.begin(model, None, SPLITS, BASE, KEY, None, devices=4)
+    run = TrainRun.begin(model, None, SPLITS, BASE, KEY, None, devices=4)
     run.advance(None, None)
     for leaf in jax.tree.leaves(run.train):
         assert leaf.sharding.num_devices == 4

@@ -22,7 +22,7 @@ from sculpt.training.batch import smoothed_cross_entropy
 from sculpt.training.checkpoint import Checkpoints
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.finetuning import TrainingDiverged, finetune, train
-from sculpt.training.program import Program, decayed, make_program
+from sculpt.training.program import TrainProgram, decayed, make_program
 from sculpt.training.step import epoch_order, run_step, start
 from sculpt.trees import leaf_paths
 from tests.training.tiny import (
@@ -355,7 +355,7 @@ def test_weight_decay_spares_the_same_of_other_adapters() -> None:
 
 
 def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
-    program = Program(
+    program = TrainProgram(
         tiny_model().apply_train,
         sculpt.CLASSIFICATION,
         dataclasses.replace(BASE, warmup=0.1),

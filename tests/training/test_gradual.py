@@ -16,7 +16,7 @@ import sculpt
 from sculpt.data.splits import Split
 from sculpt.training.finetuning import finetune, train
 from sculpt.training.program import make_program
-from sculpt.training.run import Run
+from sculpt.training.run import TrainRun
 from tests.training.tiny import (
     BASE,
     KEY,
@@ -33,7 +33,7 @@ HALF = dataclasses.replace(BASE, gradual=0.5)
 """18 steps in three epochs of six: what is pruned fades in nine of them."""
 
 
-def states(run: Run, count: int) -> list[jax.Array]:
+def states(run: TrainRun, count: int) -> list[jax.Array]:
     """Runs that many steps, each by itself; the diverged flags of each."""
     order = jnp.arange(len(SPLITS.train.labels), dtype=jnp.int32)
     return [run._call(order, run.step + 1) for _ in range(count)]
@@ -48,7 +48,7 @@ def test_pruned_weights_follow_the_cubic_by_hand() -> None:
     model = sculpt.from_function(constant, jnp.asarray([64.0, -64.0, 64.0]))
     masks = jnp.asarray([True, False, False])
     config = dataclasses.replace(BASE, max_steps=8, gradual=0.5)
-    run = Run.begin(model, masks, SPLITS, config, KEY, None)
+    run = TrainRun.begin(model, masks, SPLITS, config, KEY, None)
     seen = [np.asarray(run.train.params)]
     for _ in range(5):
         states(run, 1)
@@ -80,7 +80,7 @@ def test_correctness_01_pruned_weights_end_at_exact_zeros_wherever_the_run_is_cu
 def test_correctness_01_nothing_is_remembered_of_faded_weights(name: str) -> None:
     model = tiny_model()
     masks = tiny_masks(model)
-    run = Run.begin(model, masks, SPLITS, dataclasses.replace(OPTIMIZERS[name], gradual=0.5), KEY, None)
+    run = TrainRun.begin(model, masks, SPLITS, dataclasses.replace(OPTIMIZERS[name], gradual=0.5), KEY, None)
 
     def largest() -> list[float]:
         worst = [largest_masked(run.train.params, masks), largest_masked(run.train.weights[0], masks)]

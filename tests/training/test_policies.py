@@ -17,7 +17,7 @@ from sculpt.pruning.space import Space
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.finetuning import TrainingDiverged, finetune
 from sculpt.training.policies import finetune_policies
-from sculpt.training.run import Run
+from sculpt.training.run import TrainRun
 from tests.training.tiny import BASE, KEY, largest_masked, same_bits, tiny_model, tiny_splits
 
 SPLITS = tiny_splits()
@@ -147,23 +147,23 @@ def test_a_kill_loses_no_policy(
 
     expected = tune(None)
     epochs: list[int] = []
-    finish = Run.finish_epoch
+    finish = TrainRun.finish_epoch
 
-    def kill_in_the_last_epoch_but_one(run: Run, on_metrics: Any) -> None:
+    def kill_in_the_last_epoch_but_one(run: TrainRun, on_metrics: Any) -> None:
         epochs.append(run.epoch)
         if len(epochs) == 4:
             raise KeyboardInterrupt
         finish(run, on_metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish_epoch", kill_in_the_last_epoch_but_one)
+        patch.setattr(TrainRun, "finish_epoch", kill_in_the_last_epoch_but_one)
         with pytest.raises(KeyboardInterrupt):
             tune(tmp_path)
     names = {1: ["00000", "00001"], 2: ["00000", "00002"]}[policies_per_chunk]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     epochs.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish_epoch", lambda run, _: (epochs.append(run.epoch), finish(run, None)))
+        patch.setattr(TrainRun, "finish_epoch", lambda run, _: (epochs.append(run.epoch), finish(run, None)))
         assert same_bits(tune(tmp_path), expected)
     assert epochs == {1: [2, 1, 2], 2: [2]}[policies_per_chunk]
     with pytest.raises(ValueError, match="holds checkpoints of another run"):

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.ir.program import Equation, Literal, Operand, Program
+from sculpt.ir.program import Equation, FlatProgram, Literal, Operand
 
 _SHIFTS = ("add", "sub")
 _SCALES = ("mul", "div", "neg")
@@ -44,7 +44,7 @@ class Chain:
         return tuple(n if d in self.axes else 1 for d, n in enumerate(output))
 
 
-def find_chains(program: Program, constants: set[int]) -> tuple[Chain, ...]:
+def find_chains(program: FlatProgram, constants: set[int]) -> tuple[Chain, ...]:
     """The layers with constant kernels that scales and shifts follow, which nothing else reads."""
     readers: dict[int, list[int]] = {}
     for place, eqn in enumerate(program.equations):
@@ -81,7 +81,7 @@ def find_chains(program: Program, constants: set[int]) -> tuple[Chain, ...]:
 
 
 def kernel_of(
-    program: Program, eqn: Equation, constants: set[int]
+    program: FlatProgram, eqn: Equation, constants: set[int]
 ) -> tuple[int, tuple[int | None, ...]] | None:
     """Which operand of a layer is constant, and the output's axis that each of its axes becomes."""
     constant = [not isinstance(i, Literal) and i in constants for i in eqn.inputs]
@@ -110,7 +110,7 @@ def kernel_of(
 
 
 def is_step(
-    program: Program, eqn: Equation, value: int, axes: Sequence[int | None], constants: set[int]
+    program: FlatProgram, eqn: Equation, value: int, axes: Sequence[int | None], constants: set[int]
 ) -> bool:
     """Whether an equation scales or shifts `value` by a constant that differs along the kernel's own axes only."""
     aval, result = program.avals[value], program.avals[eqn.outputs[0]]
@@ -127,7 +127,9 @@ def is_step(
     return all(n == 1 or d in axes for d, n in enumerate(shape))
 
 
-def folded_arrays(program: Program, chain: Chain, known: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
+def folded_arrays(
+    program: FlatProgram, chain: Chain, known: Mapping[int, Any]
+) -> tuple[np.ndarray, np.ndarray]:
     """The new kernel, and what is added after the layer; worked out in double precision."""
     eqn = program.equations[chain.equation]
     aval = program.avals[eqn.outputs[0]]

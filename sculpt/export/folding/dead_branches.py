@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.ir.program import CONTRACTIONS, Equation, Literal, Operand, Program, live_equations
+from sculpt.ir.program import CONTRACTIONS, Equation, FlatProgram, Literal, Operand, live_equations
 from sculpt.tracing.rules import ELEMENTWISE
 
 _BROADCASTING = tuple(name for name in ELEMENTWISE if name not in ("select_n", "clamp"))
@@ -22,8 +22,8 @@ _BROADCASTING = tuple(name for name in ELEMENTWISE if name not in ("select_n", "
 
 
 def without_dead_branches(
-    program: Program, constants: set[int], values_of: Callable[[Sequence[int]], Mapping[int, Any]]
-) -> Program:
+    program: FlatProgram, constants: set[int], values_of: Callable[[Sequence[int]], Mapping[int, Any]]
+) -> FlatProgram:
     """The same program without what is worked out where its value is known to be the same for every image.
 
     Args:
@@ -38,7 +38,10 @@ class _Search:
     """The values of a program that are the same for every image, small: of size one along the axes that they do not vary along."""
 
     def __init__(
-        self, program: Program, constants: set[int], values_of: Callable[[Sequence[int]], Mapping[int, Any]]
+        self,
+        program: FlatProgram,
+        constants: set[int],
+        values_of: Callable[[Sequence[int]], Mapping[int, Any]],
     ) -> None:
         self._program = program
         self._constants = constants
@@ -51,7 +54,7 @@ class _Search:
         self._known = values_of(sorted(self._read_with_dead_values()))
         self._small: dict[int, np.ndarray] = {}
 
-    def rewritten(self) -> Program:
+    def rewritten(self) -> FlatProgram:
         program = self._program
         avals, constants = list(program.avals), dict(program.constants)
         renamed: dict[int, Operand] = {}

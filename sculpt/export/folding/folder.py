@@ -22,7 +22,7 @@ from sculpt.export.folding.joined import before_joins
 from sculpt.inputs import arrays_of
 from sculpt.ir.any_batch import batch_size, flatten_model
 from sculpt.ir.interpreter import as_written, execute, execute_at
-from sculpt.ir.program import Equation, Literal, Operand, Program, inlined, live_equations
+from sculpt.ir.program import Equation, FlatProgram, Literal, Operand, inlined, live_equations
 from sculpt.model import Model, Params, State
 from sculpt.trees import leaf_paths
 
@@ -31,7 +31,7 @@ from sculpt.trees import leaf_paths
 class FoldedProgram:
     """A program whose arrays are worked out: it takes them by position, then the images."""
 
-    program: Program
+    program: FlatProgram
     arrays: tuple[Any, ...]
     """The first inputs of the program."""
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class FoldedProgram:
 class FoldedFunction:
     """The evaluation function of a folded model, called with its arrays."""
 
-    program: Program
+    program: FlatProgram
     """Takes the arrays, then images of an open batch size where the model's own code allows it."""
     names: tuple[str, ...]
     """Of the arrays."""
@@ -145,7 +145,7 @@ def _is_number(array: jax.Array) -> bool:
 
 
 def _read(
-    program: Program, constants: set[int], chains: Sequence[Chain]
+    program: FlatProgram, constants: set[int], chains: Sequence[Chain]
 ) -> tuple[dict[int, None], dict[int, None]]:
     """The constants that the operations that remain read, and those that go into layers."""
     absorbed = {step for chain in chains for step in chain.steps}
@@ -164,12 +164,12 @@ def _read(
 
 
 def _rewritten(
-    program: Program,
+    program: FlatProgram,
     constants: set[int],
     chains: Sequence[Chain],
     arrays: tuple[int, ...],
     literals: Mapping[int, Literal],
-) -> Program:
+) -> FlatProgram:
     """The program without what was worked out; its first inputs are `arrays`."""
 
     def read(operands: Sequence[Operand]) -> tuple[Operand, ...]:
@@ -198,7 +198,9 @@ def _rewritten(
         addends = (eqn.outputs[0], chain.shift)
         equations.append(Equation(jax.lax.add_p, addends, last.outputs, {}, last.source))
     images = tuple(i for i in program.inputs if i not in constants)
-    return Program(tuple(equations), tuple(avals), (*arrays, *images), read(program.outputs), {}, frozenset())
+    return FlatProgram(
+        tuple(equations), tuple(avals), (*arrays, *images), read(program.outputs), {}, frozenset()
+    )
 
 
 def _is_open(value: Any) -> bool:
@@ -208,7 +210,7 @@ def _is_open(value: Any) -> bool:
     return export.is_symbolic_dim(value)
 
 
-def _constants(program: Program, leaves: int) -> set[int]:
+def _constants(program: FlatProgram, leaves: int) -> set[int]:
     constants = {*program.inputs[:leaves], *program.constants}
     for eqn in program.equations:
         fixed = not any(
@@ -220,7 +222,7 @@ def _constants(program: Program, leaves: int) -> set[int]:
 
 
 def _evaluated(
-    program: Program, constants: set[int], leaves: Sequence[Any], wanted: Sequence[int]
+    program: FlatProgram, constants: set[int], leaves: Sequence[Any], wanted: Sequence[int]
 ) -> dict[int, jax.Array]:
     """The values of constants; those that are no inputs are worked out by one compiled program."""
     inputs = program.inputs[: len(leaves)]
@@ -235,7 +237,7 @@ def _evaluated(
     return found
 
 
-def _origins(program: Program, constants: set[int], leaves: Sequence[Any]) -> dict[int, int | None]:
+def _origins(program: FlatProgram, constants: set[int], leaves: Sequence[Any]) -> dict[int, int | None]:
     """The largest leaf that each constant is made of (the first of several); None for what is made of no weights."""
     size = [int(np.prod(np.shape(leaf))) for leaf in leaves]
     origins: dict[int, int | None] = dict.fromkeys(program.constants)

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from sculpt.export.folding.chains import FOLDED_DTYPES, is_step, kernel_of
-from sculpt.ir.program import Equation, Literal, Operand, Program
+from sculpt.ir.program import Equation, FlatProgram, Literal, Operand
 
 
 def before_joins(
-    program: Program,
-    constants_of: Callable[[Program], set[int]],
+    program: FlatProgram,
+    constants_of: Callable[[FlatProgram], set[int]],
     values_of: Callable[[Sequence[int]], Mapping[int, Any]],
-) -> Program:
+) -> FlatProgram:
     """The same program with scales and shifts by constants brought before the concatenations and permutations of layers that they
     follow.
 
@@ -45,7 +45,7 @@ def before_joins(
 class _Joins:
     """The concatenations and permutations of a program."""
 
-    def __init__(self, program: Program, constants: set[int], known: Mapping[int, Any]) -> None:
+    def __init__(self, program: FlatProgram, constants: set[int], known: Mapping[int, Any]) -> None:
         self._program = program
         self._constants = constants
         self._known = known
@@ -71,7 +71,7 @@ class _Joins:
         after = self._program.equations[step]
         return (place, step) if is_step(self._program, after, value, (axis,), self._constants) else None
 
-    def swapped(self, pairs: Sequence[tuple[int, int]]) -> Program:
+    def swapped(self, pairs: Sequence[tuple[int, int]]) -> FlatProgram:
         """The program with these scales and shifts before these joins."""
         new = _Additions(self._program)
         equations: list[Sequence[Equation]] = [(eqn,) for eqn in self._program.equations]
@@ -188,7 +188,7 @@ class _Joins:
 class _Additions:
     """Equations and values that a program gets."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: FlatProgram) -> None:
         self.equations: list[Equation] = []
         self.avals = list(program.avals)
         self.constants = dict(program.constants)

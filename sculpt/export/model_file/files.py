@@ -20,12 +20,12 @@ from sculpt.arguments import checked
 from sculpt.environment import versions
 from sculpt.export.model_file.json_values import decode_shaped, shaped
 from sculpt.export.model_file.loaded_model import LoadedApply, LoadedFunction, LoadedTrain, NoTraining
-from sculpt.export.model_file.program_json import Encoder, decode_program
+from sculpt.export.model_file.program_json import ProgramEncoder, decode_program
 from sculpt.export.params import load_checksum, load_params, save_params
 from sculpt.files import require_folder, written_whole
 from sculpt.inputs import arrays_of
 from sculpt.ir.any_batch import flatten_model, flatten_open
-from sculpt.ir.program import Equation, Program, with_known_sizes
+from sculpt.ir.program import Equation, FlatProgram, with_known_sizes
 from sculpt.model import Model, Params, State
 from sculpt.pruning.compaction.compactor import max_difference
 from sculpt.pruning.compaction.random_inputs import draw_inputs
@@ -144,7 +144,7 @@ def _paths(path: str | Path) -> tuple[Path, Path]:
 
 def _document(model: Model, example_input: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the JSON says, but for the checksum of the arrays; and the constants."""
-    encoder = Encoder()
+    encoder = ProgramEncoder()
     evaluation = encoder.program(flatten_model(model, example_input, derivatives=True))
     constants = dict(encoder.constants)
     reason = None
@@ -178,7 +178,7 @@ def _example(example_input: Any) -> dict[str, Any]:
     return {"example": [shaped(leaf) for leaf in leaves], "inputs": parts}
 
 
-def _training_program(model: Model, example_input: Any) -> Program:
+def _training_program(model: Model, example_input: Any) -> FlatProgram:
     """The program of the training function, whose new state comes leaf by leaf in the order of the old one."""
     paths = leaf_parts(model.state)
 

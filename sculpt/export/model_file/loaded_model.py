@@ -13,7 +13,7 @@ import numpy as np
 from sculpt.export.model_file.json_values import generator_of, shaped
 from sculpt.ir.any_batch import batch_size
 from sculpt.ir.interpreter import execute_at
-from sculpt.ir.program import Program
+from sculpt.ir.program import FlatProgram
 from sculpt.model import Params, State
 from sculpt.trees import leaf_parts, leaf_paths
 
@@ -24,7 +24,7 @@ class LoadedFunction:
 
     digest: str
     """Of both programs and their constants."""
-    program: Program = dataclasses.field(compare=False, repr=False)
+    program: FlatProgram = dataclasses.field(compare=False, repr=False)
     """Takes the leaves of the parameters and the state in the order of `order`, then images, then a key if it is for training."""
     structure: Any = dataclasses.field(compare=False, repr=False)
     """Of (parameters, state)."""

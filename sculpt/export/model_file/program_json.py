@@ -26,9 +26,9 @@ from sculpt.ir.jax_calls import PARAMETERS
 from sculpt.ir.program import (
     OWN_DERIVATIVES,
     Equation,
+    FlatProgram,
     Literal,
     Operand,
-    Program,
     derivative,
     flatten,
     inlined,
@@ -56,7 +56,7 @@ def _primitives() -> dict[str, Any]:
     return table
 
 
-class Encoder:
+class ProgramEncoder:
     """Writes programs. Their large constants gather in `constants`."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Encoder:
         """Name -> array."""
         self._names: dict[int, str] = {}
 
-    def program(self, program: Program, own_derivatives: bool = True) -> dict[str, Any]:
+    def program(self, program: FlatProgram, own_derivatives: bool = True) -> dict[str, Any]:
         """A program as JSON; inside derivatives, functions with a derivative of their own go without it.
 
         Raises:
@@ -94,7 +94,7 @@ class Encoder:
         }
 
     def _equation(
-        self, program: Program, eqn: Equation, operand: Callable[[Operand], Any], own_derivatives: bool
+        self, program: FlatProgram, eqn: Equation, operand: Callable[[Operand], Any], own_derivatives: bool
     ) -> dict[str, Any]:
         if eqn.name not in _primitives():
             raise TypeError("a model file holds JAX's own array operations alone")
@@ -175,8 +175,8 @@ def _literal(literal: Literal) -> Any:
     return {"number": encode_value(value)}
 
 
-def decode_program(data: Any, constants: Mapping[str, Any], depth: int = 0) -> Program:
-    """The program that `Encoder.program` wrote.
+def decode_program(data: Any, constants: Mapping[str, Any], depth: int = 0) -> FlatProgram:
+    """The program that `ProgramEncoder.program` wrote.
 
     Args:
       data: its JSON.
@@ -220,7 +220,7 @@ def decode_program(data: Any, constants: Mapping[str, Any], depth: int = 0) -> P
         results = tuple(map(define, written["outputs"]))
         equations.append(_equation(written, operands, results, constants, depth))
     outputs = tuple(map(operand, data["outputs"]))
-    return Program(tuple(equations), tuple(avals), inputs, outputs, known, frozenset())
+    return FlatProgram(tuple(equations), tuple(avals), inputs, outputs, known, frozenset())
 
 
 def _equation(
@@ -268,7 +268,7 @@ def _param(value: Any, constants: Mapping[str, Any], depth: int) -> Any:
     return decode_value(value)
 
 
-def _closed_jaxpr(program: Program) -> Any:
+def _closed_jaxpr(program: FlatProgram) -> Any:
     arguments: Sequence[Any] = [_shape_of(program.avals[i]) for i in program.inputs]
     return jax.make_jaxpr(lambda *a: execute(by_bodies(program), a))(*arguments)
 

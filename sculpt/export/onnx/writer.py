@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jax import export
 
-from sculpt.ir.program import Equation, Literal, Operand, Program, size_at
+from sculpt.ir.program import Equation, FlatProgram, Literal, Operand, size_at
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Node:
+class OnnxNode:
     """One ONNX operator applied to tensors, by name."""
 
     operator: str
@@ -62,12 +62,12 @@ class Node:
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
 
-    def renamed(self, old: str, new: str) -> Node:
+    def renamed(self, old: str, new: str) -> OnnxNode:
         """The node with one tensor under another name."""
         inputs, outputs = (
             tuple(new if n == old else n for n in names) for names in (self.inputs, self.outputs)
         )
-        return Node(self.operator, inputs, outputs, self.attributes)
+        return OnnxNode(self.operator, inputs, outputs, self.attributes)
 
 
 class Unsupported(ValueError):
@@ -88,7 +88,7 @@ class Writer:
 
     def __init__(
         self,
-        program: Program,
+        program: FlatProgram,
         arrays: Sequence[Any],
         labels: Sequence[str],
         opset: int,
@@ -98,11 +98,11 @@ class Writer:
         self.program = program
         self.opset = opset
         self.inputs, self._result = dict(inputs), result
-        self.nodes: list[Node] = []
+        self.nodes: list[OnnxNode] = []
         self.arrays: dict[str, np.ndarray] = {}
         """By name."""
         self._digests: dict[str, str] = {}
-        self._producers: dict[str, Node] = {}
+        self._producers: dict[str, OnnxNode] = {}
         self._transposed: dict[tuple[str, tuple[int, ...]], str] = {}
         self._counts: dict[str, int] = {}
         self._tensors: dict[int, Tensor] = {}
@@ -151,18 +151,18 @@ class Writer:
     ) -> tuple[str, ...]:
         """Adds a node of several outputs; returns their names."""
         names = tuple(self._fresh(operator) for _ in range(outputs))
-        self._add(Node(operator, tuple(inputs), names, attributes))
+        self._add(OnnxNode(operator, tuple(inputs), names, attributes))
         return names
 
-    def _add(self, node: Node) -> None:
+    def _add(self, node: OnnxNode) -> None:
         self.nodes.append(node)
         self._producers.update(dict.fromkeys(node.outputs, node))
 
-    def producer(self, name: str) -> Node | None:
+    def producer(self, name: str) -> OnnxNode | None:
         """The node that gives a tensor."""
         return self._producers.get(name)
 
-    def replace(self, node: Node, **changes: Any) -> None:
+    def replace(self, node: OnnxNode, **changes: Any) -> None:
         """Changes a node that is there already."""
         place = next(i for i, known in enumerate(self.nodes) if known is node)
         self.nodes[place] = dataclasses.replace(node, **changes)
@@ -252,7 +252,7 @@ class Writer:
         output = self._result
         result = self.held(self.tensor(self.program.outputs[0]))
         if self.producer(result) is None:
-            self._add(Node("Identity", (result,), (output,), {}))
+            self._add(OnnxNode("Identity", (result,), (output,), {}))
         else:
             self.nodes = [node.renamed(result, output) for node in self.nodes]
         needed, kept = {output}, []

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.ir.interpreter import Addition, Binder, Executable, execute
-from sculpt.ir.program import Equation, Literal, Program
+from sculpt.ir.program import Equation, FlatProgram, Literal
 from sculpt.pruning.compaction.rewriting import Sizes, rewrite
 from sculpt.tracing.axes import Atom, Axis
 from sculpt.tracing.equal_units import Slice
@@ -52,7 +52,7 @@ def with_equal_sums(
 
 def _addition(
     flow: Flow,
-    program: Program,
+    program: FlatProgram,
     eqn: Equation,
     part: Slice,
     kept: Mapping[Atom, np.ndarray],
@@ -64,10 +64,10 @@ def _addition(
     own_orders = {atom: units for atom, units in orders.items() if atom not in pruned}
     summand = eqn.inputs[0]
 
-    def sliced(whole: Program) -> Program:
+    def sliced(whole: FlatProgram) -> FlatProgram:
         numbers = tuple(_filled(whole, value, number) for value, number in part.numbers.items())
         equations = (*numbers, *(whole.equations[place] for place in part.equations))
-        return Program(equations, whole.avals, part.shared, (summand,), {}, frozenset())
+        return FlatProgram(equations, whole.avals, part.shared, (summand,), {}, frozenset())
 
     own_flow = copy.copy(flow)
     own_flow.program = sliced(flow.program)
@@ -90,7 +90,7 @@ def _addition(
     return addition
 
 
-def _filled(program: Program, value: int, number: Any) -> Equation:
+def _filled(program: FlatProgram, value: int, number: Any) -> Equation:
     """In place of a value that consists of one number."""
     aval = program.avals[value]
     params = {"shape": tuple(aval.shape), "broadcast_dimensions": (), "sharding": None}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.ir.interpreter import Executable
-from sculpt.ir.program import Equation, Program
+from sculpt.ir.program import Equation, FlatProgram
 
 MIN_GROUP = 16
 """Filters that share a window are computed by themselves in multiples of it: what engines compute as fast as fewer."""
@@ -154,7 +154,7 @@ def split_convolutions(executable: Executable, groups: Mapping[int, Sequence[Fil
     return dataclasses.replace(executable, params=params)
 
 
-def convolutions_by(program: Program, kernels: Iterable[int]) -> Iterator[tuple[Equation, int]]:
+def convolutions_by(program: FlatProgram, kernels: Iterable[int]) -> Iterator[tuple[Equation, int]]:
     """The convolutions by certain kernels outside bodies, and the value id of the kernel, an input of the program."""
     origin = {kernel: kernel for kernel in kernels}
     for eqn in program.equations:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sculpt.ir.interpreter import Executable
 from sculpt.ir.jax_calls import apply
-from sculpt.ir.program import CONTRACTIONS, Equation, Literal, Operand, Program
+from sculpt.ir.program import CONTRACTIONS, Equation, FlatProgram, Literal, Operand
 from sculpt.pruning.compaction.picks import picking, result_dim
 from sculpt.tracing.axes import Atom, Axis, Term
 from sculpt.tracing.flow import Flow
@@ -29,7 +29,7 @@ class Sizes:
     def __init__(
         self,
         flow: Flow,
-        program: Program,
+        program: FlatProgram,
         kept: Mapping[Atom, np.ndarray],
         orders: Mapping[Atom, np.ndarray] | None = None,
     ) -> None:
@@ -99,7 +99,7 @@ def rewrite_rule(*names: str) -> Callable[[Rewrite], Rewrite]:
 
 def rewrite(
     flow: Flow,
-    program: Program,
+    program: FlatProgram,
     kept: Mapping[Atom, np.ndarray],
     orders: Mapping[Atom, np.ndarray] | None = None,
 ) -> Executable:
@@ -153,7 +153,7 @@ def rewrite(
     return Executable(program, constants, params, bodies, derivatives, tables, instead)
 
 
-def _zeros(program: Program, eqn: Equation, shape: tuple[Any, ...]) -> Equation:
+def _zeros(program: FlatProgram, eqn: Equation, shape: tuple[Any, ...]) -> Equation:
     """In place of a contraction that sums over nothing, or gives nothing, and of the largest of values that were all zero."""
     zero = Literal(np.zeros((), program.avals[eqn.outputs[0]].dtype))
     params = {"shape": shape, "broadcast_dimensions": (), "sharding": None}

@@ -13,7 +13,7 @@ import numpy as np
 from sculpt.inputs import number_of, rows
 from sculpt.interrupts import check_interrupt
 from sculpt.ir.jax_calls import apply, scan_options, scan_parts, scan_results
-from sculpt.ir.program import Equation, Literal, Program
+from sculpt.ir.program import Equation, FlatProgram, Literal
 from sculpt.pruning.importance.units import share, sum_by_unit
 from sculpt.pruning.importance.weights import unit_l1
 from sculpt.tracing.flow import Flow
@@ -110,7 +110,7 @@ def _flows(flow: Flow) -> Iterator[tuple[int, Flow]]:
 
 
 def _run(
-    program: Program, arguments: Sequence[Any], wanted: dict[int, Layer]
+    program: FlatProgram, arguments: Sequence[Any], wanted: dict[int, Layer]
 ) -> tuple[list[Any], Arrays, Arrays]:
     """Runs a program; returns its outputs, and kernel and squared inputs of the wanted layers."""
     values: dict[int, Any] = {**dict(zip(program.inputs, arguments, strict=True)), **program.constants}

@@ -6,7 +6,7 @@ Found by what the program does with them, not by their names, so Linen, NNX and 
 from __future__ import annotations
 
 from sculpt.ir.jax_calls import scan_parts
-from sculpt.ir.program import Program
+from sculpt.ir.program import FlatProgram
 from sculpt.tracing.tracer import Trace
 
 _VIEWS = frozenset(("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"))
@@ -26,7 +26,7 @@ def scale_leaves(trace: Trace) -> frozenset[int]:
     return frozenset(found)
 
 
-def _visit(program: Program, leaves: dict[int, int], vectors: set[int], found: set[int]) -> None:
+def _visit(program: FlatProgram, leaves: dict[int, int], vectors: set[int], found: set[int]) -> None:
     """Follows leaves and their views (value id -> leaf); `vectors` are the values among them that are one vector."""
     leaves, vectors = dict(leaves), set(vectors)
     for eqn in program.equations:
