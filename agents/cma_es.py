@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sculpt.agents.distributions import INVALID
+from sculpt.pruning.budget import INVALID
 
 SPREAD = 1.0
 """Standard deviation of the first population, in logits."""

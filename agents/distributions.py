@@ -11,8 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-INVALID = -1e9
-"""Logit of an option that a site does not have: finite, so that no gradient turns into NaN, and of probability 0."""
+from sculpt.pruning.budget import INVALID
 
 
 def mask_invalid(logits: jax.Array, valid: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from sculpt.agents.config import SearchConfig
 from sculpt.agents.loop import search, trial_network
 from sculpt.agents.result import SearchResult
 from sculpt.environment import check_threads
+from sculpt.export.agreement import model_logits
 from sculpt.export.params import save_params
 from sculpt.export.stablehlo import export_stablehlo
 from sculpt.files import remove_folder
@@ -311,9 +312,7 @@ class Pipeline(Artefacts):
     def _compact(self) -> dict[str, Any]:
         small = self.compacted(check=True)
         images = self.splits.normalise(self.splits.validation.images[:512])
-        difference = np.abs(
-            np.asarray(_logits(self.tuned, images)) - np.asarray(_logits(small, images))
-        ).max()
+        difference = np.abs(model_logits(self.tuned, images) - model_logits(small, images)).max()
         self._save("compact", small)
         macs, params = count_cost(small, self.image)
         return {
@@ -422,8 +421,3 @@ def _check_devices(asked: int) -> None:
             f"--devices must be from 1 to {there}, the devices that JAX finds here, got {asked}: "
             "give another number, or leave it out"
         )
-
-
-@jax.jit
-def _logits(model: Model, images: Any) -> jax.Array:
-    return model(images)

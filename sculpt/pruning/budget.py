@@ -16,7 +16,8 @@ from sculpt.pruning.costs import resource_used
 from sculpt.pruning.space import Space, make_choices, retained_shares
 
 _BISECTIONS = 48
-_INVALID = -1e9
+INVALID = -1e9
+"""Logit of an option that a site does not have: finite, so that no gradient turns into NaN, and of probability 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +71,12 @@ def project(space: Space, logits: jax.Array, budget: Any, key: jax.Array | None 
     liked = logits
     if key is not None:
         liked = liked + jax.random.gumbel(key, logits.shape, logits.dtype)
-    liked = jnp.where(valid, liked, _INVALID)
+    liked = jnp.where(valid, liked, INVALID)
     cost = jnp.asarray(space.option_cost)
     budget = jnp.asarray(budget, jnp.float32) + 1e-6
 
     def choose(price: jax.Array) -> jax.Array:
-        return jnp.argmax(jnp.where(valid, liked - price * cost, _INVALID * 1e3), axis=1).astype(jnp.int32)
+        return jnp.argmax(jnp.where(valid, liked - price * cost, INVALID * 1e3), axis=1).astype(jnp.int32)
 
     # A price beyond this outweighs every preference at every site.
     spread = jnp.max(jnp.where(valid, liked, -jnp.inf)) - jnp.min(jnp.where(valid, liked, jnp.inf))
@@ -146,7 +147,7 @@ def random_policies(space: Space, key: jax.Array, n: int, budget: float | None =
     logits = jnp.zeros((space.num_sites, space.max_options), jnp.float32)
     keys = jax.random.split(key, n)
     if budget is None:
-        masked = jnp.where(jnp.asarray(space.valid), logits, _INVALID)
+        masked = jnp.where(jnp.asarray(space.valid), logits, INVALID)
         return jax.vmap(lambda k: jax.random.categorical(k, masked, axis=1).astype(jnp.int32))(keys)
     return _project_batch(space, logits, jnp.float32(budget), keys)
 
@@ -178,7 +179,7 @@ def _uniform(space: Space, budget: jax.Array) -> jax.Array:
     pruned_first_only = jnp.arange(len(policies)) < len(fractions)
     score = jnp.where(fits, ratios + pruned_first_only.astype(jnp.float32), -1.0)
     best = jnp.where(score.max() >= 0, policies[jnp.argmax(score)], jnp.asarray(space.num_options - 1))
-    liked = jnp.where(jnp.asarray(first)[:, None], -kept, _INVALID)
+    liked = jnp.where(jnp.asarray(first)[:, None], -kept, INVALID)
     return fill(space, best, liked, budget + 1e-6)
 
 
@@ -218,10 +219,10 @@ def _lamp(space: Space, logits: jax.Array, budget: jax.Array) -> jax.Array:
     fits = resource_used(space, policies) <= budget + 1e-6
     policy = policies[jnp.argmax(fits)]
     liked = jnp.concatenate([jnp.zeros((len(highest), 1)), -highest], axis=1)
-    return fill(space, policy, jnp.where(valid, liked, _INVALID), budget + 1e-6)
+    return fill(space, policy, jnp.where(valid, liked, INVALID), budget + 1e-6)
 
 
 def energy_logits(space: Space, params: Params) -> jax.Array:
     """float32 `[sites, max_options]`: 3 log(retained energy), a prior that favours what loses little."""
     retained = retained_shares(space, make_choices(space, params))
-    return jnp.where(space.valid, 3.0 * jnp.log(jnp.maximum(retained, 1e-6)), _INVALID)
+    return jnp.where(space.valid, 3.0 * jnp.log(jnp.maximum(retained, 1e-6)), INVALID)

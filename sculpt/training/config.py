@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from sculpt.arguments import checked_fields, is_real, is_whole, without_numpy
+from sculpt.ir.lowering import Precision
 
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["none", "shift", "crop_flip", "resized_crop"]
-Precision = Literal["float32", "bfloat16"]
 _SHARE: tuple[str, Callable[[float], bool]] = ("in [0, 1)", lambda value: 0 <= value < 1)
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("learning_rate", "above 0", lambda value: value > 0),

@@ -25,6 +25,7 @@ from sculpt.training.devices import from_each, place, place_batch, place_shared
 from sculpt.training.program import TrainProgram, make_program
 from sculpt.training.step import (
     TrainState,
+    copied,
     epoch_order,
     run_step,
     run_steps,
@@ -125,7 +126,7 @@ class TrainRun:
             validation=place_shared(_in_batches(splits.validation, devices), devices),
             keys=place((order_key, step_key), devices),
             train=state,
-            best=_copy(state.weights) if selects else None,
+            best=copied(state.weights) if selects else None,
             best_accuracy=np.full(state.diverged.shape, -1, np.float32),
         )
 
@@ -275,10 +276,6 @@ class TrainRun:
         params, state = self.train.weights if self.best is None else self.best
         params, state = from_each((params, state), self.program.devices)
         return self.model.replace(params=params, state=state)
-
-
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
 
 
 def _choose(better: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -63,20 +63,21 @@ def start(program: TrainProgram, params: Params, state: State, masks: Any) -> Tr
 
 def _start(program: TrainProgram, params: Params, state: State, masks: Any) -> TrainState:
     params = params if masks is None else program.pruned(params, masks, jnp.int32(0))
-    params, state = _copy((params, state))
+    params, state = copied((params, state))
     return TrainState(
         step=jnp.int32(0),
         params=params,
         state=state,
-        optimizer=_copy(program.optimizer().init(params)),
-        average=_copy((params, state)) if program.config.ema else None,
+        optimizer=copied(program.optimizer().init(params)),
+        average=copied((params, state)) if program.config.ema else None,
         loss=jnp.float32(0),
         right=jnp.float32(0),
         diverged=jnp.int32(-1),
     )
 
 
-def _copy(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
+    """Arrays of their own, which a step may overwrite."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 

@@ -12,9 +12,8 @@ import optax
 import pytest
 
 from sculpt.agents.actor_critic import SiteInputs, forward
-from sculpt.agents.distributions import INVALID
 from sculpt.agents.observation import to_graph
-from sculpt.pruning.budget import energy_logits
+from sculpt.pruning.budget import INVALID, energy_logits
 from tests.agents.toys import SMALL, batched, free_sites, toy_model, toy_space, toy_state
 
 
