@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from sculpt.model import Model, from_function, from_linen, from_nnx
     from sculpt.pruning import (
         Cost,
-        Importance,
         Space,
         apply_masks,
         check_budget,
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
         compact_tree,
         cost,
         count_cost,
-        importance,
         lamp_policy,
         layer_macs,
         magnitude_policy,
@@ -63,6 +61,7 @@ if TYPE_CHECKING:
         uniform_policy,
         with_resource,
     )
+    from sculpt.pruning.importance import Importance, importance
     from sculpt.repair import recalibrate, reconstruct
     from sculpt.scoring import (
         EvaluationPlan,
@@ -136,7 +135,6 @@ _HOMES = {
     ),
     "sculpt.pruning": (
         "Cost",
-        "Importance",
         "Space",
         "apply_masks",
         "check_budget",
@@ -144,7 +142,6 @@ _HOMES = {
         "compact_tree",
         "cost",
         "count_cost",
-        "importance",
         "lamp_policy",
         "layer_macs",
         "magnitude_policy",
@@ -157,6 +154,7 @@ _HOMES = {
         "uniform_policy",
         "with_resource",
     ),
+    "sculpt.pruning.importance": ("Importance", "importance"),
     "sculpt.repair": (
         "recalibrate",
         "reconstruct",
