@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from sculpt.pruning.importance.scores.scores import KINDS
 
 import sculpt
 from sculpt import nets
 from sculpt.cli import main, make_parser
 from sculpt.cli.console import print_any_text
 from sculpt.pipeline import TrainSettings, stages
+from sculpt.pruning.importance.scores import KINDS
 from sculpt.report import RunDirectory
 from sculpt.training.config import FinetuneConfig
 from sculpt.training.finetuning import TrainingDiverged

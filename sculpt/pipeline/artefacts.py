@@ -33,7 +33,7 @@ from sculpt.pipeline.settings import (
 from sculpt.pruning.budget import check_budget
 from sculpt.pruning.compaction.compactor import compact
 from sculpt.pruning.compaction.plan import grouped_kernels
-from sculpt.pruning.importance.scores.scores import Importance, importance
+from sculpt.pruning.importance.scores import Importance, importance
 from sculpt.pruning.space import Space, make_space, with_resource
 from sculpt.report import RunDirectory
 from sculpt.tracing.tracer import Trace, trace

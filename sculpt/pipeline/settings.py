@@ -15,7 +15,7 @@ from sculpt.data.named import ONE_SIZE
 from sculpt.data.splits import Splits
 from sculpt.latency.engines import engine_of
 from sculpt.model import Model
-from sculpt.pruning.importance.scores.scores import KINDS
+from sculpt.pruning.importance.scores import KINDS
 from sculpt.repair.recalibration import check_calibration_images, has_statistics, images_used
 from sculpt.report.run_directory import RunDirectory
 from sculpt.training.config import FinetuneConfig

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sculpt.pruning.importance.scores.scores import KINDS, Importance
 
 import sculpt
 from sculpt.agents.observation import site_features
 from sculpt.model import Model
 from sculpt.pruning.compaction.compactor import max_difference
+from sculpt.pruning.importance.scores import KINDS, Importance
 from sculpt.pruning.space import make_choices
 from sculpt.tracing.tracer import Group, Trace
 from tests.networks import network, traced
