@@ -14,7 +14,7 @@ from flax import linen as nn
 import sculpt
 from sculpt.pruning import space as space_module
 from sculpt.pruning.families.patterns import window_shapes
-from sculpt.pruning.importance.scores import weights as importance_weights
+from sculpt.pruning.importance import weights as importance_weights
 from sculpt.pruning.space import make_choices
 from tests.networks import network, traced
 
