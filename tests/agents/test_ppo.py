@@ -56,7 +56,7 @@ def rollout(rounds: int = 1) -> Rollout:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prepared(config: SearchConfig, rollout: Rollout) -> tuple[ppo.Batch, jax.Array]:
+def prepared(config: SearchConfig, rollout: Rollout) -> tuple[ppo.Experience, jax.Array]:
     """The batch of a rollout, and what the per-site regression explains."""
     space = toy_space()
     batch, _, explained = ppo.prepare(
@@ -66,14 +66,14 @@ def prepared(config: SearchConfig, rollout: Rollout) -> tuple[ppo.Batch, jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def loss(config: SearchConfig, params: dict, batch: ppo.Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(config: SearchConfig, params: dict, batch: ppo.Experience) -> tuple[jax.Array, dict[str, jax.Array]]:
     agent, _, _, sites = toy_state()
     weight = jnp.float32(config.entropy)
     return ppo.ppo_loss(params, agent, batch, sites, config, weight)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def learn(config: SearchConfig, params: dict, batch: ppo.Batch) -> tuple[dict, dict[str, jax.Array]]:
+def learn(config: SearchConfig, params: dict, batch: ppo.Experience) -> tuple[dict, dict[str, jax.Array]]:
     agent, _, _, sites = toy_state()
     state = ppo.make_optimizer(config).init(params)
     weight = ppo.entropy_weight(config, jnp.int32(0))
