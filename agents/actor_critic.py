@@ -1,4 +1,4 @@
-"""The agent: a graph goes in, a distribution over patterns at every site and a value come out.
+"""The actor-critic network: maps the network graph to one categorical distribution per site and a value.
 
 Logits of a site = a scorer shared by all options of all sites, that reads the site's node embedding and what is known of
 the option (energy retained, cost, fraction kept), + a head per family of patterns, + logits of the site's own, + a prior: what

@@ -1,4 +1,4 @@
-"""Every policy scored so far, on the device: a policy that comes back costs a look-up instead of an evaluation.
+"""Archive of scored policies, on the device: a repeated policy costs a look-up instead of an evaluation.
 
 Late in a search half of the samples repeat. The archive keeps arrays of fixed capacity, so that looking up, evaluating
 what is new and inserting it all stay inside one compiled program.

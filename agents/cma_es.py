@@ -1,4 +1,4 @@
-"""Covariance matrix adaptation on the logits of a policy, by evosax: a rival of the agent.
+"""CMA-ES (covariance matrix adaptation) over the logits of a policy, by evosax.
 
 Separable CMA-ES (Ros and Hansen 2008, A Simple Modification in CMA-ES Achieving Linear Time and Space Complexity): one variance for
 each logit of an option that a site has. An individual is a table of logits; the projection makes it a policy, without noise.

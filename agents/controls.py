@@ -1,4 +1,4 @@
-"""Rivals of the agent: how much of what it finds would another way have found, with as many evaluations?
+"""Search methods to compare the agent with: rules, random, greedy sensitivity, evolution.
 
 All of them propose policies through the same projection onto the budget, and what they propose is scored by the same
 environment. Uniform, magnitude and LAMP are rules without chance: they propose one policy over and over, which costs one

@@ -1,4 +1,4 @@
-"""Who deserves a score: from one number per policy to an advantage for every site of it.
+"""Per-site credit assignment: turns one score per policy into an advantage per site.
 
 Two baselines. A sample is measured against the mean of the others in its batch
 (leave-one-out; Kool, van Hoof, Welling, "Buy 4 REINFORCE samples, get a baseline for free", 2019), which does not bias the gradient. And a

@@ -1,4 +1,4 @@
-"""Has learning found more than luck would have? Told in plain words where it has not."""
+"""Warns when a learned search did no better than random search."""
 
 from __future__ import annotations
 

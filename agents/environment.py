@@ -1,4 +1,4 @@
-"""Pruning as an environment, in the shape of gymnax: `reset(key, params)` and `step(key, state, action, params)`.
+"""Pruning as a gymnax-style environment: `reset(key, params)` and `step(key, state, action, params)`.
 
 An episode refines the pruning of one network: the observation is the network's graph with the current assignment of
 patterns in it, an action is the next assignment of a whole policy, and the reward is that policy's own. One environment

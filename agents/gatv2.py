@@ -1,4 +1,4 @@
-"""Graph attention, second version: Brody, Alon, Yahav, "How Attentive are Graph Attention Networks?" (arXiv 2105.14491).
+"""GATv2 graph attention layers: Brody, Alon, Yahav, "How Attentive are Graph Attention Networks?" (arXiv 2105.14491).
 
     e_ij = a^T LeakyReLU(W_s h_j + W_t h_i + W_e x_ij),   alpha_ij = softmax over j of e_ij,   h_i' = sum_j alpha_ij W_s h_j
 

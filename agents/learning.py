@@ -1,4 +1,4 @@
-"""One update of a search, from proposing policies to learning from their scores, as one compiled function."""
+"""One search update as one compiled function: propose policies, score them, learn from the scores."""
 
 from __future__ import annotations
 

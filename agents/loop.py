@@ -1,4 +1,4 @@
-"""Searching for a policy: `search`."""
+"""The search loop: `search`."""
 
 from __future__ import annotations
 

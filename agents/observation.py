@@ -1,4 +1,4 @@
-"""The state that a policy network sees: per-site tables, and the network as a `jraph.GraphsTuple` with real features."""
+"""Observations of the agent: per-site feature tables, and the network as a `jraph.GraphsTuple`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One agent trained on several networks in turn, to be applied to others: `pretrain`."""
+"""Training one agent on several networks in turn: `pretrain`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last step of a search: the proxy score saturates among good policies, so the best few are fine-tuned and compared."""
+"""Re-rank: fine-tunes the best few policies briefly and compares them, because the proxy score saturates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search returns: the policy chosen, and everything that was found beside it."""
+"""The result of a search: the chosen policy, the front, and the history."""
 
 from __future__ import annotations
 

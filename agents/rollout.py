@@ -1,4 +1,4 @@
-"""Playing episodes: observe, choose, project onto the budget, step."""
+"""Rollouts: observe, choose, project onto the budget, step."""
 
 from __future__ import annotations
 

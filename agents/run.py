@@ -1,4 +1,4 @@
-"""A search under way: what it is set up from, and the blocks of updates that it runs in."""
+"""A running search: its set-up, and the blocks of updates that it runs in."""
 
 from __future__ import annotations
 

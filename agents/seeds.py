@@ -1,4 +1,4 @@
-"""Several searches that differ by their chance alone, in one compiled program: `search_seeds`."""
+"""Several searches with different seeds in one compiled program: `search_seeds`."""
 
 from __future__ import annotations
 

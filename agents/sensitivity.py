@@ -1,4 +1,4 @@
-"""What single sites tell: each by itself takes an option, all others stay dense, before anything is searched.
+"""Sensitivity: the change in loss when one site alone is pruned, measured before the search.
 
 A policy's score is nearly a sum over its sites, and the scores of so few policies know more of the terms than the energy of the weights
 does: an agent that begins with them finds more than one that begins with both, or with the energy alone. Greedy search goes by nothing

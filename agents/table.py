@@ -1,4 +1,4 @@
-"""The agent without its graph: a logit for every option of every site, learned by the same PPO.
+"""The agent without its graph: one logit per option of every site, trained by the same PPO.
 
 What it does as well as the graph network is not owed to the graph. It cannot be carried to another network.
 """

@@ -1,4 +1,4 @@
-"""What an agent learned, carried from one network to another.
+"""Carries the parameters of an agent from one network to another.
 
 Everything but the sites' own logits is of the same size for every network: `portable` is what can be kept, `transplant`
 what puts it into the agent of another network.

@@ -1,4 +1,4 @@
-"""What several families share: normalisation that keeps its precision, a convolution with its BatchNorm, rounded widths."""
+"""Layers that several network families share: normalisation, convolution with BatchNorm, rounded widths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an array of a PyTorch file and an array here hold the same numbers."""
+"""Conversion of array layouts between PyTorch files and Flax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PyTorch's libraries call the layers of these networks.
+"""Layer names of these networks in PyTorch's libraries.
 
 A naming is a table from the path of one of our layers (`stage1_block02/conv1`) or single arrays (`class_token`) to the name that a
 library gives it (`layer1.1.conv1`).

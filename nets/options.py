@@ -1,4 +1,4 @@
-"""Which values the options of a network can have, by the types of its fields."""
+"""Valid values of the options of a network, from the types of its fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretrained weights: files with PyTorch's or Keras' names and layouts, read into these networks and written back."""
+"""Pretrained weights: reads and writes files with PyTorch's or Keras' names and layouts."""
 
 from __future__ import annotations
 

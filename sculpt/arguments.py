@@ -1,4 +1,4 @@
-"""What callers give: arguments that are no model, space, settings or key are refused by name, misspelt names get a suggestion."""
+"""Argument checks: refuses wrong types and misspelt names, and suggests the nearest name."""
 
 from __future__ import annotations
 

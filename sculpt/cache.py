@@ -1,4 +1,4 @@
-"""Where the user keeps what can be made again."""
+"""The cache folder of the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a module is called: training mode, fixed keywords, and a state that keeps its structure."""
+"""Calling conventions of modules: training mode, fixed keywords, and a state that keeps its structure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What arrays hold, as a few bytes that tell them from others."""
+"""SHA-256 digests of arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a number was measured: the device and the versions of what ran on it."""
+"""Device and library versions, recorded beside every measured number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes: a file is complete under its name, or absent."""
 
 from __future__ import annotations
 

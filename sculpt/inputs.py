@@ -1,4 +1,4 @@
-"""Whether images, labels and network fit together."""
+"""Checks that images, labels and network fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C as a flag: long loops call `check_interrupt`, so that no library is interrupted in the middle of its work."""
+"""Ctrl-C as a flag: long loops call `check_interrupt`, so that no library is interrupted in the middle."""
 
 from __future__ import annotations
 

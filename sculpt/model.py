@@ -1,4 +1,4 @@
-"""A network as Sculpt sees it: two pure functions and two pytrees.
+"""The `Model` type: two pure functions and two pytrees; adapters from Linen, NNX and plain functions.
 
 Adapters turn a Flax Linen module, a Flax NNX module or any JAX function into a `Model`. The callables they build are
 frozen dataclasses that compare by value, so that adapting the same module twice hits the same compiled programs.

@@ -1,4 +1,4 @@
-"""Lines of JSON that carry a checksum, for files that grow line by line."""
+"""JSON lines with a checksum each, for files that grow line by line."""
 
 from __future__ import annotations
 

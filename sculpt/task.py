@@ -1,4 +1,4 @@
-"""What a network is for: the loss that training lowers, and the score that a search raises."""
+"""The task of a network: the loss that training lowers, and the score that a search raises."""
 
 from __future__ import annotations
 

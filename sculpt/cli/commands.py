@@ -1,4 +1,4 @@
-"""`main`, and what the commands do."""
+"""The commands of the command line, and `main`."""
 
 from __future__ import annotations
 

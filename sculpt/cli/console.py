@@ -1,4 +1,4 @@
-"""How the command line shows what it has to say."""
+"""Terminal output of the command line."""
 
 from __future__ import annotations
 

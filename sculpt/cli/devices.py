@@ -1,4 +1,4 @@
-"""What the command line asks of JAX: its devices, and a cache for compiled programs."""
+"""JAX settings of the command line: devices, and the cache of compiled programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line takes: the parser of all commands and their options."""
+"""The argument parser of all commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sculpt info`: what there is, what a network offers to prune, what a run holds."""
+"""`sculpt info`: lists networks and data sets, describes a network, or a run directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoded images to pixels."""
+"""Decodes image files to pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in folders: one folder for each class."""
+"""Reads images from folders, one folder per class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST as its authors publish it: four files in the idx format."""
+"""Reads Fashion-MNIST: four files in the idx format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets by name, from folders and from files."""
+"""Loads data sets by name: `load_data`, `load_folder`, `load_parquet`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and labels out of a parquet file."""
+"""Reads images and labels from parquet files."""
 
 from __future__ import annotations
 

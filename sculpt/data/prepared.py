@@ -1,4 +1,4 @@
-"""TensorFlow Datasets that are already on disk as array_record, read without TensorFlow."""
+"""Reads prepared TensorFlow Datasets (array_record) without TensorFlow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and labels in three disjoint splits, made from arrays or from sources that are read while they are used.
+"""Train, validation and test splits, from arrays or from streamed sources.
 
 Images stay as they came (mostly uint8) in host memory; `Splits.normalise` makes them the network's input, on the host or
 inside a jitted function. The test split is fixed by the data set; validation is carved out of train by a seed.

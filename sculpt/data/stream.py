@@ -1,4 +1,4 @@
-"""Images that are read while they are used: splits larger than memory."""
+"""Streams images from disk during training, for data sets larger than memory."""
 
 from __future__ import annotations
 

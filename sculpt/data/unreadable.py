@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: counted, or left out of a data set."""
+"""Images that cannot be decoded: counts them, or leaves them out of a data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what an engine computes is what the model computes."""
+"""Compares an engine's outputs with the model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite): a model as one file for phones and small devices, converted from the StableHLO of the folded model."""
+"""LiteRT (TensorFlow Lite) export, converted from the StableHLO of the folded model."""
 
 from __future__ import annotations
 

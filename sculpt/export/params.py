@@ -1,4 +1,4 @@
-"""Pytrees of arrays in safetensors files: parameters, states, masks, policies; bit for bit."""
+"""Reads and writes pytrees of arrays as safetensors files, bit for bit."""
 
 from __future__ import annotations
 

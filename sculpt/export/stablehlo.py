@@ -1,4 +1,4 @@
-"""StableHLO: a model as one portable file, parameters inside, that any JAX (or PJRT engine) runs without this library."""
+"""StableHLO export: one portable file with parameters, which runs in JAX or a PJRT engine without this library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs whose batch size is open, where the code of a model allows it: what leaves for engines and files."""
+"""Flat programs with an open batch size, for export, where the model allows it."""
 
 from __future__ import annotations
 

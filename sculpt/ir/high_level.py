@@ -1,4 +1,4 @@
-"""Operations of JAX that are read as simpler ones: high-level ones (`jax.experimental.hijax`), and sums over mapped axes.
+"""Replaces high-level operations (`jax.experimental.hijax`) and sums over mapped axes by simpler ones.
 
 JAX's new rematerialisation (`jax_remat3`) is such an operation, and users write their own. In a jaxpr each is one equation
 `call_hi_primitive` around an object that knows its expansion; here it becomes the call that has meant the same all along.

@@ -1,4 +1,4 @@
-"""Whether two networks are the same: `outline`, a program as text, and `add_model`."""
+"""Identity of networks: the program as text (`outline`), and digests of a model (`add_model`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a flat program, as it was written or with other static sizes."""
+"""Interpreter of flat programs, as written or with other static sizes."""
 
 from __future__ import annotations
 

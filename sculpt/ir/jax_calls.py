@@ -1,4 +1,4 @@
-"""JAX's primitives with a program inside (calls, loops, branches): where each version of JAX keeps what of them is read here.
+"""Parameters of JAX's calls, loops and branches, which differ between versions of JAX.
 
 JAX changes the parameters of these primitives between versions. Nothing else reads them: an `Equation` of one has parameters of the names in
 `PARAMETERS`, and the functions below say which of its operands are what.

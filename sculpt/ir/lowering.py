@@ -1,4 +1,4 @@
-"""How convolutions and matrix products of a network are computed in scoring and training: algorithm and precision.
+"""Algorithm and precision of convolutions and matrix products in scoring and training.
 
 Both act on the program of the network, operation by operation, so they need nothing of the user's classes. On CPUs depthwise
 convolutions of small windows are sums of shifted products wherever a network is scored, trained or recalibrated: XLA's own

@@ -1,4 +1,4 @@
-"""Engines that latency is measured in: each compiles a model for one batch of images and computes it on a number of cores.
+"""Inference engines: each compiles a model for one batch size and runs it on a number of cores.
 
 All compute in float32. What an engine gives is compared with the model's own logits before it is timed.
 """

@@ -1,4 +1,4 @@
-"""How the convolutions of `rect_grouped` are best cut into groups of filters for an engine: measured layer by layer, as they are left."""
+"""Measures how to split the convolutions of `rect_grouped` into groups of filters in an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A layer as a network of its own, to be measured by itself."""
+"""One layer as a network of its own, for measuring it alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes at which a layer is measured, and its time at all sizes between them.
+"""The grid of sizes at which a layer is measured, and interpolation between them.
 
 A grid of all dimensions comes first. What is measured besides corrects what the grid says there: the other dimensions are then whole.
 """

@@ -1,4 +1,4 @@
-"""Latency of a network's layers under every option of a space, measured on the device: a resource that budgets can be of.
+"""Measured latency of each layer under every option of a space: a resource for budgets.
 
 Each layer is measured by itself, at sizes that its sites may leave of it; sizes between them are interpolated. What a whole
 network takes beside its layers (additions, normalisation, calls) is fitted on a few compacted networks, which also tell

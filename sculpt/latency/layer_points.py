@@ -1,4 +1,4 @@
-"""A layer at the points of its grid: what is kept of its operands there, and the static parameters that go with it."""
+"""A layer at the points of its grid: kept units of its operands, and static parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes that a layer can be left with by the options of a space, and those at which it is measured.
+"""The sizes that a layer can have under the options of a space, and those that are measured.
 
 Time is no smooth function of the number of channels: libraries compute so many at once, and 56 of 64 may take longer than all; a window of
 2 x 3 is computed in other ways than one of 3 x 3. So a layer can be measured at all its sizes together, up to eight of each dimension, where

@@ -1,4 +1,4 @@
-"""Measured latency: seconds per call of a compiled model, in JAX on the current device or in another engine."""
+"""Measured latency of a model: seconds per call, in JAX or in another engine."""
 
 from __future__ import annotations
 

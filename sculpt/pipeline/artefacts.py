@@ -1,4 +1,4 @@
-"""What the stages of a run work on: settings, data, networks, space and masks, each read when it is first asked for."""
+"""Inputs and outputs of the stages: settings, data, networks, space and masks, each read on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine makes of a run: its compact network beside its dense one, and files for engines."""
+"""Benchmarks of a run in an engine: compact network beside the dense one, and files for engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's budget was of, how well it was predicted, and what of it is kept in the end."""
+"""The budget of a run: its resource, the accuracy of its prediction, and the share kept in the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run: the one look at the test split, `result.json`, plots and `report.html`."""
+"""The last stages of a run: reads the test split once, writes `result.json`, plots and `report.html`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sculpt evaluate --policies FILE --out FILE`: scores of many policies for the dense network of a run, beside its stages."""
+"""`sculpt evaluate --policies FILE --out FILE`: scores many policies for the dense network of a run."""
 
 from __future__ import annotations
 

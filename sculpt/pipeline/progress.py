@@ -1,4 +1,4 @@
-"""How a run gets on: who is told, and the bars that show it."""
+"""Progress of a run: listeners and progress bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is asked to do; each class is a section of `config.json`, each field an option of the command line."""
+"""Settings of a run: each class is a section of `config.json`, each field a command-line option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of a run. Each reads what the ones before left in the run directory and leaves its own; done means skipped."""
+"""The stages of a run. Each reads the files of earlier stages and writes its own; finished stages are skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The budget projection: every policy that is scored meets the target by construction."""
+"""Projection onto the budget: every scored policy meets the budget by construction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a policy costs: multiply-accumulates and parameters, theoretical and realised."""
+"""The cost of a policy: multiply-accumulates and parameters, theoretical and realised."""
 
 from __future__ import annotations
 

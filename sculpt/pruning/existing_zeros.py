@@ -1,4 +1,4 @@
-"""Masks of a network that is sparse already, read from its zeros."""
+"""Masks of a network that is already sparse, read from its zeros."""
 
 from __future__ import annotations
 

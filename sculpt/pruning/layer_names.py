@@ -1,4 +1,4 @@
-"""Layers and sites by name: what `exclude` and `keep_at_least` of `make_space` and `policy_from` are told.
+"""Layers and sites by name, for `exclude`, `keep_at_least` and `policy_from`.
 
 A pattern is a path of the parameter tree, such as "block1/conv/kernel", or a part of it from the front, such as "block1"; `*`, `?` and
 `[...]` stand for other characters, as in file names, "/" included: "*/attention/*".

@@ -1,4 +1,4 @@
-"""Policy -> masks, by table look-up, under jit and vmap."""
+"""Masks from a policy by table look-up, under jit and vmap."""
 
 from __future__ import annotations
 

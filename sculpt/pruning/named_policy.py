@@ -1,4 +1,4 @@
-"""A policy by the names of its sites: `policy_from`."""
+"""Policies from the names of sites: `policy_from`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels in another order, so that n:m patterns keep more of the weights: the same function before anything is pruned.
+"""Permutes channels so that n:m patterns keep more of the weights; the function of the network does not change.
 
 N:m patterns look at m consecutive inputs. Which channels lie side by side is an accident of training, and coupled axes may be put in
 any order as long as all of their arrays are (Pool and Yu 2021, "Channel permutations for N:M sparsity", NeurIPS).

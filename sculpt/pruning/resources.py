@@ -1,4 +1,4 @@
-"""What a budget limits: multiply-accumulates, parameters, a measured latency, or several of them at once.
+"""Resources that a budget limits: multiply-accumulates, parameters, measured latency, or several at once.
 
 A resource says what share of the dense network's a policy uses, in closed form: nothing is run. Its functions take policies as
 NumPy arrays too, and then compute on the host.

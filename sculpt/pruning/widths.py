@@ -1,4 +1,4 @@
-"""How many units of a coupled group may stay, so that the arrays that hold them have the widths asked for.
+"""The unit counts of a coupled group that give the widths asked for (`round_to`, `min_keep`, `levels`).
 
 A unit may be several columns of an axis: a head is all of its features, a channel of a flattened image one column for each pixel. Widths
 are of columns, in every array; counts are of units.

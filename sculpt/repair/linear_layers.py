@@ -1,4 +1,4 @@
-"""The layers of a network whose weights a linear fit can find: each a product of rows that it reads and a matrix."""
+"""Finds the layers whose weights a least-squares fit can solve for: a matrix times the rows that it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BatchNorm recalibration: statistics of the pruned network itself, in one pass, for any kind of model."""
+"""BatchNorm recalibration: recomputes the statistics of a pruned network in one pass."""
 
 from __future__ import annotations
 

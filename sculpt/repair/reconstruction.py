@@ -1,4 +1,4 @@
-"""Reconstruction: what stays of every layer is fitted to what the dense layer gave; no gradient of the network, a few hundred images.
+"""Layer-wise reconstruction: fits the kept weights of each layer to the outputs of the dense layer, without gradients.
 
 Layer by layer in the order of the network, the weights W that a mask leaves of a kernel, and the bias b behind it, minimise
 

@@ -1,4 +1,4 @@
-"""`report.html`: one file that holds everything, readable offline; nothing in it is fetched."""
+"""`report.html`: one file, readable offline."""
 
 from __future__ import annotations
 

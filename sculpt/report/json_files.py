@@ -1,4 +1,4 @@
-"""JSON files of a run directory: objects, whole or absent, with a fingerprint where they are read back."""
+"""JSON files of a run directory: atomic, with a checksum where they are read back."""
 
 from __future__ import annotations
 

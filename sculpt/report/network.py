@@ -1,4 +1,4 @@
-"""What a network consists of and what of it can go, as tables for a terminal."""
+"""Tables of the layers and coupled groups of a network, for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The closing table: what the network was, what it became, and what each number is."""
+"""The closing table of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics of a run as event files, which TensorBoard draws."""
+"""Writes the metrics of a run as TensorBoard event files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a stream of policies in a file that survives being killed: `evaluate_file`."""
+"""Scores of a stream of policies in a file; a killed run resumes: `evaluate_file`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How candidates are laid out on the devices: the execution plan."""
+"""The evaluation plan: how policies and images are laid out on the devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies and their scores in files: read one after the other, so that a file may hold millions of them."""
+"""Reads and writes files of policies and scores, one row after another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scoring in half precision costs: the same policies scored in both."""
+"""Compares scores in half precision with scores in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scoring a policy reads, checked and laid out once for all policies."""
+"""The scoring problem: network, space, images and labels, checked and laid out once for all policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`race_policies`: the best of many policies for a fraction of the evaluations, by successive halving over images."""
+"""`race_policies`: successive halving over images finds the best of many policies with fewer evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the search maximises: quality, less a dynamic weight times how far the cost exceeds the budget.
+"""The reward of the search: quality, minus a dynamic weight times the excess over the budget.
 
     reward = quality - weight * max(0, used - budget)
 

@@ -1,4 +1,4 @@
-"""Scores of a stream of policies: any number of them, in constant memory."""
+"""Scores any number of policies in constant memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tune_plan`: the fastest execution plan, found by trying a few on the devices in hand."""
+"""`tune_plan`: measures a few evaluation plans on the devices and picks the fastest."""
 
 from __future__ import annotations
 

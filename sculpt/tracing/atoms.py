@@ -1,4 +1,4 @@
-"""Atoms and the axes that are made of them: their sizes, what they are bound to, and what is kept of them.
+"""Atomic axes and the array axes made of them: sizes, bindings and kept units.
 
     Axis    = tuple of segments, in index order          size = sum of the segments       (concatenation)
     Segment = tuple of atoms, outermost first            size = product of the atoms      (row-major reshape)

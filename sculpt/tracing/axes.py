@@ -1,4 +1,4 @@
-"""The algebra of coupled axes: every array axis as a term over atomic axes (`tracing/atoms.py`), with unification."""
+"""The algebra of coupled axes: every array axis is a product of atomic axes (`tracing/atoms.py`), unified by union-find."""
 
 from __future__ import annotations
 

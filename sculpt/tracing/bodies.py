@@ -1,4 +1,4 @@
-"""Axis-flow rules of equations with bodies: loops, branches, rematerialised regions, functions with their own derivative."""
+"""Axis-flow rules of equations with bodies: loops, branches, rematerialisation, custom derivatives."""
 
 from __future__ import annotations
 

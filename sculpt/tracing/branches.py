@@ -1,4 +1,4 @@
-"""Which coupled axes lie in a branch: parts of a network that images get round, so that nothing of them has to stay."""
+"""Finds the coupled axes that lie in a residual branch, which a skip connection bypasses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over pruned units that are not zero but all equal, as in the variance in two passes.
+"""Sums over pruned units that are equal but not zero, as in the two-pass variance.
 
 `mean((x - mean)**2)` sums over channels. Masks make `x` zero at pruned channels, so the summand is `mean**2` at every one of them. The sum
 is that over the kept channels, plus the number of pruned channels times that value. The value comes from the operations that give

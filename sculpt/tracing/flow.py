@@ -1,4 +1,4 @@
-"""The flow of axes through a program: the terms of all values, and the table of rules that give them.
+"""The flow of axes through a program: the axes of all values, and the table of rules.
 
 A rule gets the flow so far and one equation, unifies what the operation ties together, freezes what it cannot follow,
 and returns one term per result. A primitive without a rule freezes everything it touches, with the reason.

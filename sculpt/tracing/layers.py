@@ -1,4 +1,4 @@
-"""The operations that cost something: layers (a kernel out of the parameters) and products of activations."""
+"""Layers (operations with a kernel among the parameters) and products of activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which values are never below zero. Where such values are zero at pruned units, the largest of all is the largest of the kept ones.
+"""The sign pass: values that are never negative, whose maximum ignores zeros.
 
 Only floating-point numbers and unsigned ones are followed: whole numbers with a sign can overflow. NaN counts as not below zero.
 """

@@ -1,4 +1,4 @@
-"""What one step of training learns from, and how far the network is from it."""
+"""A training batch and its loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: atomic, checked, and tied to the run that wrote them."""
+"""Checkpoints: atomic, checked, and tied to the run that wrote them."""
 
 from __future__ import annotations
 

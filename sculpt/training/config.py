@@ -1,4 +1,4 @@
-"""How a network is trained or fine-tuned."""
+"""Settings of training and fine-tuning: `FinetuneConfig`."""
 
 from __future__ import annotations
 

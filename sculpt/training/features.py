@@ -1,4 +1,4 @@
-"""What a network computes on its way, compared with its teacher's."""
+"""Feature matching: distance between the layer outputs of a network and its teacher's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masked training: `finetune` teaches the survivors, `train` is the same without masks."""
+"""`finetune` and `train`: training with masks held, or without masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Zeros held in a training loop of one's own: `hold_zeros`, around an optax optimizer."""
+"""`hold_zeros`: an optax transformation that keeps pruned weights at zero in your own training loop."""
 
 from __future__ import annotations
 

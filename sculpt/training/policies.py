@@ -1,4 +1,4 @@
-"""Many policies of one network, each fine-tuned under its own masks."""
+"""Fine-tunes many policies of one network, each under its own masks."""
 
 from __future__ import annotations
 

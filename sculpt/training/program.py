@@ -1,4 +1,4 @@
-"""What a training run computes at every step, as static settings: forward pass, schedule, optimizer, when masks set in."""
+"""The static part of a training run: forward pass, schedule, optimizer, and when masks take effect."""
 
 from __future__ import annotations
 

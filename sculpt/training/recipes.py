@@ -1,4 +1,4 @@
-"""How networks of each kind are trained: published settings, and where they come from."""
+"""Training recipes for kinds of networks, with their sources."""
 
 from __future__ import annotations
 

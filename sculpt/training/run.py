@@ -1,4 +1,4 @@
-"""A training run under way: what the host does between compiled steps."""
+"""A training run: the host side between compiled steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chains of a layer and the scales and shifts behind it, which can go into the layer's weights.
+"""Chains: a layer and the scales and shifts after it, which can be folded into its weights.
 
 After a convolution or a dense layer with constant weights, BatchNorm in evaluation is a scale and a shift per channel:
 `(conv(x, k) - mean) * s + b = conv(x, k * s) + (b - mean * s)`. The same holds of any chain of additions, subtractions,

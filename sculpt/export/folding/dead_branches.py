@@ -1,4 +1,4 @@
-"""Branches that give the same for every image are worked out, and where that is zero nothing of them is left.
+"""Removes branches whose output is the same for every image.
 
 A layer that sums over nothing, or whose kernel is all zero, gives zeros, and so do filters that keep nothing; BatchNorm makes them one
 number for each channel. Such values have size one along every axis that they do not vary along, which is how those that read them get them, too.

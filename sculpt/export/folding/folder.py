@@ -1,4 +1,4 @@
-"""Folding: what depends on weights alone is worked out once, and scales and shifts go into the layer before them (`chains`).
+"""Constant folding: computes what depends on weights alone once, and folds scales and shifts into layers (`chains`).
 
 Before that, scales and shifts behind concatenations are brought before them (`joined`), and branches that give the same for every
 image are taken out (`dead_branches`)."""

@@ -1,4 +1,4 @@
-"""Scales and shifts behind a concatenation of layers, brought before it, so that `chains` finds them.
+"""Moves scales and shifts from behind a concatenation to before it, where `chains` finds them.
 
 A convolution in groups (`filter_groups`) is several layers whose outputs are concatenated and perhaps put in another order; BatchNorm
 follows. Per channel, `scale(concatenate(a, b))` is `concatenate(scale_a(a), scale_b(b))`, and the same holds of any permutation.

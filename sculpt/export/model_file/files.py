@@ -1,4 +1,4 @@
-"""Model files: a model as arrays and a program, from which it is rebuilt where its class is not known.
+"""Model files: a model as arrays and a program, which loads without the class of the model.
 
 `NAME.safetensors` holds the arrays, `NAME.json` the evaluation and the training program, operation by operation. Reading one runs
 nothing that a file brings along: no pickle, no code, operations by name from a white list (`program_json`, `json_values`).

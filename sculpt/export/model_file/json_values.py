@@ -1,4 +1,4 @@
-"""What a program says of its operations, as plain JSON: numbers, shapes, dtypes, and the few classes of JAX that parameters are of.
+"""JSON encoding of operation parameters: numbers, shapes, dtypes, and the classes of JAX among them.
 
 A white list: what is not on it is not written, and nothing in a file names anything else. Arrays of JSON are tuples; everything that
 JSON has no word for is an object with one key that says what it is.

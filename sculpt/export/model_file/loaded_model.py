@@ -1,4 +1,4 @@
-"""The functions of a model that was read from a file: programs that check what they are given, and run it."""
+"""The functions of a loaded model: check the inputs, then run the program."""
 
 from __future__ import annotations
 

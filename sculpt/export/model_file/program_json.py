@@ -1,4 +1,4 @@
-"""Programs as plain JSON and back. Primitives are written by name and looked up among JAX's own; large constants stay apart."""
+"""JSON encoding of flat programs. Primitives are stored by name; large constants are stored apart."""
 
 from __future__ import annotations
 

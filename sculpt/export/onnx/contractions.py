@@ -1,4 +1,4 @@
-"""Convolutions and products of matrices as ONNX."""
+"""ONNX export of convolutions and matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX: a model as one file for onnxruntime, OpenVINO, TensorRT and others, weights inside.
+"""ONNX export: one file with weights, for onnxruntime, OpenVINO, TensorRT and others.
 
 The program is folded first (`sculpt.export.folding.folder`), then written operation by operation. Every file is checked, loaded in
 onnxruntime and compared with the model before it gets its name.

@@ -1,4 +1,4 @@
-"""What JAX writes in several operations and ONNX in one, which engines have fast code for.
+"""Patterns of several JAX operations that ONNX has as one operation.
 
 Each of these looks at the last operation of such a run and goes back through the program; the operations that it replaces are
 dropped where nothing else reads them.

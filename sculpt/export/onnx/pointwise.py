@@ -1,4 +1,4 @@
-"""Element-wise operations as ONNX: the axis order of the operands is carried through."""
+"""ONNX export of element-wise operations; keeps the axis order of the operands."""
 
 from __future__ import annotations
 

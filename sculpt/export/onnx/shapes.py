@@ -1,4 +1,4 @@
-"""Operations that move values about as ONNX. Axes of size one, and the order of axes, cost nothing."""
+"""ONNX export of operations that move values. Axes of size one, and the order of axes, cost nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooling and reductions as ONNX."""
+"""ONNX export of pooling and reductions."""
 
 from __future__ import annotations
 

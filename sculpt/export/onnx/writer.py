@@ -1,4 +1,4 @@
-"""Writing a program as an ONNX graph: tensors with a layout, nodes, arrays, and the table of operations.
+"""Writes a flat program as an ONNX graph: tensors with a layout, nodes, initializers, the table of operations.
 
 JAX networks keep channels last, ONNX has them first. So each tensor of the graph remembers in which order it holds the axes of
 the value that it stands for, and an axis order is a matter of names until an operation insists on one: a transposed value is the

@@ -1,4 +1,4 @@
-"""Compaction: masked units taken out, the program rewritten for the smaller shapes; the same function, really smaller.
+"""Compaction: removes masked units and rewrites the program for the smaller shapes.
 
 The compact model is the dense program bound to smaller operands with rewritten static shapes, never the user's class at
 a smaller width: divisors, scales and other constants that the dense network wrote down stay what they were. The batch

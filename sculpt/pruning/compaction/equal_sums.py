@@ -1,4 +1,4 @@
-"""What pruned units add to the sums of a compact program where they are not zero but all equal: the number of them times one value."""
+"""Sums over pruned units that are equal but not zero: adds the number of units times their value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A convolution whose filters keep windows of their own, as several smaller ones: what `rect_grouped` leaves, made small.
+"""Splits a convolution whose filters keep different windows (`rect_grouped`) into several smaller convolutions.
 
 Filters are sorted by window; each group is a convolution with a smaller kernel and less padding; the results are concatenated and,
 where the channels could not be put in that order for good, put back in order. Kernels stay one array of the dense window, of which the

@@ -1,4 +1,4 @@
-"""Reading units of an axis at known places: what a reversal, a strided slice or a gather becomes where units are gone."""
+"""Reversals, strided slices and constant gathers of an axis that lost units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compaction keeps of every array: units by their masks, and the groups that filters with windows of their own are computed in."""
+"""The compaction plan: the units that every array keeps, and the groups of filters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random inputs for comparing two networks, on which outputs are finite and not all zero."""
+"""Random inputs for comparing two networks, with outputs that are finite and not all zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The static sizes of a program, rewritten for axes that lost units: what `tracing/execute.py` runs for a compact model."""
+"""Static sizes of a program, rewritten for axes that lost units; run by `ir/interpreter.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays that go along with a network's, cut to the shapes of the compact one: moments of optimizers, moving averages, masks."""
+"""Cuts optimizer moments, moving averages and masks to the shapes of a compact network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family of patterns is: sites, the options at a site, and which weights each option keeps.
+"""The interface of a pattern family: sites, options, and the weights that each option keeps.
 
 A site is a place of the network with a short list of options, the first of which keeps everything. There are two kinds. An
 option may keep units of one or two atoms (channels, a window): its mask is the outer product of what its axes keep, and

@@ -1,4 +1,4 @@
-"""The pattern families by name, and those two that compaction takes out of a network: channels and windows."""
+"""The table of pattern families, and the families `channels` and `rect`."""
 
 from __future__ import annotations
 

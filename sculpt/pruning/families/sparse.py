@@ -1,4 +1,4 @@
-"""Families that choose single entries of kernels: N:M, blocks, four entries of nine, unstructured.
+"""Families of single kernel entries: N:M, blocks, four entries of nine, unstructured.
 
 Their zeros stay in place: no smaller array expresses them, so compaction leaves them and their theoretical MACs are not realised.
 What an engine makes of them is said at each. Scores are energies `[stack, window, inputs, outputs]`, the view of `Kernel`.

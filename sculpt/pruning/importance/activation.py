@@ -1,4 +1,4 @@
-"""Activation-aware importance: weights times the size of what they are multiplied by."""
+"""Activation-aware importance (Wanda): weights times the norm of their inputs."""
 
 from __future__ import annotations
 

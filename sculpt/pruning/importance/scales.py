@@ -1,4 +1,4 @@
-"""Which parameters are scales of a normalisation: vectors that activations are multiplied by, found in the program.
+"""Finds the scale parameters of normalisations in a program.
 
 Found by what the program does with them, not by their names, so Linen, NNX and plain functions are treated alike.
 """

@@ -1,4 +1,4 @@
-"""`importance`: how much each unit of every coupled group matters, by one of several measures."""
+"""`importance`: scores every unit of every coupled group by one of several measures."""
 
 from __future__ import annotations
 

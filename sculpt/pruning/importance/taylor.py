@@ -1,4 +1,4 @@
-"""First-order Taylor importance: what the loss would gain or lose, to first order, were a unit's weights zero."""
+"""First-order Taylor importance: the change in loss, to first order, if the weights of a unit were zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a unit of a coupled group is in one array: the entries that go when it goes, summed or as a vector.
+"""The entries of one array that belong to each unit of a coupled group, summed or as vectors.
 
 `labels` int32 `[size of an axis]` names the unit that each index of the axis belongs to, -1 where it belongs to none: a unit
 may be many indices (after a flatten), and an axis may hold several groups (a concatenation).

@@ -1,4 +1,4 @@
-"""Importance that the weights alone decide: energy, magnitude, normalisation scales, distance to the other units.
+"""Importance from weights alone: energy, magnitude, normalisation scales, distance to the other units.
 
 Notation: a group is coupled in the arrays k = 1..K, and `w_k[u]` are the entries of array k that go when unit u goes. Every
 array counts alike, whatever its scale, so that a residual stream is not ranked by its largest layer alone. Arrays are the
