@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.hijax import VJPHiPrimitive
+from jax.experimental import hijax
 
 from tests.architectures.architecture import CLASSES, SEQUENCE, Architecture, from_function
 
@@ -24,7 +24,11 @@ def new_rematerialisation() -> Iterator[None]:
         jax.config.update("jax_remat3", before)
 
 
-class Elementwise(VJPHiPrimitive):
+HighLevel: Any = getattr(hijax, "VJPHiPrimitive", None) or getattr(hijax, "HiPrim")  # noqa: B009
+"""The base class, by its name in JAX 0.10 or 0.12."""
+
+
+class Elementwise(HighLevel):
     """An operation on one array, element by element, without a derivative."""
 
     def __init__(self, x: jax.Array) -> None:
@@ -35,6 +39,9 @@ class Elementwise(VJPHiPrimitive):
 
     def batch_dim_rule(self, axis_data: Any, dims: Any, /) -> Any:
         return dims[0]
+
+    def batch(self, axis_data: Any, args: Any, dims: Any) -> Any:  # the same, as of JAX 0.12
+        return type(self)(*args)(*args), dims[0]
 
 
 class Rounded(Elementwise):

@@ -113,7 +113,7 @@ def depthwise(x: jax.Array, w: jax.Array) -> jax.Array:
     ("convolution", "precision", "tolerance"),
     [("lax", "float32", 1e-4), ("im2col", "float32", 1e-4), ("lax", "bfloat16", 0.1)],
 )
-@pytest.mark.fast("lax-bfloat16-0.1")
+@pytest.mark.slow
 def test_derivatives_that_functions_bring_along_are_kept(
     convolution: lowering.Convolution, precision: lowering.Precision, tolerance: float
 ) -> None:

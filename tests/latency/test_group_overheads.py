@@ -114,6 +114,7 @@ def test_nothing_to_cut() -> None:
     assert sculpt.measure_group_overheads(network("plain"), space, policy, X) == {}
 
 
+@pytest.mark.slow
 def test_refusals(wide: tuple[sculpt.Model, sculpt.Space, np.ndarray]) -> None:
     model, space, policy = wide
     with pytest.raises(

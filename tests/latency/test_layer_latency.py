@@ -267,6 +267,7 @@ def test_a_machine_that_is_busy_is_told_of(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("clock")
+@pytest.mark.slow
 def test_filters_in_groups_take_the_time_of_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine on which time is proportional to multiply-accumulates."""
 

@@ -108,6 +108,7 @@ def test_names_and_shapes_that_do_not_fit_are_listed(small) -> None:
     refused(file, r"unexpected layer1.0.shortcut.weight \[16, 16, 3, 3\]")
 
 
+@pytest.mark.slow
 def test_a_long_list_is_cut_short(small) -> None:
     file, _ = small
     save_file({"odd": np.zeros(2, np.float32)}, file)

@@ -283,7 +283,7 @@ MIDDLES = {
 
 
 @pytest.mark.parametrize("name", MIDDLES)
-@pytest.mark.fast("checkpoint", "own derivative")
+@pytest.mark.fast("own derivative")
 def test_what_knows_the_channels_by_number_follows_their_new_order(name: str) -> None:
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         y = jax.lax.conv_general_dilated(

@@ -143,7 +143,7 @@ def test_a_unit_of_zeros_scores_lowest(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(KINDS))
-@pytest.mark.fast("geometric_median-residual")
+@pytest.mark.slow
 def test_masks_drop_the_lowest_before_and_after_fine_tuning_and_compaction_agrees(
     kind: str, name: str
 ) -> None:
