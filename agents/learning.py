@@ -137,9 +137,9 @@ def _init_agent(program: SearchProgram, task: SearchTask, env_state: EnvState, k
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def update(program: SearchProgram, task: SearchTask, state: SearchState, key: jax.Array) -> SearchState:
-    """One update: propose a batch, score what is new of it, learn. `key` is the search's: it is folded with the update.
+    """One update: propose a batch, score its new policies, learn. `key` belongs to the search and is folded with the update.
 
-    The buffers of `state` are reused: take a `snapshot` of what is to be read later.
+    Donates `state`. Call `snapshot(state)` first if you need it afterwards.
     """
     after, measured = _update(program, task, state, key)
     row = state.update

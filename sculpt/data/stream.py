@@ -112,7 +112,7 @@ class StreamedImages:
         return dataclasses.replace(self, rows=self.rows[which])
 
     def read_labels(self) -> np.ndarray:
-        """The source's, int32 `[n]`. Every row is read for them, and its image let go.
+        """Labels of the source, int32 `[n]`. Reads every row and discards its image.
 
         Raises:
           ValueError: see `read`.

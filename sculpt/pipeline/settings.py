@@ -170,7 +170,7 @@ class SearchSettings:
     round_to: int | str = 1
     """Widths are multiples of it, or of what suits a device: "cpu", "gpu", "tpu"."""
     min_keep: int = 1
-    """Columns that stay of a group at least; 0: branches that images get round may go altogether."""
+    """Least number of columns of a group that stay. 0: a residual branch can be removed completely."""
     exclude: tuple[str, ...] = ()
     """Layers that stay as they are; see `make_space`."""
     front: tuple[float, ...] = ()

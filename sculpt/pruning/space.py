@@ -116,13 +116,12 @@ def make_space(
 
     Args:
       trace: what `sculpt.trace` returned.
-      families: names of pattern families, each one of `FAMILIES`; or one name. `channels` goes with any other; of the others, the
-        first that takes a kernel has it alone.
-      round_to: widths that channels are pruned to are multiples of it, in every array (the columns of all heads that stay, not their
-        number), where not all stay; or a device whose multiple is taken: "cpu" (8), "gpu" (8), "tpu" (128).
-      min_keep: least number of columns that stay of a group in every array, rounded up to a multiple of `round_to`; groups of no more
-        than that stay whole. 0: groups that images get round, as in the branch of a residual block, may lose all of their channels,
-        all such groups at once even, and compaction takes out what is behind them too.
+      families: names of pattern families (`FAMILIES`), or one name. `channels` can be combined with one kernel pattern per kernel. If
+        several patterns apply, the first in the list wins.
+      round_to: pruned widths are multiples of it in every array. It counts columns: all columns of the kept heads, not the heads. Or
+        a device with a usual multiple: "cpu" (8), "gpu" (8), "tpu" (128).
+      min_keep: least number of columns of a group that stay in every array, rounded up to a multiple of `round_to`. Groups of at most
+        that size stay whole. With 0, a residual branch can be removed completely, because the skip connection bypasses it.
       importance: what `sculpt.importance` returned for this trace: the channels of lowest score go first, also after
         fine-tuning. None ranks them by retained energy on the parameters that masks are made of.
       exclude: layers and arrays that stay as they are: paths of the parameter tree or patterns, such as `("head", "Conv_0",
