@@ -173,7 +173,7 @@ def set_up(
         sites = dataclasses.replace(sites, prior=jnp.zeros_like(sites.prior))
     images, labels, calibration = draw_images(splits, config, key)
     problem = make_problem(model, space, images, labels, calibration, plan, config.repair_of(model))
-    if not np.isfinite(evaluate(model, images[:64], labels[:64]).loss):
+    if not np.isfinite(evaluate(model, rows(images, slice(64)), labels[:64]).loss):
         raise ValueError(
             "outputs of the dense network are not finite on images of the train split: look at what the network computes, and how images "
             "are normalised"

@@ -67,7 +67,7 @@ def singles_first(alone: np.ndarray, total: jax.Array, policies: jax.Array) -> j
     """The next of the `singles`, `total` policies having been scored, as long as there are any; then `policies` int32 `[n, sites]`."""
     if len(alone) == 0:
         return policies
-    turn = total + jnp.arange(len(policies))
+    turn = total + jnp.arange(len(policies), dtype=jnp.int32)
     return jnp.where(
         (turn < len(alone))[:, None], jnp.asarray(alone)[jnp.minimum(turn, len(alone) - 1)], policies
     )
@@ -103,7 +103,7 @@ def sensitivity_logits(space: Space, retained: jax.Array, each: int, archive: Ar
 def _effects(space: Space, archive: Archive) -> jax.Array:
     """float32 `[sites, options]`: loss of the dense network less that of policies that prune one site; 0 where there is none."""
     worth = -archive.loss
-    used = jnp.arange(worth.size) < archive.count
+    used = jnp.arange(worth.size, dtype=jnp.int32) < archive.count
     pruned = (archive.policies > 0).sum(axis=1)
     dense = jnp.max(jnp.where(used & (pruned == 0), worth, -jnp.inf))
     site = jnp.argmax(archive.policies > 0, axis=1)

@@ -155,7 +155,7 @@ def _score_batches(
         value if flag else jnp.broadcast_to(value, (batches, *value.shape))
         for value, flag in zip((policies, count), mapped[1:])
     )
-    asked = (jnp.arange(policies.shape[1])[None] < count[:, None]).reshape(-1)
+    asked = (jnp.arange(policies.shape[1], dtype=jnp.int32)[None] < count[:, None]).reshape(-1)
     order = jnp.argsort(~asked, stable=True)
     together = _score(problem, policies.reshape(-1, policies.shape[2])[order], asked.sum(dtype=jnp.int32))
     rank = jnp.argsort(order)  # the inverse: where a policy stands in `order`
