@@ -251,7 +251,9 @@ def metrics_of(metrics: dict[str, Any], index: int) -> Metrics:
 
 def best_quality(archive: Archive, budget: jax.Array, objective: Objective) -> jax.Array:
     """Best quality within the budget so far, float32 scalar; -inf while no policy has met it."""
-    met = (jnp.arange(archive.accuracy.size, dtype=jnp.int32) < archive.count) & (archive.used <= budget + TOLERANCE)
+    met = (jnp.arange(archive.accuracy.size, dtype=jnp.int32) < archive.count) & (
+        archive.used <= budget + TOLERANCE
+    )
     return jnp.max(jnp.where(met, quality(archive.accuracy, archive.loss, objective), -jnp.inf))
 
 

@@ -25,7 +25,7 @@ from safetensors.numpy import save
 import sculpt
 from sculpt.data.decode import decode_image
 from sculpt.data.idx import read_idx
-from sculpt.data.parquet import ParquetSource
+from sculpt.data.parquet import read_parquet
 from sculpt.export.params import load_metadata
 from sculpt.latency.layer_latency import load_layers
 from sculpt.report import RunDirectory
@@ -62,12 +62,6 @@ def images_in_parquet(folder: Path) -> bytes:
     image = written(lambda out: Image.new("RGB", (4, 4)).save(out, "PNG"))
     table = pyarrow.table({"image": [image] * 3, "label": [0, 1, 0]})
     return written(lambda out: pyarrow.parquet.write_table(table, out))
-
-
-def read_parquet(file: Path) -> None:
-    source = ParquetSource.open(file)
-    for row in range(min(len(source), 4)):
-        source[row]
 
 
 def read_checkpoints(file: Path) -> None:

@@ -63,19 +63,19 @@ class ParquetSource:
                 table = _map(_arrow_copy(file, cache_dir))
             else:
                 table = pyarrow.parquet.read_table(file, columns=["image", "label"])
-        images, labels = table.column("image"), table.column("label")
-        if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
-            # Not `flatten`, which copies where a struct is null.
-            images = pyarrow.chunked_array(
-                [chunk.field("bytes") for chunk in images.chunks], images.type.field("bytes").type
-            )
-        if not pyarrow.types.is_integer(labels.type):
-            raise ValueError(f"{file}: label must be integers, got {labels.type}")
-        if labels.null_count:
-            raise ValueError(f"{file} has {labels.null_count} rows without a label: leave them out")
-        if not len(images):
-            raise ValueError(f"{file} has no rows")
-        return ParquetSource(file, images, as_int32(labels.to_numpy(), f"{file}: label"), size)
+            images, labels = table.column("image"), table.column("label")
+            if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
+                # Not `flatten`, which copies where a struct is null.
+                images = pyarrow.chunked_array(
+                    [chunk.field("bytes") for chunk in images.chunks], images.type.field("bytes").type
+                )
+            if not pyarrow.types.is_integer(labels.type):
+                raise ValueError(f"{file}: label must be integers, got {labels.type}")
+            if labels.null_count:
+                raise ValueError(f"{file} has {labels.null_count} rows without a label: leave them out")
+            if not len(images):
+                raise ValueError(f"{file} has no rows")
+            return ParquetSource(file, images, as_int32(labels.to_numpy(), f"{file}: label"), size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -141,12 +141,10 @@ def _readable(file: Path) -> Iterator[None]:
     """Whatever pyarrow raises on a file that is no parquet, as one line that names it."""
     if not file.is_file():
         raise ValueError(f"no file {file}: expected parquet with the columns image and label")
-    import pyarrow
-
     try:
         yield
     except Exception as error:  # pyarrow raises many kinds on damaged files
-        if isinstance(error, ValueError) and not isinstance(error, pyarrow.ArrowException):
+        if type(error) is ValueError:  # this module's own; libraries raise subclasses
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is not readable parquet: {reason}") from error
