@@ -213,7 +213,9 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
 def test_damaged_files_are_named_for_half_a_minute(name: str, tmp_path: Path) -> None:
     begun, seed = time.monotonic(), 1
     while time.monotonic() < begun + 30:
-        check(name, tmp_path, 100, seed)
+        folder = tmp_path / str(seed)  # writers go by what is there
+        folder.mkdir()
+        check(name, folder, 100, seed)
         seed += 1
 
 
