@@ -10,8 +10,9 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 NEWEST_PYTHON ?= $(shell for minor in 14 13 12; do for python in python3.$$minor "$$(pyenv root 2>/dev/null)"/versions/3.$$minor.*/bin/python; do \
 	"$$python" -c 'import ensurepip, venv' >/dev/null 2>&1 && echo "$$python" && exit; done; done)
 NEWEST := .venv-newest
-NEWEST_TESTS := $(addprefix tests/,tracing/test_trace.py tracing/test_picks.py pruning/test_compact.py contracts/test_networks.py \
-	scoring/test_evaluate.py agents/test_chain.py training/test_hold_zeros.py export/test_onnx.py export/test_stablehlo.py)
+NEWEST_TESTS := $(addprefix tests/,tracing/test_trace.py tracing/test_picks.py tracing/test_sharded.py ir/test_high_level.py pruning/test_compact.py contracts/test_networks.py \
+	scoring/test_evaluate.py agents/test_chain.py training/test_hold_zeros.py export/test_onnx.py export/test_stablehlo.py \
+	agents/test_search.py::test_same_key_same_bits_other_key_other_search training/test_finetune.py::test_correctness_01_masked_weights_stay_zero)
 
 .PHONY: install quickstart test test-slow test-all newest test-newest mutations lint package bench clean
 

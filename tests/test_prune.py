@@ -404,18 +404,20 @@ def test_an_interrupted_search_resumes_and_ends_where_it_would_have(
 
 
 @pytest.mark.slow
-def test_devices_share_the_batches_of_training(finished: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    (run / "params.safetensors").unlink()
-    assert main(["finetune", "--devices", "2", "--run", str(run)]) == 0
-    shared, alone, begun = (
-        np.concatenate([array.reshape(-1) for _, array in sorted(load_file(file).items())])
-        for file in (
-            run / "params.safetensors",
-            finished / "params.safetensors",
-            finished / "dense.safetensors",
-        )
+def test_devices_share_the_batches_of_training(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whether the network after trial fine-tuning is better is not the question here.
+    monkeypatch.setattr(Pipeline, "_better", lambda self, model: (model, self._validated(model)))
+    files = [finished / "dense.safetensors"]
+    for devices in ("1", "2"):
+        run = tmp_path / devices
+        shutil.copytree(finished, run)
+        (run / "params.safetensors").unlink()
+        assert main(["finetune", "--devices", devices, "--run", str(run)]) == 0
+        files.append(run / "params.safetensors")
+    begun, alone, shared = (
+        np.concatenate([array.reshape(-1) for _, array in sorted(load_file(file).items())]) for file in files
     )
     # Sums are rounded in another order, and training carries that on.
     assert 0 < np.linalg.norm(shared - alone) < 0.1 * np.linalg.norm(begun - alone)

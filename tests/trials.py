@@ -45,7 +45,7 @@ OPTIONS = (
         "1",
     ),
 )
-_CHANGES = re.compile(r"seconds|latency|per_second|^pid$|^seal$|^fingerprint|^files$")
+_CHANGES = re.compile(r"seconds|latency|spread|per_second|crc32|^seal$|^fingerprint|^files$")
 """Fields of records that differ from run to run, and digests over them."""
 
 
@@ -139,6 +139,8 @@ class Trials:
         for later in STAGES[STAGES.index(stage) :]:
             for file in (f"stages/{later}.json", *STAGE_FILES[later]):
                 (run / file).unlink(missing_ok=True)
+        earlier = [row for row in self._reference_rows() if STAGES.index(row["stage"]) < STAGES.index(stage)]
+        (run / "metrics.jsonl").write_text("".join(row["line"] for row in earlier))
         process = self._start(run, trial["cache"])
         while not (run / ".lock").exists() and process.poll() is None:
             time.sleep(0.002)
@@ -166,6 +168,11 @@ class Trials:
             wrong += self._differences(run)
         wrong += [f"left {path.name}" for path in run.parent.iterdir() if path != run]
         return found | {"verdict": f"wrong: {'; '.join(wrong)}" if wrong else "equal"}
+
+    def _reference_rows(self) -> list[dict[str, Any]]:
+        """Stage and text of every line of the reference's metrics."""
+        lines = (self._reference / "metrics.jsonl").read_text().splitlines(keepends=True)
+        return [{"stage": json.loads(line)["stage"], "line": line} for line in lines]
 
     def _corrupted(self, trial: dict[str, Any]) -> dict[str, Any]:
         draw = random.Random(json.dumps(trial))

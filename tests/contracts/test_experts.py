@@ -64,7 +64,7 @@ def built(name: str) -> tuple[Model, sculpt.Trace]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.slow
+@pytest.mark.fast("ragged")
 def test_experts_are_pruned_in_width(name: str) -> None:
     model, trace = built(name)
     # Of experts that are all computed, whole ones can go too.

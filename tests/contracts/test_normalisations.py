@@ -185,7 +185,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "fast"), CASES)
-@pytest.mark.slow
+@pytest.mark.fast("equinox-False")
 def test_normalised_widths_are_pruned_exactly(name: str, fast: bool) -> None:
     model = LIBRARIES[name](fast)
     trace = sculpt.trace(model, IMAGE)

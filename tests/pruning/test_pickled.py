@@ -25,7 +25,6 @@ MODEL = sculpt.from_linen(Net(), Net().init(jax.random.key(1), X))
 SPACE = sculpt.make_space(sculpt.trace(MODEL, X), families=("channels", "unstructured"))
 
 
-@pytest.mark.slow
 def test_a_space_is_the_same_after_pickling() -> None:
     ranked = sculpt.importance(MODEL, SPACE.trace, "l1")
     space = sculpt.make_space(SPACE.trace, families=("channels", "unstructured"), importance=ranked)

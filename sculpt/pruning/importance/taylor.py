@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sculpt.inputs import rows
+from sculpt.interrupts import check_interrupt
 from sculpt.model import ApplyFn, Model
 from sculpt.pruning.importance.units import slot_labels, sum_by_unit
 from sculpt.task import Task
@@ -37,6 +38,7 @@ def taylor_scores(
     size = min(images_per_batch, n)
     totals = [jnp.zeros(group.size, jnp.float32) for group in trace.groups]
     for start in range(0, n, size):
+        check_interrupt()
         # The last batch is filled up with images that weigh nothing, so that one compiled program serves all.
         index = np.arange(start, start + size, dtype=np.int32)
         real = index < n
