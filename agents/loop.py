@@ -60,7 +60,7 @@ def search(
       plan: how evaluations are laid out, over several devices for instance; None: one device, as `EvaluationPlan()`.
         `sculpt.tune_plan` finds the fastest.
       scorer: what scores policies; another one than the network itself is for experiments.
-      agent: what an agent learned on other networks, `SearchResult.agent` or what `sculpt.agents.pretraining` returned: this one
+      agent: what an agent learned on other networks, `SearchResult.agent` or what `sculpt.agents.pretrain` returned: this one
         begins with it, and with what the energy tells (`config.warm_start`), as those did.
 
     Raises:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_transfer --data DATA --lessons digits-resnet8 --tasks cifar10-jpeg-resnet20
 
-The lessons are networks of other tasks, searched by one agent (`sculpt.agents.pretraining`); the agent is kept under --run. On every task
+The lessons are networks of other tasks, searched by one agent (`sculpt.agents.pretrain`); the agent is kept under --run. On every task
 searches begin with it, without it, or are of another method; same evaluator, same number of evaluations, same seeds, no re-rank and no
 fine-tuning. A search is kept under --run and skipped when it is there already.
 """
@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from sculpt.agents.pretrain import Lesson, pretrain
 
 import sculpt
 from benchmarks.bench_controls import best_after, improvements, in_quartiles
 from benchmarks.stages import stage
 from benchmarks.tasks import TASKS, begin, parser_of
 from benchmarks.timing import provenance, write_results
-from sculpt.agents.pretraining import Lesson, pretrain
 from sculpt.data.splits import Splits
 from sculpt.model import Model, Params
 from sculpt.pruning.space import Space

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from sculpt.arguments import check_key
+from sculpt.files import written_whole
 from sculpt.nets.keras import read_keras
 from sculpt.nets.layouts import WeightSource, from_file, shape_in_file, to_file
 from sculpt.nets.naming import namings, sources
@@ -22,8 +22,8 @@ from sculpt.nets.registry import create, family, image_size, list_models
 
 _IGNORED = "num_batches_tracked"
 _SHOWN = 5
-_OF_ANOTHER = 0.25
-"""Where so large a part of the arrays does not fit, the weights may be of another network."""
+_OTHER_NETWORK = 0.25
+"""Share of arrays that do not fit, from which the other networks of the family are tried."""
 ArrayPath = tuple[str, ...]
 Shapes = dict[ArrayPath, tuple[int, ...]]
 """Path of an array here, `(collection, *layer, kind)`, to its shape."""
@@ -71,13 +71,18 @@ def load(
         )
     side = image_size(name) if side is None else side
     shapes, treedef = _shapes(module, side)
-    head: set[ArrayPath] = set()
-    if head_key is not None:
-        head = _head(name, num_classes, side, options)
+    head = set() if head_key is None else _head(shapes, name, num_classes, side, options)
     file = Path(path)
     arrays, faults = _fitted(file, module, shapes, head)
     if faults:
-        hint = _hint(name, file, num_classes, side, options, faults)
+        hint = ""
+        if (
+            head_key is None
+            and not _fitted(file, module, shapes, _head(shapes, name, num_classes, side, options))[1]
+        ):
+            hint = "; all but the head fits: draw a new one for your classes (--new-head on the command line, head_key= in Python)"
+        elif len(faults) >= _OTHER_NETWORK * len(shapes) and (other := _network_of(file, name, num_classes)):
+            hint = f"; these are weights of {other}"
         raise ValueError(f"{path} does not fit {name} with {num_classes} classes: {_shown(faults)}{hint}")
     if head_key is not None:
         fresh = dict(_leaves(jax.jit(module.init)(head_key, jnp.zeros((1, side, side, 3)))))
@@ -133,17 +138,8 @@ def save(
     }
     from safetensors.numpy import save as to_bytes
 
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(to_bytes(tensors))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(to_bytes(tensors))
 
 
 def download(repository: str, file: str = "model.safetensors", revision: str | None = None) -> Path:
@@ -170,18 +166,18 @@ def download(repository: str, file: str = "model.safetensors", revision: str | N
         ) from error
 
 
-def _head(name: str, num_classes: int, side: int, options: Mapping[str, Any]) -> set[ArrayPath]:
-    """The arrays that depend on the number of classes."""
-    shapes, others = (
-        _shapes(create(name, number, **options), side)[0] for number in (num_classes, num_classes + 1)
-    )
+def _head(
+    shapes: Shapes, name: str, num_classes: int, side: int, options: Mapping[str, Any]
+) -> set[ArrayPath]:
+    """The arrays whose shapes depend on the number of classes."""
+    others, _ = _shapes(create(name, num_classes + 1, **options), side)
     return {ours for ours, shape in shapes.items() if others[ours] != shape}
 
 
 def _fitted(
     file: Path, module: nn.Module, shapes: Shapes, drawn: set[ArrayPath]
 ) -> tuple[dict[ArrayPath, np.ndarray], list[str]]:
-    """Arrays of a file under our paths, save those that will be drawn; and what is wrong with it."""
+    """The arrays of a file by our paths, without those in `drawn`, and a list of faults."""
     if file.suffix == ".npz" and file.is_file():
         arrays, names = read_keras(file, module)
         faults = [
@@ -205,25 +201,17 @@ def _fitted(
     return arrays, faults
 
 
-def _hint(
-    name: str, file: Path, num_classes: int, side: int, options: Mapping[str, Any], faults: Sequence[str]
-) -> str:
-    """What to do about weights that do not fit: draw a new head, or name the network that they are of; or nothing."""
-    module = create(name, num_classes, **options)
-    shapes, _ = _shapes(module, side)
-    if not _fitted(file, module, shapes, _head(name, num_classes, side, options))[1]:
-        return "; all but the head fits: draw a new one for your classes (--new-head on the command line, head_key= in Python)"
-    if len(faults) < len(shapes) * _OF_ANOTHER:
-        return ""
+def _network_of(file: Path, name: str, num_classes: int) -> str | None:
+    """The network of the family of `name` whose arrays the file holds, the head aside; None if there is none."""
     for other in (other for other in list_models() if other != name and family(other) == family(name)):
         module = create(other, num_classes)
         shapes, _ = _shapes(module, image_size(other))
-        # Quicker than `_head`, and near enough for a hint.
+        # Quicker than `_head`, and exact enough for a hint.
         head = {ours for ours, shape in shapes.items() if num_classes in shape}
         with contextlib.suppress(ValueError):  # Keras' names are known for some networks only
             if not _fitted(file, module, shapes, head)[1]:
-                return f"; these are weights of {other}"
-    return ""
+                return other
+    return None
 
 
 def _shapes(module: nn.Module, side: int) -> tuple[Shapes, Any]:

@@ -46,7 +46,7 @@ OPTIONS = (
     ),
 )
 _CHANGES = re.compile(r"seconds|latency|spread|per_second|crc32|^seal$|^fingerprint|^files$")
-"""Fields of records that differ from run to run, and digests over them."""
+"""Fields that hold times, or checksums over them."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,7 +118,7 @@ class Trials:
         assert process.returncode == 0, told
         for stage in STAGES:
             record = json.loads((self._reference / "stages" / f"{stage}.json").read_text())
-            self._seconds[stage] = _find(record, "stage_seconds")
+            self._seconds[stage] = record["stage_seconds"]
 
     def _start(self, run: Path, cache: str, options: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         folder = self._cache if cache == "warm" else self._folder / "cold"
@@ -220,13 +220,13 @@ def _files(run: Path) -> list[str]:
 
 
 def _content(path: Path) -> Any:
-    """What a file says, without what is measured anew in every run."""
+    """The content of a file without measured times."""
     if path.suffix == ".json":
         return _lasting(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
         return [_lasting(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".html":
-        # Numbers with a unit of time, and what the tables of times hold, go; structure and all other numbers stay.
+        # Times are among its numbers; the other files hold those that last.
         return re.sub(r"\d[\d.,]*", "0", path.read_text())
     return path.read_bytes()
 
@@ -235,14 +235,6 @@ def _lasting(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _lasting(item) for name, item in value.items() if not _CHANGES.search(name)}
     return [_lasting(item) for item in value] if isinstance(value, list) else value
-
-
-def _find(record: Any, name: str) -> float:
-    if isinstance(record, dict):
-        if name in record:
-            return float(record[name])
-        return next((found for item in record.values() if (found := _find(item, name)) >= 0), -1.0)
-    return -1.0
 
 
 if __name__ == "__main__":

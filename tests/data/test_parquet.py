@@ -77,7 +77,12 @@ def test_decoded_images_are_kept_for_each_size(folder: Path) -> None:
     for size in (6, 8, 6):
         splits = sculpt.load_parquet(*files, size=size, cache_dir=folder / "cache")
         assert splits.train.images.shape[1:] == (size, size, 3)
-    assert len(list((folder / "cache").iterdir())) == 4
+    cached = sorted((folder / "cache").iterdir())
+    assert len(cached) == 4
+    for file in cached:
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"npz is damaged .*: delete it and it is made again"):
+        sculpt.load_parquet(*files, size=6, cache_dir=folder / "cache")
 
 
 def test_a_stream_of_it_holds_the_same_and_copies_once(folder: Path) -> None:

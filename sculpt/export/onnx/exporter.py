@@ -1,6 +1,6 @@
 """ONNX export: one file with weights, for onnxruntime, OpenVINO, TensorRT and others.
 
-The program is folded first (`sculpt.export.folding.folder`), then written operation by operation. Every file is checked, loaded in
+The program is folded first (`sculpt.export.fold`), then written operation by operation. Every file is checked, loaded in
 onnxruntime and compared with the model before it gets its name.
 """
 
