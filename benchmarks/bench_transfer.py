@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from sculpt.agents.pretrain import Lesson, pretrain
+from sculpt.agents.pretraining import Lesson, pretrain
 
 import sculpt
 from benchmarks.bench_controls import best_after, improvements, in_quartiles
