@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from sculpt.agents.pretraining import Lesson, pretrain
 
 import sculpt
 from benchmarks.bench_controls import best_after, improvements, in_quartiles
 from benchmarks.stages import stage
 from benchmarks.tasks import TASKS, begin, parser_of
 from benchmarks.timing import provenance, write_results
+from sculpt.agents.pretraining import Lesson, pretrain
 from sculpt.data.splits import Splits
 from sculpt.model import Model, Params
 from sculpt.pruning.space import Space
